@@ -1,0 +1,456 @@
+"""One YAML file, checked before anything runs.
+
+The file is read with line numbers, merged with ``--set`` overrides and validated by frozen pydantic models that
+reject unknown keys. Every problem of the file is reported at once, each with its line and the nearest real key.
+:class:`Config` remembers where each value came from, so ``alpha=32 (default 2*rank)`` can be printed and kept on
+the card. Values that depend on the base or the data (learning rate, answer length) are filled in later by
+:meth:`Config.settle`, with their reason as origin.
+
+It does not open data, bases or the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tunegate.errors import InputError, Problem, nearest
+from tunegate.files import hash_json
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class BaseSection(Section):
+    """The frozen model. ``base: NAME`` is short for ``base: {name: NAME}``."""
+
+    name: str = Field(description="packaged name, local folder or hub id")
+    revision: str | None = Field(None, description="hub branch, tag or commit; stored as the commit")
+    offline: bool = Field(False, description="never ask the hub, use its local cache")
+    trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
+
+
+class DataSection(Section):
+    """Labelled examples. ``data: FILE`` is short for ``data: {train: FILE}``."""
+
+    train: tuple[str, ...] = Field(description="files or datasets:NAME[:CONFIG][#SPLIT]; one or a list")
+    valid: tuple[str, ...] | None = Field(None, description="default: a share of train")
+    test: tuple[str, ...] | None = Field(None, description="default: a share of train")
+    form: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "labelled"] = "auto"
+    columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
+    system: str | None = Field(None, description="system message for rows that have none")
+    group_by: str | None = Field(None, description="column whose rows stay on one side of a split")
+    valid_fraction: Fraction = Field(0.1, description="share of train for the eval gate")
+    test_fraction: Fraction = Field(0.1, description="share of train for the final test")
+    split_salt: str = Field("", description="another value gives another split")
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_tokens: int = Field(2048, ge=8, description="longest row, in tokens")
+    on_long_row: Literal["error", "truncate", "skip"] = Field(
+        "error", description="truncate cuts the oldest tokens, never the answer's end"
+    )
+
+    _list = field_validator("train", "valid", "test", mode="before")(_as_list)
+
+    @field_validator("train", "valid", "test")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not value:
+            raise ValueError("needs at least one file")
+        return value
+
+    @model_validator(mode="after")
+    def _room_for_train(self) -> DataSection:
+        carved = (0 if self.valid else self.valid_fraction) + (0 if self.test else self.test_fraction)
+        if carved > 0.9:
+            raise ValueError(f"valid_fraction + test_fraction = {carved:g} leaves too little to train on")
+        return self
+
+
+class PromptSection(Section):
+    """A prompt of the user's own to measure against the adapter."""
+
+    name: str
+    system: str | None = None
+    shots: int = Field(0, ge=0, le=64, description="examples from train put before the question")
+
+
+class TaskSection(Section):
+    """What counts as a good answer. ``task: METRIC`` is short for ``task: {metric: METRIC}``."""
+
+    metric: str = Field(description="primary metric: picks the best checkpoint and goes to the gate")
+    report: tuple[str, ...] = Field((), description="further metrics, reported only")
+    labels: tuple[str, ...] | str | None = Field(
+        None, description="the label set, or a JSON file with it; default for accuracy: answers in train"
+    )
+    answer_by: Literal["generate", "likelihood"] = Field(
+        "generate", description="likelihood: the most likely label instead of a generated answer"
+    )
+    json_schema: str | None = Field(None, description="JSON Schema file for metric json_schema")
+    pattern: str | None = Field(None, description="regular expression for metric regex")
+    max_new_tokens: int | None = Field(None, ge=1, description="default: longest answer + 25 % + 8")
+    temperature: float = Field(0.0, ge=0.0, le=5.0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    prompts: tuple[PromptSection, ...] | None = Field(
+        None, description="prompt baselines of your own; default: built-in candidates; []: none"
+    )
+    prompt_items: int = Field(100, ge=1, description="validation items to choose the best prompt on")
+
+    _list = field_validator("report", mode="before")(_as_list)
+
+
+class TrainSection(Section):
+    """The adapter and its optimizer. ``method``: lora, rslora (scale alpha/sqrt(rank)) or dora."""
+
+    method: Literal["lora", "rslora", "dora"] = "lora"
+    rank: int = Field(16, ge=1, le=4096)
+    alpha: Positive | None = Field(None, description="default 2*rank")
+    dropout: Fraction = 0.05
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="names, or one regular expression")
+    exclude_modules: tuple[str, ...] = ()
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, description="default: every layer")
+    epochs: Positive = 3.0
+    max_steps: int | None = Field(None, ge=1)
+    tokens_per_step: int = Field(2048, ge=16, description="tokens of one optimizer step, about")
+    tokens_per_batch: int = Field(2048, ge=16, description="tokens in memory at once")
+    share_prefix: bool = Field(True, description="compute a prefix that all rows share once per batch")
+    lr: Positive | None = Field(None, description="default follows the size of the base")
+    lr_plus_ratio: float = Field(1.0, ge=1.0, description="LoRA+: learning rate of B over that of A")
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Fraction = Field(0.05, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0.0)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Positive = 1e-8
+    clip: Positive | None = Field(1.0, description="largest gradient norm; null: none")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    eval_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field(
+        "epoch", description="steps between evaluations, or epoch"
+    )
+    eval_items: int = Field(200, ge=1, description="validation items scored at each evaluation")
+    patience: int = Field(2, ge=1, description="stop after so many evaluations without improvement")
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    seed: int = Field(0, ge=0, lt=2**63)
+    threads: int | None = Field(None, ge=1, description="default: what torch chooses")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    _list = field_validator("exclude_modules", mode="before")(_as_list)
+
+
+class GateSection(Section):
+    """Thresholds, fixed before the first step. ``null`` switches a rule off."""
+
+    min_score: float | None = None
+    min_gain_over_base: float | None = 0.0
+    min_gain_over_prompt: float | None = 0.0
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    min_test_items: int | None = Field(50, ge=1)
+    min_stop_rate: float | None = Field(0.95, ge=0.0, le=1.0)
+    max_leaked_test_rows: int | None = Field(0, ge=0)
+    max_overfit_ratio: float | None = Field(3.0, gt=0.0)
+
+
+class Task(Section):
+    """The whole file."""
+
+    base: BaseSection
+    data: DataSection
+    task: TaskSection
+    train: TrainSection = TrainSection()
+    gate: GateSection = GateSection()
+    name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
+
+
+_SHORT = {"base": "name", "data": "train", "task": "metric"}
+_SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A validated :class:`Task` with the folder relative paths start from and the origin of every value."""
+
+    task: Task
+    folder: Path
+    origins: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        assert self.task.name is not None
+        return self.task.name
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / (self.task.output or f"runs/{self.name}")
+
+    def path(self, text: str) -> Path:
+        """``text`` as a path; a relative one starts at the task file's folder."""
+        return self.folder / Path(text).expanduser()
+
+    @property
+    def alpha(self) -> float:
+        assert self.task.train.alpha is not None
+        return self.task.train.alpha
+
+    def settle(self, key: str, value: Any, reason: str) -> Config:
+        """A copy with ``section.key`` set to ``value`` and ``reason`` as its origin."""
+        section, name = key.split(".")
+        part = getattr(self.task, section).model_copy(update={name: value})
+        return dataclasses.replace(
+            self,
+            task=self.task.model_copy(update={section: part}),
+            origins={**self.origins, key: reason},
+        )
+
+    def section_hash(self, *sections: str) -> str:
+        return hash_json({s: getattr(self.task, s).model_dump(mode="json") for s in sections})
+
+    def items(self) -> Iterator[tuple[str, Any, str]]:
+        """Every ``(key, value, origin)`` in file order."""
+        for key, value in _flatten(self.task.model_dump(mode="json")):
+            yield key, value, self.origins.get(key, "default")
+
+
+def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, value in values.items():
+        if section in Task.model_fields and isinstance(value, dict):
+            yield from ((f"{section}.{key}", inner) for key, inner in value.items())
+        else:
+            yield section, value
+
+
+def default_lr(parameters: int) -> tuple[float, str]:
+    """Learning rate for a base of ``parameters`` weights, with its reason.
+
+    2e-4 holds for 7-8 B (QLoRA paper, arXiv:2305.14314, table 9: 2e-4 at 7B and 13B, 1e-4 at 33B and 65B); smaller
+    bases want more. The rule lr = 2e-4 * (8e9 / n)^0.4, kept within [1e-4, 1e-3], meets the paper's points and the
+    1e-3 that SmolLM2-135M was measured to like.
+    """
+    lr = min(max(2e-4 * (8e9 / parameters) ** 0.4, 1e-4), 1e-3)
+    lr = float(f"{lr:.2g}")
+    return lr, f"default for {parameters / 1e6:,.0f}M parameters: 2e-4*(8e9/n)^0.4 within 1e-4..1e-3"
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: only true/false are booleans (``yes`` is a label, not True) and ``1e-3`` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, expr) for tag, expr in pairs if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+.0123456789"),
+)
+
+
+def _lines_and_duplicates(
+    node: yaml.Node, prefix: str, lines: dict[str, int], problems: list[Problem], file: str
+) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            path = f"{prefix}.{name}" if prefix else name
+            if name in seen:
+                problems.append(
+                    Problem(
+                        f"key {path!r} stands twice",
+                        f"{file}:{line}",
+                        fix=f"keep one; the first is in line {seen[name]}",
+                    )
+                )
+            seen[name] = line
+            lines.setdefault(path, line)
+            _lines_and_duplicates(value, path, lines, problems, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines.setdefault(f"{prefix}.{index}", value.start_mark.line + 1)
+            _lines_and_duplicates(value, f"{prefix}.{index}", lines, problems, file)
+
+
+def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Problem]]:
+    where = str(path)
+    if path.is_dir():
+        raise InputError("the task is a folder, not a file", where=where, fix="name the YAML file in it")
+    if not path.exists():
+        names = [p.name for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+        near = nearest(path.name, names) or (f"this folder has {', '.join(names[:5])}" if names else "")
+        raise InputError("no such file", where=where, fix=near or "`tunegate init` writes a first task.yaml")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "not UTF-8 text",
+            where=where,
+            got=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
+            fix="save the file as UTF-8",
+        ) from None
+    problems: list[Problem] = []
+    lines: dict[str, int] = {}
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _lines_and_duplicates(node, "", lines, problems, path.name)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(
+            f"not valid YAML: {getattr(error, 'problem', None) or error}",
+            where=f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where,
+            fix="check the indentation and the quotes around that place",
+        ) from None
+    except RecursionError:
+        raise InputError("nested too deep to be a task", where=where) from None
+    if values is None:
+        raise InputError("the file is empty", where=where, fix="`tunegate init` writes a first task.yaml")
+    if not isinstance(values, dict):
+        raise InputError(
+            "a task is a mapping of keys",
+            where=where,
+            expected="base:, data:, task:",
+            got=type(values).__name__,
+        )
+    return values, lines, problems
+
+
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> set[str]:
+    """Set ``section.key=value`` pairs; values are YAML scalars. Returns the keys set."""
+    done = set()
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise InputError("an override is KEY=VALUE", where=f"--set {text}", fix="for example --set train.rank=8")
+        try:
+            value = yaml.load(raw, Loader=_Loader)
+        except yaml.YAMLError:
+            raise InputError("the value is not valid YAML", where=f"--set {text}", fix="quote it") from None
+        *sections, last = _SHORT_KEYS.get(key, key).split(".")
+        target: Any = values
+        for part in sections:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        target[last] = value
+        done.add(_SHORT_KEYS.get(key, key))
+    return done
+
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "tuple_type": "a list",
+}
+
+
+def _walk(location: Sequence[str | int]) -> tuple[str, list[str]]:
+    """Pydantic's location as a dotted key without its union branches, and the real keys at its last level."""
+    model: Any = Task
+    parts: list[str] = []
+    for part in location:
+        fields = getattr(model, "model_fields", None)
+        if fields is None:
+            if isinstance(part, int):  # an entry of a list; the only list of mappings is task.prompts
+                parts.append(str(part))
+                model = PromptSection if parts[:2] == ["task", "prompts"] else None
+            continue
+        parts.append(str(part))
+        if part not in fields:
+            return ".".join(parts), list(fields)
+        model = fields[part].annotation
+    return ".".join(parts), []
+
+
+def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overridden: set[str]) -> list[Problem]:
+    found: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        key, names = _walk(item["loc"])
+        kind = item["type"]
+        line = lines.get(key) or lines.get(key.rpartition(".")[0])
+        where = f"--set {key}" if key in overridden else f"{file}:{line}" if line else file
+        if kind == "extra_forbidden":
+            fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
+            found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
+        elif kind == "missing":
+            help_ = "" if "." in key else "`tunegate init` writes a first task.yaml"
+            found[key] = Problem(f"required key {key!r} is missing", where, fix=help_)
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            expected = _EXPECTED.get(kind, message)
+            if key in found and expected not in found[key].expected:  # another branch of the same union
+                expected = f"{found[key].expected} or {expected}"
+            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=repr(item["input"])[:120])
+    return list(found.values())
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` and ``--set`` overrides. :class:`InputError` lists every problem of the file."""
+    path = Path(path)
+    values, lines, problems = _parse_yaml(path)
+    for section, key in _SHORT.items():
+        if isinstance(values.get(section), (str, list)):
+            values[section] = {key: values[section]}
+            lines[f"{section}.{key}"] = lines[section]
+    overridden = _apply_overrides(values, overrides)
+    try:
+        task = Task.model_validate(values)
+    except ValidationError as error:
+        raise InputError(problems + _problems(error, path.name, lines, overridden)) from None
+    if problems:
+        raise InputError(problems)
+    return _with_origins(task, path, lines, overridden)
+
+
+def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: set[str]) -> Config:
+    origins = {}
+    for key, _ in _flatten(task.model_dump(mode="json")):
+        if key in overridden:
+            origins[key] = "--set"
+        elif key in lines:
+            origins[key] = f"{path.name}:{lines[key]}"
+        else:
+            origins[key] = "default"
+    config = Config(task, path.resolve().parent, origins)
+    if task.train.alpha is None:
+        config = config.settle("train.alpha", 2.0 * task.train.rank, "default 2*rank")
+    if task.name is None:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "task"
+        config = dataclasses.replace(
+            config,
+            task=config.task.model_copy(update={"name": name}),
+            origins={**config.origins, "name": "default: the file's name"},
+        )
+    return config

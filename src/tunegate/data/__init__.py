@@ -1,0 +1,1 @@
+"""Read, check, render, mask, split and pack labelled examples."""

@@ -1,0 +1,67 @@
+"""One shape for every problem a user can meet.
+
+A :class:`Problem` says what is wrong, where, what was expected, what was found and the way out. An error
+carries all the problems of one input, so a user mends a file once instead of once per mistake. The exit
+code belongs to the class: 2 for wrong use or bad input, 1 for work that failed or was held by a gate.
+
+It does not print: the command line does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHOWN_AT_MOST = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. Empty fields are left out of the text."""
+
+    what: str
+    where: str = ""
+    expected: str = ""
+    got: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines += [
+            f"    {name}: {value}"
+            for name, value in (("expected", self.expected), ("got", self.got), ("fix", self.fix))
+            if value
+        ]
+        return "\n".join(lines)
+
+
+class TunegateError(Exception):
+    """Work that failed. ``problems`` holds everything found wrong, in order."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Problem | Sequence[Problem] | str, **fields: str):
+        if isinstance(problems, str):
+            problems = Problem(problems, **fields)
+        self.problems: list[Problem] = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        shown = [str(p) for p in self.problems[:SHOWN_AT_MOST]]
+        if len(self.problems) > SHOWN_AT_MOST:
+            shown.append(f"... and {len(self.problems) - SHOWN_AT_MOST} more of {len(self.problems)}")
+        return "\n".join(shown)
+
+
+class InputError(TunegateError):
+    """The user's input or use is wrong: exit code 2."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: Sequence[str], n: int = 3) -> str:
+    """``did you mean 'a' or 'b'?`` for the names in ``known`` nearest to ``name``; empty if none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
