@@ -1,0 +1,120 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is a folder built under a temporary name, flushed, and renamed: adapter and optimizer tensors as
+safetensors, the training state as JSON, and a manifest with the hash of each file. Reading verifies the hashes and
+takes the newest checkpoint that is whole. The two newest are kept. Together with the stateless parts of a run
+(row order, learning rate and dropout seeds are functions of seed and step) it restores a run exactly.
+
+It does not store the base, the data or the configuration; the run's key ties it to them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tunegate.files import TEMPORARY_PREFIX, explain_os_error, hash_file, read_json, write_json
+
+KEPT = 2
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands after ``step`` optimizer steps. Times are seconds spent in steps, evaluations excluded."""
+
+    step: int = 0
+    best_step: int = -1
+    best_score: float | None = None
+    without_gain: int = 0
+    evaluated: int = -1  # step of the last evaluation
+    stopped_early: bool = False
+    tokens: int = 0
+    computed_tokens: int = 0
+    target_tokens: int = 0
+    seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_checkpoint(
+    folder: Path, key: str, state: TrainState, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Publish ``folder/step-N``; older checkpoints beyond the newest two go."""
+    target = folder / f"step-{state.step:08d}"
+    with explain_os_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
+        try:
+            save_tensors(building / FILES[0], {name: p.detach() for name, p in parameters.items()})
+            save_tensors(building / FILES[1], _optimizer_tensors(parameters, optimizer))
+            write_json(building / FILES[2], {"key": key, "state": asdict(state)})
+            write_json(building / "manifest.json", {name: hash_file(building / name) for name in FILES})
+            if target.exists():
+                shutil.rmtree(target)
+            building.rename(target)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Contiguous CPU copies of ``tensors`` at ``path``, flushed to disk."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def find_checkpoint(folder: Path, key: str) -> Path | None:
+    """The newest whole checkpoint of the run ``key``; damaged or foreign ones are passed over."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            manifest = read_json(candidate / "manifest.json")
+            whole = all(hash_file(candidate / name) == manifest[name] for name in FILES)
+            if whole and read_json(candidate / "state.json")["key"] == key:
+                return candidate
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put adapter and optimizer back as they were; returns the state."""
+    load_parameters(parameters, load_file(path / FILES[0]))
+    names = {id(p): name for name, p in parameters.items()}
+    stored = load_file(path / FILES[1])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            state = optimizer.state[parameter]
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{name}/{kind}" in stored:
+                    value = stored[f"{name}/{kind}"]
+                    state[kind] = value if kind == "step" else value.to(parameter.device)
+    return TrainState(**read_json(path / FILES[2])["state"])
+
+
+@torch.no_grad()
+def load_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    if set(parameters) != set(tensors):
+        raise ValueError("checkpoint and adapter have different parameters")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{kind}": value
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }

@@ -1,0 +1,262 @@
+"""A frozen causal model made callable on flat batches.
+
+The model definition stays transformers' own. Its attention layers are pointed, through transformers' attention
+interface, at :func:`tunegate.kernels.attention`; which rows exist and what they see travels with the call as an
+"attention pass", so nothing is stored in the model. The output head is applied apart, at target positions only.
+
+Two paths exist, and a probe decides which at construction by comparing with the untouched model's logits on a few
+tokens: ``packed`` (no padding, shared prefixes) wherever the model takes it, ``padded`` (one row per line, the
+model's own attention) for anything else. A model for which neither reproduces the logits is refused.
+
+It does not compute gradients by hand and does not choose a dtype; the weights come as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tunegate.data.pack import Batch, make_batch
+from tunegate.data.types import Rendered
+from tunegate.errors import InputError, TunegateError
+from tunegate.kernels import (
+    DecodeStore,
+    Head,
+    Plan,
+    attention,
+    decode_attention,
+    linear_cross_entropy,
+    target_log_probs,
+)
+
+ATTENTION = "tunegate_packed"
+IGNORED = {"position_ids", "use_cache", "cache_position", "position_embeddings", "dropout", "is_causal"}
+
+
+class AttentionPass(Protocol):
+    """What a forward pass does at every attention layer. Tensors are (T, heads, D)."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor: ...
+
+
+class PackedPass:
+    """Attention inside the rows of a layout. Optionally keeps each layer's keys and values, or starts from some."""
+
+    def __init__(self, plan: Plan, *, keep: bool = False, past: dict[int, tuple[Tensor, Tensor]] | None = None):
+        self.plan = plan
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
+        self.past = past
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        if self.kept is not None:
+            self.kept[layer] = (k, v)
+        if self.past is not None:
+            k, v = torch.cat([self.past[layer][0], k]), torch.cat([self.past[layer][1], v])
+        return attention(q, k, v, self.plan, scale=scale, window=window, softcap=softcap)
+
+
+class DecodePass:
+    """One new token per row; its key and value are written at place ``lengths - 1`` of the row's store."""
+
+    def __init__(self, stores: dict[int, DecodeStore], lengths: Tensor):
+        self.stores = stores
+        self.lengths = lengths
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        store = self.stores[layer]
+        store.key[self.rows, :, self.lengths - 1] = k
+        store.value[self.rows, :, self.lengths - 1] = v
+        return decode_attention(q, store, self.lengths, scale=scale, window=window, softcap=softcap)
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attention_pass: AttentionPass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (1, H, T, D), key and value (1, Hkv, T, D)."""
+    unknown = {name for name, value_ in others.items() if value_ is not None} - IGNORED
+    if unknown or attention_mask is not None:
+        raise NotImplementedError(f"attention arguments {sorted(unknown) or ['attention_mask']}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out = attention_pass.attend(layer, q, k, v, scale, sliding_window, softcap)
+    return out[None], None
+
+
+class Runner:
+    """``model`` with its head split off, callable on :class:`~tunegate.data.pack.Batch`."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.backbone: nn.Module = model.base_model
+        self.device: torch.device = next(model.parameters()).device
+        self.path, self.path_reason = self._choose_path()
+
+    @property
+    def head(self) -> Head:
+        """Asked for anew each time: an adapter may wrap the head after the runner was made."""
+        return _find_head(self.model)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether batches with a shared prefix can be run."""
+        return self.path == "packed"
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden state of every token of the run, (T, hidden)."""
+        if self.path == "packed":
+            plan = Plan(batch.layout, self.device)
+            return self.run(batch.ids, batch.positions, PackedPass(plan))
+        return self._padded(batch)
+
+    def run(self, ids: Tensor, positions: Tensor, attention_pass: AttentionPass) -> Tensor:
+        """The backbone over a flat run (packed path): (T,) ids to (T, hidden)."""
+        output = self.backbone(
+            input_ids=ids[None].to(self.device),
+            position_ids=positions[None].to(self.device),
+            use_cache=False,
+            attention_pass=attention_pass,
+        )
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def _padded(self, batch: Batch) -> Tensor:
+        if batch.layout.prefix:
+            raise ValueError("the padded path takes batches without a shared prefix")
+        rows = batch.ids.split(list(batch.layout.lengths))
+        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)
+        lengths = torch.tensor(batch.layout.lengths, device=self.device)
+        real = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
+        output = self.backbone(input_ids=ids, attention_mask=real.long(), use_cache=False)
+        return output.last_hidden_state[real]  # type: ignore[no-any-return]
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropy over the batch's targets, nats, fp32 scalar."""
+        hidden = self.hidden(batch)[batch.predictors.to(self.device)]
+        return linear_cross_entropy(hidden, batch.labels.to(self.device), self.head)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> Tensor:
+        """Log-probability of every target, (N,) fp32 nats, on the CPU."""
+        hidden = self.hidden(batch)[batch.predictors.to(self.device)]
+        return target_log_probs(hidden, batch.labels.to(self.device), self.head).cpu()
+
+    # --- which path ---------------------------------------------------------------------------------------------
+
+    def _choose_path(self) -> tuple[str, str]:
+        packed = self._try_packed()
+        if packed is None:
+            return "packed", "its attention runs on flat batches"
+        self.path = "padded"
+        difference = self._probe_difference(self._probe_reference(), shared=False)
+        if difference > self._tolerance():
+            raise InputError(
+                "this architecture is not understood: hidden states and head do not give the model's own logits",
+                where=type(self.model).__name__,
+                expected=f"relative difference below {self._tolerance():g}",
+                got=f"{difference:.3g}",
+                fix="use a plain decoder-only causal language model (Llama, Qwen, Mistral, Gemma, Phi, GPT-NeoX, GPT-2)",
+            )
+        return "padded", packed
+
+    def _try_packed(self) -> str | None:
+        """None if the packed path reproduces the model's logits, else the reason why not."""
+        from transformers import AttentionInterface
+
+        if not getattr(self.model, "_supports_attention_backend", False):
+            return "its attention cannot be replaced"
+        AttentionInterface.register(ATTENTION, _packed_attention)
+        before = self.model.config._attn_implementation
+        reference = self._probe_reference()
+        self.model.set_attn_implementation(ATTENTION)
+        self.path = "packed"
+        try:
+            difference = self._probe_difference(reference, shared=True)
+            reason = None if difference <= self._tolerance() else f"packed logits differ by {difference:.2g}"
+        except (NotImplementedError, TypeError, AttributeError) as error:
+            reason = f"its attention needs more than flat batches give ({error})"
+        if reason is not None:
+            self.model.set_attn_implementation(before)
+        return reason
+
+    def _tolerance(self) -> float:
+        return 1e-3 if self.model.dtype == torch.float32 else 5e-2
+
+    def _probe_rows(self) -> list[Tensor]:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (19,), generator=torch.Generator().manual_seed(0))
+        return [torch.cat([ids[:5], ids[5:9]]), torch.cat([ids[:5], ids[9:19]])]
+
+    @torch.no_grad()
+    def _probe_reference(self) -> Tensor:
+        rows = self._probe_rows()
+        with _eval_mode(self.model):
+            return torch.cat([self.model(input_ids=row[None].to(self.device)).logits[0].float() for row in rows])
+
+    @torch.no_grad()
+    def _probe_difference(self, reference: Tensor, *, shared: bool) -> float:
+        rows = [Rendered("probe", tuple(r.tolist()), (False,) * (len(r) - 1) + (True,)) for r in self._probe_rows()]
+        with _eval_mode(self.model):
+            flat = make_batch(rows, share_prefix=False)
+            worst = self._distance(self.head.logits(self.hidden(flat)), reference)
+            if shared:
+                run = make_batch(rows, share_prefix=True)
+                prefix = run.layout.prefix
+                order = list(range(len(rows[0]))) + list(range(prefix)) + list(range(len(rows[0]), run.layout.tokens))
+                worst = max(worst, self._distance(self.head.logits(self.hidden(run)[order]), reference))
+        return worst
+
+    @staticmethod
+    def _distance(got: Tensor, wanted: Tensor) -> float:
+        if not bool(torch.isfinite(wanted).all()):
+            raise TunegateError("the base gives NaN or infinite logits", fix="check its files, or its compute_dtype")
+        return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+evaluating = _eval_mode
+
+
+def _find_head(model: Any) -> Head:
+    """The output head and what the architecture does around it; the probe proves the guess."""
+    module = model.get_output_embeddings()
+    if module is None:
+        raise InputError("the model has no output head", where=type(model).__name__, expected="a causal language model")
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = config.logit_scale
+    return Head(module, scale, getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,248 @@
+"""The one training loop.
+
+Each turn asks, in this order: is an evaluation due, is the run over, is a checkpoint due, was a stop asked for? Then
+it takes one optimizer step. A step sums the cross-entropy over its target tokens, across all its micro-batches,
+and divides once by their number, so neither accumulation nor packing changes the loss. Dropout draws from a seed
+made of the run's seed and the step; nothing random outlives a step, which makes resuming exact.
+
+The eval gate is a callable that scores the adapter on generated answers; the loop keeps the best scored adapter
+(ties go to the earlier one), and stops after ``patience`` evaluations without improvement.
+
+It does not know tasks, metrics or files outside its folder, and trains on one device.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors.torch import load_file
+from torch import nn
+
+from tunegate.adapter.inject import Injection
+from tunegate.config import TrainSection
+from tunegate.data.pack import split_batches
+from tunegate.data.types import Rendered
+from tunegate.engine.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    load_parameters,
+    save_checkpoint,
+    save_tensors,
+)
+from tunegate.engine.runner import Runner, evaluating
+from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
+from tunegate.errors import InputError, TunegateError
+from tunegate.files import remove_temporaries
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller hands in. ``evaluate(step)`` returns the score (higher is better) and a JSON-able record;
+    ``report`` receives one JSON-able event per step, evaluation and resume; ``stop`` is asked between steps."""
+
+    evaluate: Callable[[int], tuple[float, dict[str, Any]]]
+    report: Callable[[dict[str, Any]], None] = lambda event: None
+    stop: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    state: TrainState
+    total_steps: int
+    epochs: float
+
+
+class Interrupted(TunegateError):
+    """The user asked to stop; the run is saved and can go on."""
+
+    exit_code = 130
+
+
+def train(
+    runner: Runner,
+    injection: Injection,
+    rows: Sequence[Rendered],
+    settings: TrainSection,
+    folder: Path,
+    key: str,
+    hooks: Hooks,
+) -> TrainResult:
+    """Train ``injection`` on ``rows`` and leave the best adapter in it. ``key`` names the run a checkpoint is of."""
+    parameters = injection.parameters()
+    optimizer = make_optimizer(parameters, settings)
+    plan = StepPlan(rows, settings)
+    state = _resume(folder, key, parameters, optimizer, hooks)
+    _prepare(runner.model, injection, settings)
+    saved = state.step
+
+    while True:
+        if plan.is_evaluation(state.step) and state.evaluated != state.step:
+            _evaluate(state, parameters, settings, folder, hooks)
+            save_checkpoint(folder / "checkpoints", key, state, parameters, optimizer)
+            _drop_old_best(folder, state)
+            saved = state.step
+        if state.step >= plan.total or state.stopped_early:
+            break
+        stopping = hooks.stop()
+        if (stopping or state.step % settings.checkpoint_every == 0) and state.step > saved:
+            save_checkpoint(folder / "checkpoints", key, state, parameters, optimizer)
+            saved = state.step
+        if stopping:
+            raise Interrupted(f"stopped after step {state.step} of {plan.total}; the same command goes on from there")
+
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor(state.step, plan.total, settings.warmup, settings.schedule)
+        loss, norm = _step(runner, parameters, optimizer, plan.rows(state.step), state, settings)
+        state.seconds += time.perf_counter() - started
+        state.step += 1
+        hooks.report(
+            {
+                "event": "step", "step": state.step, "of": plan.total, "loss": loss, "grad_norm": norm,
+                "lr": optimizer.param_groups[0]["lr"], "epoch": round(plan.epochs_done(state.step), 4),
+                "tokens_per_second": state.tokens / state.seconds,
+            }
+        )  # fmt: skip
+
+    load_parameters(parameters, load_file(_best_folder(folder, state.best_step) / ADAPTER_FILE))
+    return TrainResult(state, plan.total, plan.epochs_done(state.step))
+
+
+def _step(
+    runner: Runner,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rows: list[Rendered],
+    state: TrainState,
+    settings: TrainSection,
+) -> tuple[float, float]:
+    """One optimizer step; returns mean loss over its target tokens and the gradient norm before clipping."""
+    torch.manual_seed(_step_seed(settings.seed, state.step))
+    batches = split_batches(
+        rows, settings.tokens_per_batch, share_prefix=settings.share_prefix and runner.shares_prefix
+    )
+    targets = sum(batch.n_targets for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = runner.loss_sum(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise _not_finite("loss", value, state, batch.row_ids)
+        total += value
+        loss.backward()
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    torch._foreach_mul_(gradients, 1.0 / targets)
+    norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf))
+    if not math.isfinite(norm):
+        raise _not_finite("gradient", norm, state, tuple(row.row_id for row in rows))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.tokens += sum(batch.row_tokens for batch in batches)
+    state.computed_tokens += sum(batch.layout.tokens for batch in batches)
+    state.target_tokens += targets
+    return total / targets, norm
+
+
+def _not_finite(what: str, value: float, state: TrainState, row_ids: tuple[str, ...]) -> TunegateError:
+    shown = ", ".join(row_ids[:12]) + (f" and {len(row_ids) - 12} more" if len(row_ids) > 12 else "")
+    return TunegateError(
+        f"the {what} is {value} at step {state.step + 1}",
+        where=f"rows {shown}",
+        fix="look at these rows (`tunegate check --show`), lower train.lr or train.clip; "
+        "the last checkpoint before this step is kept",
+    )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int.from_bytes(blake3(f"{seed}/{step}".encode()).digest(length=8), "little") >> 1
+
+
+def _resume(
+    folder: Path,
+    key: str,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    hooks: Hooks,
+) -> TrainState:
+    if folder.exists():
+        remove_temporaries(folder)
+    checkpoint = find_checkpoint(folder / "checkpoints", key)
+    if checkpoint is None:
+        return TrainState()
+    state = load_checkpoint(checkpoint, parameters, optimizer)
+    hooks.report({"event": "resume", "step": state.step})
+    return state
+
+
+def _prepare(model: Any, injection: Injection, settings: TrainSection) -> None:
+    """Base in eval mode (its own dropout stays off), adapters in train mode, checkpointing on the decoder layers."""
+    model.eval()
+    for layer in injection.modules.values():
+        layer.training = True
+    if not settings.gradient_checkpointing:
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(
+            f"{type(model).__name__} does not support gradient checkpointing",
+            where="train.gradient_checkpointing",
+            fix="set it to false, and lower train.tokens_per_batch to save memory",
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _evaluate(
+    state: TrainState, parameters: dict[str, nn.Parameter], settings: TrainSection, folder: Path, hooks: Hooks
+) -> None:
+    score, record = hooks.evaluate(state.step)
+    better = state.best_score is None or score > state.best_score
+    state.without_gain = 0 if better else state.without_gain + 1
+    state.evaluated = state.step
+    if better:
+        state.best_step, state.best_score = state.step, score
+        _save_best(folder, state.step, parameters)
+    state.stopped_early = state.without_gain >= settings.patience
+    state.evaluations.append({"step": state.step, "score": score, "best": better, **record})
+    hooks.report({"event": "evaluation", **state.evaluations[-1]})
+
+
+def _best_folder(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:08d}"
+
+
+def _save_best(folder: Path, step: int, parameters: dict[str, nn.Parameter]) -> None:
+    from tunegate.files import atomic_path
+
+    with atomic_path(_best_folder(folder, step) / ADAPTER_FILE) as temporary:
+        save_tensors(temporary, {name: p.detach() for name, p in parameters.items()})
+
+
+def _drop_old_best(folder: Path, state: TrainState) -> None:
+    """Only once a checkpoint that points to the new best is on disk may the old best go."""
+    for old in folder.glob("best-*"):
+        if old != _best_folder(folder, state.best_step):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def mean_loss(runner: Runner, rows: Sequence[Rendered], tokens_per_batch: int) -> float:
+    """Cross-entropy per target token over ``rows``, nats, dropout off."""
+    total, targets = 0.0, 0
+    with evaluating(runner.model):
+        for batch in split_batches(rows, tokens_per_batch, share_prefix=runner.shares_prefix):
+            total += float(runner.loss_sum(batch))
+            targets += batch.n_targets
+    return total / max(targets, 1)
