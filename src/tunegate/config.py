@@ -12,28 +12,31 @@ It does not open data, bases or the network.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.files import hash_json
+from tunegate.yaml_file import Parsed, parse, read_text
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # strict: `rank: true` is not 1 and `offline: "no"` is not False; no NaN: it cannot be hashed or compared
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) else value
 
 
 class BaseSection(Section):
@@ -43,6 +46,7 @@ class BaseSection(Section):
     revision: str | None = Field(None, description="hub branch, tag or commit; stored as the commit")
     offline: bool = Field(False, description="never ask the hub, use its local cache")
     trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
+    template: str | None = Field(None, description="plain, chatml or Jinja text; default: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
 
 
@@ -113,6 +117,15 @@ class TaskSection(Section):
 
     _list = field_validator("report", mode="before")(_as_list)
 
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        if isinstance(value, tuple):
+            twice = [label for label, count in Counter(value).items() if count > 1]
+            if len(value) < 2 or twice:
+                raise ValueError(f"at least two distinct labels{f' (twice: {twice[0]!r})' if twice else ''}")
+        return value
+
 
 class TrainSection(Section):
     """The adapter and its optimizer. ``method``: lora, rslora (scale alpha/sqrt(rank)) or dora."""
@@ -165,6 +178,7 @@ class GateSection(Section):
     min_stop_rate: float | None = Field(0.95, ge=0.0, le=1.0)
     max_leaked_test_rows: int | None = Field(0, ge=0)
     max_overfit_ratio: float | None = Field(3.0, gt=0.0)
+    strict_intervals: bool = Field(False, description="min_score must hold for the whole interval")
 
 
 class Task(Section):
@@ -175,12 +189,13 @@ class Task(Section):
     task: TaskSection
     train: TrainSection = TrainSection()
     gate: GateSection = GateSection()
-    name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
 
 
 _SHORT = {"base": "name", "data": "train", "task": "metric"}
 _SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
+_SECTIONS = ("base", "data", "task", "train", "gate")
 
 
 @dataclass(frozen=True)
@@ -198,11 +213,14 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / (self.task.output or f"runs/{self.name}")
+        return self.path(self.task.output or f"runs/{self.name}")
 
     def path(self, text: str) -> Path:
         """``text`` as a path; a relative one starts at the task file's folder."""
-        return self.folder / Path(text).expanduser()
+        try:
+            return self.folder / Path(text).expanduser()
+        except RuntimeError as error:  # ~name of a user who does not exist
+            raise InputError(f"no such home folder: {error}", where=text, fix="write the folder's full path") from None
 
     @property
     def alpha(self) -> float:
@@ -236,6 +254,29 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield section, value
 
 
+def describe_defaults(base: str, data: str, metric: str) -> str:
+    """A first task file: the three required keys, then every other key as a comment with its default."""
+    lines = [
+        "# A tunegate task. Only base, data and task are required; commented lines show the defaults.",
+        f"base: {json.dumps(base)}",
+        f"data: {json.dumps(data)}",
+        f"task: {json.dumps(metric)}",
+    ]
+    for section, field in Task.model_fields.items():
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            continue
+        note = f"   # as a mapping, the line above becomes {_SHORT[section]}: ..." if section in _SHORT else ""
+        lines += ["", f"# {section}:{note}"]
+        for name, inner in model.model_fields.items():
+            if inner.is_required():
+                continue
+            default = inner.get_default(call_default_factory=True)
+            value = json.dumps(list(default) if isinstance(default, tuple) else default)
+            lines.append(f"#   {name}: {value}" + (f"   # {inner.description}" if inner.description else ""))
+    return "\n".join(lines) + "\n"
+
+
 def default_lr(parameters: int) -> tuple[float, str]:
     """Learning rate for a base of ``parameters`` weights, with its reason.
 
@@ -251,129 +292,92 @@ def default_lr(parameters: int) -> tuple[float, str]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: only true/false are booleans (``yes`` is a label, not True) and ``1e-3`` is a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, expr) for tag, expr in pairs if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
-    list("-+.0123456789"),
-)
-
-
-def _lines_and_duplicates(
-    node: yaml.Node, prefix: str, lines: dict[str, int], problems: list[Problem], file: str
-) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            path = f"{prefix}.{name}" if prefix else name
-            if name in seen:
-                problems.append(
-                    Problem(
-                        f"key {path!r} stands twice",
-                        f"{file}:{line}",
-                        fix=f"keep one; the first is in line {seen[name]}",
-                    )
-                )
-            seen[name] = line
-            lines.setdefault(path, line)
-            _lines_and_duplicates(value, path, lines, problems, file)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines.setdefault(f"{prefix}.{index}", value.start_mark.line + 1)
-            _lines_and_duplicates(value, f"{prefix}.{index}", lines, problems, file)
-
-
-def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[Problem]]:
-    where = str(path)
-    if path.is_dir():
-        raise InputError("the task is a folder, not a file", where=where, fix="name the YAML file in it")
-    if not path.exists():
-        names = [p.name for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
-        near = nearest(path.name, names) or (f"this folder has {', '.join(names[:5])}" if names else "")
-        raise InputError("no such file", where=where, fix=near or "`tunegate init` writes a first task.yaml")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+def _read(path: Path) -> Parsed:
+    parsed = parse(read_text(path), str(path), path.name)
+    if not isinstance(parsed.value, dict):
+        empty = parsed.value is None
         raise InputError(
-            "not UTF-8 text",
-            where=where,
-            got=f"byte 0x{error.object[error.start]:02x} at offset {error.start}",
-            fix="save the file as UTF-8",
-        ) from None
-    problems: list[Problem] = []
-    lines: dict[str, int] = {}
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            _lines_and_duplicates(node, "", lines, problems, path.name)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"not valid YAML: {getattr(error, 'problem', None) or error}",
-            where=f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where,
-            fix="check the indentation and the quotes around that place",
-        ) from None
-    except RecursionError:
-        raise InputError("nested too deep to be a task", where=where) from None
-    if values is None:
-        raise InputError("the file is empty", where=where, fix="`tunegate init` writes a first task.yaml")
-    if not isinstance(values, dict):
-        raise InputError(
-            "a task is a mapping of keys",
-            where=where,
-            expected="base:, data:, task:",
-            got=type(values).__name__,
+            "the file is empty" if empty else "a task is a mapping of keys",
+            where=str(path),
+            expected="" if empty else "base:, data:, task:",
+            got="" if empty else type(parsed.value).__name__,
+            fix="`tunegate init` writes a first task.yaml",
         )
-    return values, lines, problems
+    values, lines = parsed.value, parsed.lines
+    for section, key in _SHORT.items():
+        if isinstance(values.get(section), (str, list)):
+            values[section] = {key: values[section]}
+            lines[f"{section}.{key}"] = lines.get(section, 1)
+            for entry in range(len(values[section][key])):
+                lines[f"{section}.{key}.{entry}"] = lines.get(f"{section}.{entry}", lines.get(section, 1))
+    for section in _SECTIONS:
+        if section in values and values[section] is None:  # a section whose lines are all commented out
+            values[section] = {}
+    return parsed
 
 
-def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> set[str]:
-    """Set ``section.key=value`` pairs; values are YAML scalars. Returns the keys set."""
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems: list[Problem]) -> set[str]:
+    """Set ``section.key=value`` pairs; a value is YAML. Adds to ``problems``, returns the keys set."""
     done = set()
     for text in overrides:
+        where = f"--set {text[:80]}"
         key, equals, raw = text.partition("=")
         if not equals or not key:
-            raise InputError("an override is KEY=VALUE", where=f"--set {text}", fix="for example --set train.rank=8")
+            problems.append(Problem("an override is KEY=VALUE", where, fix="for example --set train.rank=8"))
+            continue
         try:
-            value = yaml.load(raw, Loader=_Loader)
-        except yaml.YAMLError:
-            raise InputError("the value is not valid YAML", where=f"--set {text}", fix="quote it") from None
-        *sections, last = _SHORT_KEYS.get(key, key).split(".")
+            parsed = parse(raw, where, where)
+        except InputError as error:
+            problems += error.problems
+            continue
+        problems += parsed.problems
+        if key in _SHORT_KEYS and not isinstance(parsed.value, dict):
+            key = _SHORT_KEYS[key]
+        *sections, last = key.split(".")
         target: Any = values
         for part in sections:
-            if not isinstance(target.get(part), dict):
-                target[part] = {}
-            target = target[part]
-        target[last] = value
-        done.add(_SHORT_KEYS.get(key, key))
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                problems.append(Problem(f"{part!r} is not a mapping of keys in the file", where))
+                break
+        else:
+            target[last] = parsed.value
+            done.add(key)
     return done
 
 
 _EXPECTED = {
-    "int_parsing": "a whole number",
     "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
     "float_type": "a number",
-    "bool_parsing": "true or false",
     "bool_type": "true or false",
     "string_type": "text",
     "dict_type": "a mapping of keys",
     "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
     "tuple_type": "a list",
+    "finite_number": "a finite number",
+    "invalid_key": "a key that is text",
 }
+
+
+def _freeze(value: Any) -> Any:
+    """Lists as tuples, what strict pydantic takes for a tuple field."""
+    if isinstance(value, dict):
+        return {key: _freeze(inner) for key, inner in value.items()}
+    return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
+
+
+def _show(value: Any) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _overridden(key: str, overridden: set[str]) -> str:
+    """The override that set ``key``, a part of it or the mapping it stands in; empty if none did."""
+    for done in sorted(overridden):
+        if done == key or key.startswith(done + ".") or done.startswith(key + "."):
+            return done
+    return ""
 
 
 def _walk(location: Sequence[str | int]) -> tuple[str, list[str]]:
@@ -382,16 +386,27 @@ def _walk(location: Sequence[str | int]) -> tuple[str, list[str]]:
     parts: list[str] = []
     for part in location:
         fields = getattr(model, "model_fields", None)
-        if fields is None:
-            if isinstance(part, int):  # an entry of a list; the only list of mappings is task.prompts
-                parts.append(str(part))
-                model = PromptSection if parts[:2] == ["task", "prompts"] else None
-            continue
-        parts.append(str(part))
-        if part not in fields:
-            return ".".join(parts), list(fields)
-        model = fields[part].annotation
+        if fields is not None:
+            parts.append(str(part))
+            if part not in fields:
+                return ".".join(parts), list(fields)
+            model = fields[part].annotation
+        elif isinstance(part, int):  # an entry of a list; the only list of mappings is task.prompts
+            parts.append(str(part))
+            model = PromptSection if parts[:2] == ["task", "prompts"] else None
+        elif get_origin(model) is dict:
+            parts.append(part)
+            model = None
     return ".".join(parts), []
+
+
+def _fix(kind: str, item: Mapping[str, Any]) -> str:
+    value = item["input"]
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return f'put it in quotes: "{value}"'
+    if kind == "literal_error" and isinstance(value, str):
+        return nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return ""
 
 
 def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overridden: set[str]) -> list[Problem]:
@@ -400,7 +415,8 @@ def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overr
         key, names = _walk(item["loc"])
         kind = item["type"]
         line = lines.get(key) or lines.get(key.rpartition(".")[0])
-        where = f"--set {key}" if key in overridden else f"{file}:{line}" if line else file
+        override = _overridden(key, overridden) if kind != "missing" else ""
+        where = f"--set {override}" if override else f"{file}:{line}" if line else file
         if kind == "extra_forbidden":
             fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
             found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
@@ -409,35 +425,32 @@ def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overr
             found[key] = Problem(f"required key {key!r} is missing", where, fix=help_)
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            expected = _EXPECTED.get(kind, message)
+            expected, fix = _EXPECTED.get(kind, message), _fix(kind, item)
             if key in found and expected not in found[key].expected:  # another branch of the same union
-                expected = f"{found[key].expected} or {expected}"
-            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=repr(item["input"])[:120])
+                expected, fix = f"{found[key].expected} or {expected}", found[key].fix or fix
+            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=_show(item["input"]), fix=fix)
     return list(found.values())
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path`` and ``--set`` overrides. :class:`InputError` lists every problem of the file."""
     path = Path(path)
-    values, lines, problems = _parse_yaml(path)
-    for section, key in _SHORT.items():
-        if isinstance(values.get(section), (str, list)):
-            values[section] = {key: values[section]}
-            lines[f"{section}.{key}"] = lines[section]
-    overridden = _apply_overrides(values, overrides)
+    parsed = _read(path)
+    problems = parsed.problems
+    overridden = _apply_overrides(parsed.value, overrides, problems)
     try:
-        task = Task.model_validate(values)
+        task = Task.model_validate(_freeze(parsed.value))
     except ValidationError as error:
-        raise InputError(problems + _problems(error, path.name, lines, overridden)) from None
+        raise InputError(problems + _problems(error, path.name, parsed.lines, overridden)) from None
     if problems:
         raise InputError(problems)
-    return _with_origins(task, path, lines, overridden)
+    return _with_origins(task, path, parsed.lines, overridden)
 
 
 def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: set[str]) -> Config:
     origins = {}
     for key, _ in _flatten(task.model_dump(mode="json")):
-        if key in overridden:
+        if _overridden(key, overridden):
             origins[key] = "--set"
         elif key in lines:
             origins[key] = f"{path.name}:{lines[key]}"
@@ -447,7 +460,7 @@ def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: 
     if task.train.alpha is None:
         config = config.settle("train.alpha", 2.0 * task.train.rank, "default 2*rank")
     if task.name is None:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "task"
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:100] or "task"
         config = dataclasses.replace(
             config,
             task=config.task.model_copy(update={"name": name}),

@@ -7,7 +7,7 @@ fields, so that an old tool never half-understands a new file.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +76,12 @@ class EvalRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a training run did. ``train_loss`` and ``valid_loss`` are nats per target token at the best step."""
+    """What a training run did.
+
+    ``train_loss`` and ``valid_loss`` are nats per target token at the best step. ``tokens`` counts the rows' tokens;
+    ``computed_tokens`` is smaller where rows shared a prefix; ``tokens_per_second`` is tokens over ``seconds``,
+    the time spent in steps.
+    """
 
     config_hash: str
     method: str
@@ -90,6 +95,7 @@ class RunRecord:
     trainable_parameters: int
     base_parameters: int
     tokens: int
+    computed_tokens: int
     target_tokens: int
     seconds: float
     tokens_per_second: float
@@ -97,7 +103,6 @@ class RunRecord:
     device: str
     compute_dtype: str
     path: str
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

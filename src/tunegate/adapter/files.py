@@ -1,0 +1,285 @@
+"""An adapter on disk: PEFT's folder of ``adapter_model.safetensors`` and ``adapter_config.json``, checked both ways.
+
+Tensor names are ``base_model.model.<module path>.lora_A.weight`` (r, in), ``.lora_B.weight`` (out, r) and, for DoRA,
+``.lora_magnitude_vector`` (out,), all fp32. Both files are written and verified under temporary names and renamed
+together, the config last, so a failed save leaves what was there. The same adapter gives the same bytes.
+
+Loading is all or nothing. The config must describe something this package computes, the file must hold exactly the
+tensors of the modules it selects, with their shapes, finite, and some B must differ from zero; PEFT itself only warns
+about missing or surplus tensors. Names, shapes and types are read from the header before any data. The model is
+touched after the last check.
+
+It does not verify that the adapter was trained on this base, and reads no pickle (``adapter_model.bin``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from tunegate.adapter.inject import Injection, find_targets, inject
+from tunegate.adapter.layers import features
+from tunegate.adapter.peft_config import canonical, config_from, read_config, spec_from_config
+from tunegate.adapter.spec import AdapterSpec
+from tunegate.errors import InputError, Problem, TunegateError, nearest
+from tunegate.files import atomic_path, canonical_json
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _tensor_name(path: str, parameter: str) -> str:
+    """PEFT gives A and B a ``.weight`` because they are layers there; the magnitude is a bare vector."""
+    return f"{_PREFIX}{path}.{parameter}" + ("" if parameter == "lora_magnitude_vector" else ".weight")
+
+
+def _parameters(injection: Injection) -> dict[str, nn.Parameter]:
+    found = {
+        _tensor_name(path, name): parameter
+        for path, layer in injection.modules.items()
+        for name, parameter in layer.adapter_parameters().items()
+    }
+    return dict(sorted(found.items()))
+
+
+def read_state(injection: Injection) -> dict[str, Tensor]:
+    """Copies of every adapter tensor, fp32 on the CPU, by file name in sorted order."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, parameter in _parameters(injection).items()
+    }
+
+
+@torch.no_grad()
+def load_state(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` (names as in :func:`read_state`) into the adapter; all are checked before the first write."""
+    parameters = _parameters(injection)
+    problems = _coverage(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        "adapter state",
+    )
+    problems += _non_finite(tensors, "adapter state")
+    if problems:
+        raise InputError(problems)
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def save_adapter(
+    folder: Path | str,
+    injection: Injection,
+    *,
+    base_name: str,
+    revision: str | None = None,
+    allow_untrained: bool = False,
+) -> None:
+    """Write the adapter to ``folder``. :class:`TunegateError` if a tensor is not finite or every B is still zero
+    (unless ``allow_untrained``), or if the file does not read back as written; nothing is replaced then."""
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    state = read_state(injection)
+    problems = _non_finite(state, str(folder))
+    if not allow_untrained:
+        problems += _untrained(state, str(folder))
+    if problems:
+        raise TunegateError(problems)
+    data = save(state, metadata={"format": "pt"})
+    text = _config_text(config_from(injection, base_name, revision))
+    # The inner block is renamed first: both files are complete before either appears, and the config appears last.
+    with atomic_path(folder / CONFIG) as config_path, atomic_path(folder / TENSORS) as tensors_path:
+        config_path.write_bytes(text)
+        tensors_path.write_bytes(data)
+        _verify(tensors_path, state, folder / TENSORS)
+        _verify_config(config_path, injection, folder / CONFIG)
+
+
+def load_adapter(model: nn.Module, folder: Path | str, *, allow_untrained: bool = False, seed: int = 0) -> Injection:
+    """Put the adapter in ``folder`` on the plain ``model`` and return it, in fp32.
+
+    :class:`InputError` names every key, tensor and module that is wrong, and leaves the model as it was.
+    """
+    folder = Path(folder)
+    spec = read_spec(folder)
+    targets, problems = find_targets(model, spec, strict=False)
+    where = str(folder / TENSORS)
+    header = _header(folder)
+    found = {name: shape for name, (shape, _) in header.items()}
+    problems += _coverage(_expected(targets, spec), found, where)
+    problems += _wrong_types(header, where)
+    if problems:
+        raise InputError(problems)
+    state = _read_tensors(folder)
+    problems = _non_finite(state, where)
+    if not allow_untrained:
+        problems += _untrained(state, where)
+    if problems:
+        raise InputError(problems)
+    injection = inject(model, spec, seed=seed, strict=False)
+    load_state(injection, state)
+    return injection
+
+
+def read_spec(folder: Path | str) -> AdapterSpec:
+    """The spec in a PEFT folder's config; :class:`InputError` with everything in it that cannot be expressed."""
+    path = Path(folder) / CONFIG
+    return spec_from_config(read_config(path), str(path))
+
+
+def adapter_hash(folder: Path | str) -> str:
+    """Content hash of an adapter: its tensors (name, shape, fp32 bytes, sorted) and what its config means.
+
+    Independent of the order and precision a writer chose for equal values; PEFT's version and the dropout used in
+    training are left out, the base's name and revision are in.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG)
+    spec_from_config(config, str(folder / CONFIG))
+    problems = _wrong_types(_header(folder), str(folder / TENSORS))
+    if problems:
+        raise InputError(problems)
+    hasher = blake3(canonical_json(canonical(config)).encode("utf-8"))
+    for name, tensor in sorted(_read_tensors(folder).items()):
+        hasher.update(canonical_json([name, list(tensor.shape)]).encode("utf-8"))
+        hasher.update(tensor.numpy().tobytes())
+    return "b3:" + hasher.hexdigest()
+
+
+def _config_text(config: Mapping[str, Any]) -> bytes:
+    import json
+
+    return json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode("utf-8")
+
+
+def _verify(path: Path, state: Mapping[str, Tensor], where: Path) -> None:
+    from safetensors.torch import load_file
+
+    read = load_file(path)
+    if set(read) != set(state) or not all(torch.equal(read[name], state[name]) for name in state):
+        raise TunegateError(
+            "the file does not read back as written", where=str(where), fix="check the disk, then save again"
+        )
+
+
+def _verify_config(path: Path, injection: Injection, where: Path) -> None:
+    """The written config must select the trained modules, each with its rank and scale, and nothing else."""
+    read, spec = spec_from_config(read_config(path), str(where)), injection.spec
+    selected = {name for name in injection.names if read.selects(name, False)}
+    same = selected == set(injection.modules) and all(
+        read.rank_for(name) == spec.rank_for(name) and read.scale_for(name) == spec.scale_for(name) for name in selected
+    )
+    if not same or read.use_dora != spec.use_dora:
+        raise TunegateError(
+            "the config does not describe the adapter", where=str(where), fix="report this: nothing was written"
+        )
+
+
+def _expected(targets: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, layer in targets.items():
+        sizes, rank = features(layer), spec.rank_for(path)
+        assert sizes is not None  # find_targets returns only layers that have sizes
+        shapes[_tensor_name(path, "lora_A")] = (rank, sizes[0])
+        shapes[_tensor_name(path, "lora_B")] = (sizes[1], rank)
+        if spec.use_dora:
+            shapes[_tensor_name(path, "lora_magnitude_vector")] = (sizes[1],)
+    return shapes
+
+
+def _header(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, safetensors type) of every tensor, without reading data."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / TENSORS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        fix = "it holds a pickle (adapter_model.bin), which is never read: save it again with PEFT" if pickled else ""
+        raise InputError("no such file", where=str(path), fix=fix or "give the folder of a complete adapter")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(
+            "not a whole safetensors file",
+            where=str(path),
+            got=f"{path.stat().st_size} bytes; {error}",
+            fix="copy or download it again",
+        ) from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor.to(torch.float32) for name, tensor in load_file(folder / TENSORS).items()}
+
+
+def _coverage(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> list[Problem]:
+    """Missing, surplus and misshapen tensors, by name."""
+    surplus = sorted(set(found) - set(expected))
+    missing = sorted(set(expected) - set(found))
+    problems = [
+        Problem("wrong shape", f"{where}: {name}", str(list(expected[name])), str(list(found[name])))
+        for name in sorted(set(found) & set(expected))
+        if expected[name] != found[name]
+    ]
+    problems += [
+        Problem("a tensor is missing", f"{where}: {name}", str(list(expected[name])), "nothing") for name in missing
+    ]
+    for name in surplus:
+        fix = _explain(name) or nearest(name, missing, n=1) or "the adapter may belong to another base"
+        problems.append(
+            Problem("no adapted module takes this tensor", f"{where}: {name}", got=str(list(found[name])), fix=fix)
+        )
+    return problems
+
+
+def _explain(name: str) -> str:
+    if "lora_embedding_" in name:
+        return "adapters on embeddings are not supported: train without them"
+    if "trainable_tokens" in name:
+        return "trained token embeddings are not supported: train without them"
+    if "lora_magnitude_vector" in name:
+        return "a DoRA tensor: is use_dora set in adapter_config.json?"
+    if ".lora_" not in name:
+        return "a full weight, not an adapter: save without modules_to_save, trained biases or embedding layers"
+    return ""
+
+
+def _wrong_types(header: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> list[Problem]:
+    return [
+        Problem("wrong type", f"{where}: {name}", " or ".join(_DTYPES), dtype)
+        for name, (_, dtype) in sorted(header.items())
+        if dtype not in _DTYPES
+    ]
+
+
+def _non_finite(tensors: Mapping[str, Tensor], where: str) -> list[Problem]:
+    return [
+        Problem("values that are not finite", f"{where}: {name}", "finite values", _count_bad(tensor))
+        for name, tensor in sorted(tensors.items())
+        if not torch.isfinite(tensor).all()
+    ]
+
+
+def _count_bad(tensor: Tensor) -> str:
+    bad = int((~torch.isfinite(tensor)).sum())
+    return f"{bad} of {tensor.numel()} are NaN or infinite"
+
+
+def _untrained(state: Mapping[str, Tensor], where: str) -> list[Problem]:
+    factors: Iterable[Tensor] = (t for name, t in state.items() if name.endswith(".lora_B.weight"))
+    if any(bool(tensor.any()) for tensor in factors):
+        return []
+    what = "every lora_B is zero, so the adapter does nothing"
+    return [Problem(what, where, fix="train it; pass allow_untrained=True where a fresh adapter is meant")]

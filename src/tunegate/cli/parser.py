@@ -1,0 +1,75 @@
+"""What can be typed."""
+
+from __future__ import annotations
+
+import argparse
+
+import tunegate
+
+EPILOG = """\
+A task is one YAML file; base, data and task are required, the rest has defaults:
+
+  base: smollm2-135m-instruct
+  data: tickets.jsonl
+  task: accuracy
+
+exit codes: 0 done, 1 failed or held by the gate, 2 wrong use or bad input, 130 interrupted
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunegate",
+        description="From labelled examples to a LoRA adapter that is measured, gated and versioned.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tunegate {tunegate.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object, no tables or progress")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    task = argparse.ArgumentParser(add_help=False, parents=[common])
+    task.add_argument("task", metavar="TASK", help="the task's YAML file")
+    task.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file"
+    )
+
+    init = commands.add_parser("init", parents=[common], help="write a first task file, every default shown")
+    init.add_argument("path", nargs="?", default="task.yaml", metavar="FILE", help="default: task.yaml")
+    init.add_argument("--base", default="smollm2-135m-instruct", help="packaged name, local folder or hub id")
+    init.add_argument("--data", default="data.jsonl", help="file with labelled examples")
+    init.add_argument("--metric", default="exact_match", help="primary metric, for example accuracy")
+
+    check = commands.add_parser(
+        "check",
+        parents=[common],
+        help="look at the data before anything else",
+        description="Report bad rows, duplicates, leaks between splits, conflicting labels, lengths and targets. "
+        "Takes a task file, or data files (each treated as a split). Exit code 2 with bad rows.",
+    )
+    check.add_argument("inputs", nargs="+", metavar="TASK|FILE", help="one task YAML, or data files")
+    check.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    check.add_argument("--show", type=int, default=0, metavar="N", help="print N rows as tokens, targets in green")
+    check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
+    check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
+
+    run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
+    run.add_argument(
+        "--reopen-test", metavar="WHY", help="open a test set that this run has opened; the reason is recorded"
+    )
+    commands.add_parser("train", parents=[task], help="check and train; `run` goes on from there")
+    evaluate = commands.add_parser("eval", parents=[task], help="score the base or an adapter on a split")
+    evaluate.add_argument("--adapter", metavar="FOLDER", help="default: the adapter of this task's run")
+    evaluate.add_argument("--plain-base", action="store_true", help="score the base without an adapter")
+    evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
+    evaluate.add_argument("--reopen-test", metavar="WHY", help="the reason, if this test set was opened before")
+    evaluate.add_argument(
+        "--allow-base-mismatch", action="store_true", help="score an adapter of another base; recorded"
+    )
+
+    commands.add_parser("gate", parents=[task], help="judge the run again from its records and its stored policy")
+    show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
+    show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
+    return parser

@@ -1,0 +1,94 @@
+"""Prompt baselines: what the base can do without training, measured before and after.
+
+A :class:`Prompt` rewrites the messages of an example: another system message, a line that lists the allowed answers,
+worked examples from the training split put before the question. The built-in candidates are the task's own prompt,
+the label list, and few-shot prompts; the best one on validation items is what the adapter has to beat.
+
+It does not search over wordings, and never sees a test item.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunegate.config import PromptSection
+from tunegate.data.types import Example, Message
+from tunegate.errors import InputError
+from tunegate.files import hash_json
+
+MOST_LABELS = 200
+FEW = 8
+AS_IS = "as_is"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``system`` replaces the system message, ``suffix`` is added to it, ``shots`` come before the question."""
+
+    name: str
+    system: str | None = None
+    suffix: str = ""
+    shots: tuple[Example, ...] = ()
+
+    def messages(self, example: Example) -> tuple[Message, ...]:
+        """The messages the model is asked with, for a chat example."""
+        given = list(example.prompt)
+        head = [given.pop(0)] if given and given[0].get("role") == "system" else []
+        if self.system is not None:
+            head = [{"role": "system", "content": self.system}]
+        if self.suffix:
+            before = f"{head[0]['content']}\n\n" if head else ""
+            head = [{"role": "system", "content": before + self.suffix}]
+        shots = [m for shot in self.shots for m in shot.messages if m.get("role") != "system"]
+        return (*head, *shots, *given)
+
+    @property
+    def hash(self) -> str:
+        return hash_json([self.system, self.suffix, [shot.content_hash for shot in self.shots]])
+
+
+def pick_shots(train: Sequence[Example], n: int) -> tuple[Example, ...]:
+    """``n`` short, varied examples: answers take turns (rarest last), the order within an answer is by hash."""
+    chats = [e for e in train if e.messages and len(e.messages) <= 4]
+    median = sorted(_size(e) for e in chats)[len(chats) // 2] if chats else 0
+    by_answer: dict[str, list[Example]] = defaultdict(list)
+    for example in sorted((e for e in chats if _size(e) <= median), key=lambda e: e.content_hash):
+        by_answer[example.answer].append(example)
+    answers = sorted(by_answer, key=lambda a: (-len(by_answer[a]), hash_json(a)))
+    picked: list[Example] = []
+    while len(picked) < n and answers:
+        for answer in list(answers):
+            if len(picked) < n:
+                picked.append(by_answer[answer].pop(0))
+            if not by_answer[answer]:
+                answers.remove(answer)
+    return tuple(picked)
+
+
+def _size(example: Example) -> int:
+    return sum(len(str(m.get("content") or "")) for m in example.messages if m.get("role") != "system")
+
+
+def candidates(
+    train: Sequence[Example], labels: Sequence[str] | None, wanted: Sequence[PromptSection] | None
+) -> list[Prompt]:
+    """The prompts to measure, the task's own (``as_is``) first."""
+    own = Prompt(AS_IS)
+    if wanted is not None:
+        names = [AS_IS, *(p.name for p in wanted)]
+        if len(set(names)) < len(names):
+            raise InputError("two prompts have one name", where="task.prompts", got=", ".join(names))
+        return [own, *(Prompt(p.name, p.system, "", pick_shots(train, p.shots)) for p in wanted)]
+    found = [own]
+    shots = pick_shots(train, FEW)
+    listed = ""
+    if labels and len(labels) <= MOST_LABELS:
+        listed = "Answer with exactly one of: " + ", ".join(labels)
+        found.append(Prompt("labels", suffix=listed))
+    if shots:
+        found.append(Prompt(f"few_shot_{len(shots)}", shots=shots))
+        if listed:
+            found.append(Prompt(f"labels_few_shot_{len(shots)}", suffix=listed, shots=shots))
+    return found

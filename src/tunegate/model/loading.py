@@ -1,0 +1,193 @@
+"""A checked folder into a frozen model and a fast tokenizer.
+
+transformers supplies the model definition and reads the safetensors; this module refuses everything that
+transformers lets pass with a warning: encoder-decoders, encoders, checkpoints with missing tensors (which would
+be random numbers) or tensors of another shape. ``tokenizer.json`` is taken as it is: transformers 5 rebuilds
+some classes (GPT2Tokenizer is one) from the vocabulary alone and so loses the published pre-tokenizer.
+
+It moves nothing to a device, quantizes nothing and swaps no layers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tunegate.errors import InputError, Problem, nearest
+from tunegate.model.resolve import ResolvedBase
+from tunegate.model.weights import load_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def load_model(base: ResolvedBase | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base on the CPU in ``dtype``, in eval mode, no parameter requiring a gradient.
+
+    Raises :class:`InputError` if it is not a decoder-only causal LM, if tensors are missing or have other
+    shapes, or if transformers cannot read it. A head tied to the embedding does not count as missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = base.path if isinstance(base, ResolvedBase) else base
+    config = _causal_config(folder, trust_remote_code)
+    loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
+    try:
+        model, info = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are all listed, and then refused below
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise InputError(
+            "transformers cannot load this base", where=str(folder), got=_brief(error), fix=_VERSION_FIX
+        ) from error
+    problems = _loading_problems(folder, info)
+    if problems:
+        raise InputError(problems)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+_VERSION_FIX = "check that the installed transformers knows this model, and that the folder is whole"
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def _causal_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's config, if it is a decoder-only causal LM's."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config from outside can fail in any check of its class
+        raise InputError(
+            "transformers cannot read this config",
+            where=str(folder / "config.json"),
+            got=_brief(error),
+            fix=_VERSION_FIX,
+        ) from error
+    architectures = list(getattr(config, "architectures", None) or [])
+    reason = ""
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder"
+    elif architectures and not any(name.endswith(_CAUSAL_HEADS) for name in architectures):
+        reason = "its weights belong to another kind of model"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (
+        trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    ):
+        reason = "transformers has no causal language model of this type"
+    if reason:
+        raise InputError(
+            f"this base cannot be used: {reason}",
+            where=str(folder / "config.json"),
+            expected="a decoder-only causal language model, such as LlamaForCausalLM",
+            got=f"model_type {config.model_type!r}, architectures {architectures}",
+            fix="choose a base whose page says text generation",
+        )
+    return config
+
+
+def _loading_problems(folder: Path, info: dict[str, Any]) -> list[Problem]:
+    problems = []
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        problems.append(
+            Problem(
+                f"{len(missing)} tensors of the model are not in the weights",
+                str(folder),
+                "every parameter of the architecture in config.json",
+                ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+                "the weights belong to another architecture or are not whole: fetch the base again",
+            )
+        )
+    for name, got, expected in sorted(info.get("mismatched_keys") or ()):
+        problems.append(
+            Problem(f"tensor {name!r} has another shape", str(folder), str(tuple(expected)), str(tuple(got)))
+        )
+    problems += [Problem("transformers reports", str(folder), got=m) for m in info.get("error_msgs") or ()]
+    return problems
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The folder's fast tokenizer. :class:`InputError` if there is none or it cannot be read."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    as_published = (path / "tokenizer.json").is_file() and not (trust_remote_code and _own_tokenizer(path))
+    loader: Any = PreTrainedTokenizerFast if as_published else AutoTokenizer
+    extra = {} if as_published else {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = loader.from_pretrained(path, local_files_only=True, **extra)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(
+            "the tokenizer cannot be read",
+            where=str(path),
+            got=_brief(error),
+            fix="the folder needs the tokenizer.json that belongs to the base",
+        ) from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            "the base has no fast tokenizer",
+            where=str(path),
+            expected="tokenizer.json, read by the tokenizers library",
+            got=type(tokenizer).__name__,
+            fix="convert it once with transformers and save it: `tokenizer.save_pretrained(folder)`",
+        )
+    return tokenizer
+
+
+def _own_tokenizer(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    return config.is_file() and bool(load_object(config).get("auto_map"))
+
+
+def choose_dtype(
+    requested: str, *, device: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")
+) -> tuple[torch.dtype, str]:
+    """The compute dtype for ``auto``, ``float32`` or ``bfloat16``, and the reason to print beside it.
+
+    ``device`` is a torch device type; by default ``cuda`` where torch sees a GPU, else ``cpu``. ``cpuinfo`` is
+    the kernel's description of the processor.
+    """
+    if requested in DTYPES:
+        return DTYPES[requested], "as asked"
+    if requested != "auto":
+        names = ["auto", *DTYPES]
+        raise InputError("unknown dtype", expected=", ".join(names), got=repr(requested), fix=nearest(requested, names))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes bf16 natively"
+        return torch.float32, "this GPU has no bf16 instructions"
+    if device != "cpu":
+        return torch.float32, f"bf16 is not assumed on {device!r}"
+    flags = _cpu_flags(cpuinfo) & {"avx512_bf16", "amx_bf16"}
+    if flags:
+        return torch.bfloat16, f"this CPU has bf16 instructions ({', '.join(sorted(flags))})"
+    return torch.float32, "this CPU has no AVX-512 or AMX bf16 instructions; fp32 is faster"
+
+
+def _cpu_flags(cpuinfo: Path) -> set[str]:
+    """Instruction sets of the first processor; empty where the system does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return set()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return set(value.split())
+    return set()

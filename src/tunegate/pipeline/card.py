@@ -1,0 +1,140 @@
+"""What travels with an adapter: the card, a manifest of file hashes written last, and the checks at load.
+
+An adapter whose card names another base fingerprint, template or golden prompt ids is refused. An explicit override
+of the base check is possible and is recorded by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import tunegate
+from tunegate import records
+from tunegate.adapter.files import adapter_hash
+from tunegate.errors import InputError, Problem, TunegateError
+from tunegate.files import hash_file, read_json, write_json, write_text
+from tunegate.pipeline.folders import git_state, now, short
+from tunegate.pipeline.prepare import Base, Prepared
+from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
+
+CARD, MANIFEST, README = "card.json", "manifest.json", "README.md"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the adapter."""
+    names = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "scipy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"tunegate": tunegate.__version__, "python": platform.python_version(), **found}
+
+
+def write_card(
+    prepared: Prepared,
+    run: Path,
+    record: RunRecord,
+    evaluations: list[EvalRecord],
+    comparisons: list[Comparison],
+    decision: Decision,
+    openings: list[dict[str, Any]],
+) -> AdapterCard:
+    """Write card, README and manifest beside the adapter's tensors."""
+    folder = run / "adapter"
+    config, base = prepared.config, prepared.base
+    card = AdapterCard(
+        name=config.name,
+        base=base.card(),
+        adapter={"hash": adapter_hash(folder), "run": short(prepared.run_key)},
+        data={
+            "files": prepared.data.files,
+            "test": prepared.test_hash,
+            "rows": {name: len(rows) for name, rows in prepared.data.splits.as_dict().items()},
+        },
+        template={"hash": base.renderer.template_hash, "golden": base.renderer.golden(prepared.valid)},
+        config=config.task.model_dump(mode="json"),
+        origins=dict(config.origins),
+        run=record,
+        evaluations=evaluations,
+        comparisons=comparisons,
+        decision=decision,
+        test_openings=openings,
+        versions=versions(),
+        git=git_state(config.folder),
+        created=now(),
+    )
+    (folder / MANIFEST).unlink(missing_ok=True)
+    records.save(folder / CARD, card)
+    write_text(folder / README, _readme(card))
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    write_json(folder / MANIFEST, {name: hash_file(folder / name) for name in names})
+    return card
+
+
+def _readme(card: AdapterCard) -> str:
+    """The model card that PEFT and the Hub show."""
+    rows = "\n".join(
+        f"| {e.subject} | {e.settings['prompt']} | {e.score.value:.4f} | {e.score.low:.3f} to {e.score.high:.3f} |"
+        for e in card.evaluations
+    )
+    rules = "\n".join(f"- {r.rule}: {r.verdict}. {r.reason}" for r in card.decision.rules)
+    return f"""---
+library_name: peft
+base_model: {card.base["name"]}
+tags: [lora, tunegate]
+---
+
+# {card.name}
+
+Decision: **{card.decision.verdict}**. Base `{card.base["name"]}`, fingerprint `{card.base["fingerprint"]["total"]}`.
+
+| subject | prompt | {card.evaluations[0].primary} on test | interval |
+| --- | --- | --- | --- |
+{rows}
+
+{rules}
+
+`card.json` holds the whole record: data hashes, settings with their origins, template hash and golden prompt ids.
+"""
+
+
+def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False) -> AdapterCard:
+    """The card of a complete adapter folder that belongs to ``base``.
+
+    :class:`InputError` if a file is missing or changed since it was published, or if the adapter was made for
+    another base (unless ``allow_base_mismatch``) or renders prompts differently.
+    """
+    if not (folder / MANIFEST).exists():
+        raise InputError(
+            "not a complete adapter: it has no manifest", where=str(folder), fix="`tunegate run` finishes it"
+        )
+    manifest = read_json(folder / MANIFEST)
+    problems = []
+    for name, digest in manifest.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            problems.append(Problem("a file of the adapter is missing", where=str(path)))
+        elif hash_file(path) != digest:
+            problems.append(Problem("changed since it was published", str(path), digest, hash_file(path)))
+    if problems:
+        raise InputError(problems)
+    card = records.load(folder / CARD, AdapterCard)
+    made_for, here = card.base["fingerprint"]["total"], base.fingerprint.total
+    if made_for != here and not allow_base_mismatch:
+        raise InputError(
+            "the adapter was trained on another base",
+            where=str(folder),
+            expected=f"{card.base['name']} with fingerprint {made_for}",
+            got=f"{base.resolved.name} with fingerprint {here} ({_which(card.base['fingerprint'], base)} differ)",
+            fix="use the base it was trained on; --allow-base-mismatch overrides this and is recorded",
+        )
+    try:
+        base.renderer.check_golden(card.template["golden"])
+    except TunegateError as error:
+        raise InputError(error.problems) from None
+    return card
+
+
+def _which(fingerprint: dict[str, str], base: Base) -> str:
+    parts = ("weights", "config", "tokenizer", "template")
+    return ", ".join(p for p in parts if fingerprint[p] != getattr(base.fingerprint, p)) or "parts"
