@@ -80,7 +80,7 @@ _Loader.yaml_constructors = {
     _TAG + "null": yaml.SafeLoader.construct_yaml_null,
     _TAG + "seq": yaml.SafeLoader.construct_yaml_seq,
     _TAG + "map": yaml.SafeLoader.construct_yaml_map,
-    None: yaml.SafeLoader.construct_undefined,  # type: ignore[dict-item]
+    None: yaml.SafeLoader.construct_undefined,
 }
 _Loader.add_constructor(_TAG + "bool", _construct_bool)
 _Loader.add_constructor(_TAG + "int", _construct_int)
@@ -121,7 +121,7 @@ class _Walk:
 
     def _mapping(self, node: yaml.MappingNode, prefix: str) -> None:
         seen: dict[str, int] = {}
-        merged = []
+        merged: list[yaml.Node] = []
         for key, value in node.value:
             self.walk(key, prefix)
             if not isinstance(key, yaml.ScalarNode):  # the constructor refuses it: a list or mapping as a key

@@ -92,6 +92,19 @@ def _add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) ->
     return torch.addmm(wide, down.reshape(-1, down.shape[-1]), up.t(), alpha=scale).view(out.shape)
 
 
+def drop_out(x: Tensor, rate: float) -> Tensor:
+    """Dropout, ``rate`` in steps of 1/65536 on the CPU, from torch's global generator.
+
+    torch draws one CPU number per element; four 16-bit draws share a 64-bit one here, which is several times faster.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, rate)
+    dropped = round(rate * 65536)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    drop = draws.view(torch.int16)[: x.numel()].view(x.shape) < dropped - 32768
+    return x.masked_fill(drop, 0.0) * (65536 / (65536 - dropped))
+
+
 class LoRALinear(nn.Module):
     """``base(x) + scale * B A drop(x)``; shapes (..., in) -> (..., out), in the base's dtype.
 
@@ -134,7 +147,7 @@ class LoRALinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        dropped = drop_out(x, self.dropout) if self.dropout and self.training else x
         return _add_low_rank(out, dropped, self.lora_A, self.lora_B, self.scale)
 
     @torch.no_grad()
@@ -209,7 +222,7 @@ class DoRALinear(nn.Module):
         out = self.base(x)
         if not self.enabled:
             return out
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        dropped = drop_out(x, self.dropout) if self.dropout and self.training else x
         out = _add_low_rank(out, dropped, self.lora_A, self.lora_B, self.scale)
         # m/n - 1 is formed in fp32: in 16 bits m/n itself would round to 1 for the small changes training makes.
         gain = (self.lora_magnitude_vector / self._norm() - 1).to(out.dtype)  # (out,)

@@ -48,7 +48,8 @@ class Batch:
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all ``rows`` share."""
-    first, last = min(rows), max(rows)  # the two that differ most, in lexicographic order
+    keys = [tuple(row) for row in rows]
+    first, last = min(keys), max(keys)  # the two that differ most, in lexicographic order
     n = 0
     for a, b in zip(first, last, strict=False):
         if a != b:

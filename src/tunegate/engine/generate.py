@@ -143,7 +143,7 @@ class _Group:
 
     def _pick(self, logits: Tensor) -> list[int]:
         if self.sampling.temperature == 0.0:
-            return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+            return logits.argmax(-1).tolist()
         probabilities = (logits.cpu() / self.sampling.temperature).softmax(-1)
         if self.sampling.top_p < 1.0:
             ordered, places = probabilities.sort(dim=-1, descending=True)

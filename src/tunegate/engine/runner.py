@@ -138,7 +138,7 @@ class Runner:
             use_cache=False,
             attention_pass=attention_pass,
         )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        return output.last_hidden_state[0]
 
     def _padded(self, batch: Batch) -> Tensor:
         if batch.layout.prefix:
@@ -148,7 +148,7 @@ class Runner:
         lengths = torch.tensor(batch.layout.lengths, device=self.device)
         real = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
         output = self.backbone(input_ids=ids, attention_mask=real.long(), use_cache=False)
-        return output.last_hidden_state[real]  # type: ignore[no-any-return]
+        return output.last_hidden_state[real]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's targets, nats, fp32 scalar."""

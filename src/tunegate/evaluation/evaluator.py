@@ -26,7 +26,7 @@ from tunegate.data.render import Renderer
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.generate import Generation, Sampling, generate, score_continuations
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.errors import InputError, Problem
+from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.evaluation.metrics import build_metric, check_references, score_items
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import score
@@ -196,7 +196,10 @@ class Evaluator:
             for batch in split_batches(unique, self.max_tokens, share_prefix=self.runner.shares_prefix):
                 found = self.runner.log_probs(batch)
                 for number, row_id in enumerate(batch.row_ids):
-                    values[int(row_id)] = math.exp(float(found[batch.target_rows == number].mean()))
+                    mean = float(found[batch.target_rows == number].mean())
+                    if math.isnan(mean):
+                        raise TunegateError("the likelihood is NaN: the model diverged", where=examples[int(row_id)].row_id)
+                    values[int(row_id)] = min(1.0, math.exp(mean))
                 progress(len(batch.row_ids))
         return Measurement(LIKELIHOOD, tuple(e.row_id for e in examples), values)
 

@@ -219,12 +219,13 @@ def decode_attention(
         flat = q.permute(1, 0, 2, 3).reshape(kv_heads, -1, dim)
         before = flat @ store.prefix_key.permute(1, 2, 0)  # (Hkv, B*G, P)
         before = before.view(kv_heads, rows, -1, prefix).transpose(0, 1)
+        if softcap is not None:
+            before = torch.tanh(before / softcap) * softcap
         if window is not None:
             out_of_reach = torch.arange(prefix, device=query.device)[None, :] < lengths[:, None] + prefix - window
             before = before.masked_fill(out_of_reach[:, None, None, :], float("-inf"))
     if softcap is not None:
         own = torch.tanh(own / softcap) * softcap
-        before = torch.tanh(before / softcap) * softcap if prefix else None
     own = own.masked_fill(hidden[:, None, None, :], float("-inf"))
     if not prefix:
         return (own.softmax(-1, dtype=torch.float32).to(q.dtype) @ store.value[:, :, :used]).reshape(rows, heads, dim)

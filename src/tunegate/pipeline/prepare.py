@@ -245,7 +245,9 @@ def choose_device(wanted: str) -> str:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise InputError("unknown device", "train.device", expected="auto, cpu, cuda or cuda:N", got=wanted) from None
+        raise InputError(
+            "unknown device", where="train.device", expected="auto, cpu, cuda or cuda:N", got=wanted
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("torch sees no CUDA GPU", where="train.device", got=wanted, fix="use auto or cpu")
     return wanted
