@@ -50,10 +50,10 @@ def test_another_seed_gives_other_rows() -> None:
 
 
 def test_tickets_shape(tickets: list[dict[str, str]]) -> None:
-    assert len(tickets) == 900
+    assert len(tickets) == 600
     assert all(set(row) == {"prompt", "completion", "customer"} for row in tickets)
     assert all(8 <= len(row["prompt"].split()) <= 40 for row in tickets)
-    assert set(Counter(row["completion"] for row in tickets).values()) == {75}
+    assert set(Counter(row["completion"] for row in tickets).values()) == {50}
     assert len({row["completion"] for row in tickets}) == 12
     assert set(Counter(row["customer"] for row in tickets).values()) == {1, 2, 3}
     assert not any("{" in row["prompt"] or "  " in row["prompt"] for row in tickets)

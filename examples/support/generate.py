@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-ROWS = 900
+ROWS = 600
 SEED = 20
 
 SLOTS = {
