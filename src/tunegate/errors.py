@@ -9,10 +9,13 @@ It does not print: the command line does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SHOWN_AT_MOST = 20
+LINES_AT_MOST = 32  # with what the command line adds, an error fits on one screen
+LONGEST_VALUE = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Problem:
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         lines += [
-            f"    {name}: {value}"
+            f"    {name}: {_one_line(value)}"
             for name, value in (("expected", self.expected), ("got", self.got), ("fix", self.fix))
             if value
         ]
@@ -47,16 +50,35 @@ class TunegateError(Exception):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        shown = [str(p) for p in self.problems[:SHOWN_AT_MOST]]
-        if len(self.problems) > SHOWN_AT_MOST:
-            shown.append(f"... and {len(self.problems) - SHOWN_AT_MOST} more of {len(self.problems)}")
+        shown: list[str] = []
+        for problem in self.problems[:SHOWN_AT_MOST]:
+            text = str(problem)
+            if shown and sum(s.count("\n") + 1 for s in [*shown, text]) > LINES_AT_MOST:
+                break
+            shown.append(text)
+        if len(self.problems) > len(shown):
+            shown.append(f"... and {len(self.problems) - len(shown)} more of {len(self.problems)}")
         return "\n".join(shown)
+
+
+def _one_line(value: str) -> str:
+    text = " ".join(value.splitlines())
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 class InputError(TunegateError):
     """The user's input or use is wrong: exit code 2."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Add the problems of an :class:`InputError` raised inside to ``problems``, and go on after the block."""
+    try:
+        yield
+    except InputError as error:
+        problems += error.problems
 
 
 def nearest(name: str, known: Sequence[str], n: int = 3) -> str:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,22 +41,46 @@ def explain_os_error(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals (full disk, read-only, no permission) into one clear error."""
     try:
         yield
-    except OSError as error:
-        hints = {
-            errno.ENOSPC: "free some space, or choose another folder with `output:`",
-            errno.EDQUOT: "the quota is used up: free some space, or choose another folder with `output:`",
-            errno.EROFS: "the file system is read-only: choose another folder with `output:`",
-            errno.EACCES: "no permission: choose another folder with `output:`, or change its owner",
-            errno.EPERM: "no permission: choose another folder with `output:`, or change its owner",
-            errno.ENOTDIR: "a part of the path is a file, not a folder",
-        }
-        if error.errno not in hints:
+    except TunegateError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _os_error_of(error)
+        if number not in _WAYS_OUT:
             raise
+        place = "point TUNEGATE_HOME at another folder" if _below(path, home()) else "choose another folder"
+        place += "" if _below(path, home()) else " (`output:` in the task file)"
         raise TunegateError(
-            f"cannot write: {error.strerror}",
+            f"cannot write: {os.strerror(number)}",
             where=str(path),
-            fix=hints[error.errno] + "; what was written before is whole, the same command goes on from there",
+            fix=f"{_WAYS_OUT[number].format(elsewhere=place)}; "
+            "what was written before is whole, the same command goes on from there",
         ) from error
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "free some space, or {elsewhere}",
+    errno.EDQUOT: "the quota is used up: free some space, or {elsewhere}",
+    errno.EFBIG: "files of this size are not allowed here: raise the limit (ulimit -f), or {elsewhere}",
+    errno.EROFS: "the file system is read-only: {elsewhere}",
+    errno.EACCES: "change the permissions of the folder, or {elsewhere}",
+    errno.EPERM: "change the permissions of the folder, or {elsewhere}",
+    errno.ENOTDIR: "a part of the path is a file: {elsewhere}",
+    errno.EEXIST: "a file stands where a folder is needed: {elsewhere}",
+    errno.EISDIR: "a folder stands where a file is needed: {elsewhere}",
+    errno.ENAMETOOLONG: "the path is too long: {elsewhere}",
+    errno.EIO: "the disk reports an error: check it, or {elsewhere}",
+    errno.ENOLCK: "the file system has no locks: {elsewhere}",
+}
+
+
+def _os_error_of(error: Exception) -> int | None:
+    """The system's error number inside a safetensors error, which carries it as text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())
 
 
 @contextlib.contextmanager
@@ -103,6 +128,15 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def update_json(path: Path | str, value: Any) -> bool:
+    """Write ``value`` unless the file already holds it, so that a step done again leaves no trace. True if written."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if canonical_json(read_json(path)) == canonical_json(value):
+            return False
+    write_json(path, value)
+    return True
+
+
 def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -133,7 +167,7 @@ def hash_file(path: Path | str) -> str:
 
 def home() -> Path:
     """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time."""
-    return Path(os.environ.get("TUNEGATE_HOME", "~/.cache/tunegate")).expanduser()
+    return Path(os.environ.get("TUNEGATE_HOME") or "~/.cache/tunegate").expanduser()
 
 
 def remove_temporaries(folder: Path) -> None:

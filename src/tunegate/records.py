@@ -1,15 +1,18 @@
 """The plain records that cross module borders, as JSON with a schema version.
 
-A record is written once and never edited. Reading refuses an unknown schema version and unknown or missing
-fields, so that an old tool never half-understands a new file.
+A record is written once and never edited. Reading refuses an unknown schema version, unknown or missing fields and
+values of another type, so that an old tool never half-understands a new file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tunegate.errors import InputError, Problem
 from tunegate.files import read_json, write_json
@@ -19,6 +22,13 @@ SCHEMA_VERSION = 1
 T = TypeVar("T")
 
 
+def _record(kind: type[T]) -> type[T]:
+    """What pydantic does when it reads this class: nothing is converted, no field is surplus."""
+    kind.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    return kind
+
+
+@_record
 @dataclass(frozen=True)
 class Score:
     """A metric over ``n`` items with its confidence interval. ``value`` and the bounds share the metric's unit."""
@@ -31,6 +41,7 @@ class Score:
     confidence: float = 0.95
 
 
+@_record
 @dataclass(frozen=True)
 class Comparison:
     """Candidate minus reference on the same items, pairwise. ``p_value`` is two-sided."""
@@ -47,6 +58,7 @@ class Comparison:
     ties: int
 
 
+@_record
 @dataclass(frozen=True)
 class EvalRecord:
     """One subject (base, prompt or adapter) on one split.
@@ -74,6 +86,7 @@ class EvalRecord:
         return self.scores[self.primary]
 
 
+@_record
 @dataclass(frozen=True)
 class RunRecord:
     """What a training run did.
@@ -105,6 +118,7 @@ class RunRecord:
     path: str
 
 
+@_record
 @dataclass(frozen=True)
 class RuleResult:
     """One gate rule: ``verdict`` is pass, fail or inconclusive."""
@@ -116,6 +130,7 @@ class RuleResult:
     reason: str
 
 
+@_record
 @dataclass(frozen=True)
 class Decision:
     """The gate's verdict: ship, hold or inconclusive, with a reason per rule."""
@@ -125,6 +140,7 @@ class Decision:
     policy_hash: str
 
 
+@_record
 @dataclass(frozen=True)
 class AdapterCard:
     """Everything that travels with an adapter. ``golden`` pins prompts to their token ids."""
@@ -157,43 +173,25 @@ def save(path: Path | str, record: Any) -> None:
 
 def load(path: Path | str, kind: type[T]) -> T:
     """Read a record of ``kind``; :class:`InputError` if the file holds another kind, version or field set."""
-    data = read_json(path)
+    try:
+        data = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(Problem("cannot read the record", str(path), f"a {kind.__name__} in JSON", reason)) from None
     expected = f"{kind.__name__}/{SCHEMA_VERSION}"
     got = data.pop("schema", None) if isinstance(data, dict) else None
     if got != expected:
         raise InputError("not a record of this kind", where=str(path), expected=expected, got=str(got))
-    return _build(kind, data, str(path))
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise InputError([_problem(dict(item), str(path)) for item in error.errors(include_url=False)]) from None
 
 
-_NESTED: dict[tuple[str, str], tuple[str, type]] = {
-    ("EvalRecord", "scores"): ("dict", Score),
-    ("Decision", "rules"): ("list", RuleResult),
-    ("AdapterCard", "run"): ("one", RunRecord),
-    ("AdapterCard", "evaluations"): ("list", EvalRecord),
-    ("AdapterCard", "comparisons"): ("list", Comparison),
-    ("AdapterCard", "decision"): ("one", Decision),
-}
-
-
-def _build(kind: Any, data: dict[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    required = {
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    problems = [Problem(f"unknown field {name!r}", where) for name in data if name not in fields]
-    problems += [Problem(f"missing field {name!r}", where) for name in sorted(required - set(data))]
-    if problems:
-        raise InputError(problems)
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        shape, inner = _NESTED.get((kind.__name__, name), ("plain", object))
-        if shape == "one":
-            value = _build(inner, value, where)
-        elif shape == "list":
-            value = [_build(inner, item, where) for item in value]
-        elif shape == "dict":
-            value = {key: _build(inner, item, where) for key, item in value.items()}
-        values[name] = value
-    return kind(**values)
+def _problem(item: dict[str, Any], where: str) -> Problem:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "unexpected_keyword_argument":
+        return Problem(f"unknown field {name!r}", where)
+    if item["type"] == "missing":
+        return Problem(f"missing field {name!r}", where)
+    return Problem(f"field {name!r} has a wrong value", where, item["msg"], repr(item["input"])[:120])

@@ -10,6 +10,7 @@ It does not compare subjects and decides nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from tunegate import records
 from tunegate.config import TaskSection
 from tunegate.data.pack import split_batches
 from tunegate.data.render import Renderer
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.generate import Generation, Sampling, generate, score_continuations
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.errors import InputError, Problem, TunegateError
-from tunegate.evaluation.metrics import build_metric, check_references, score_items
+from tunegate.errors import InputError, Problem, TunegateError, collecting, nearest
+from tunegate.evaluation.metrics import METRIC_NAMES, PYTHON_PREFIX, build_metric, check_references, score_items
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import score
 from tunegate.evaluation.types import Measurement, Metric
@@ -65,12 +65,18 @@ def build_scorer(
     for name in dict.fromkeys([task.metric, *task.report]):
         if name == LIKELIHOOD:
             continue
-        try:
+        key = "task.metric" if name == task.metric else "task.report"
+        if name not in METRIC_NAMES and not name.startswith(PYTHON_PREFIX):
+            known = [*METRIC_NAMES, LIKELIHOOD]
+            expected = f"one of {', '.join(known)}, or {PYTHON_PREFIX}module:function"
+            problems.append(Problem(f"unknown metric {name!r}", key, expected, fix=nearest(name, known)))
+            continue
+        found: list[Problem] = []
+        with collecting(found):
             metrics.append(
                 build_metric(name, labels=labels, schema=task.json_schema, pattern=task.pattern, base_dir=folder)
             )
-        except InputError as error:
-            problems += error.problems
+        problems += [p if p.where else dataclasses.replace(p, where=key) for p in found]
     if metrics and any(e.text is not None for e in examples):
         problems.append(
             Problem("plain text has no question to answer", "task.metric", LIKELIHOOD, task.metric,
@@ -114,7 +120,7 @@ class Evaluator:
         prompt: Prompt = OWN_PROMPT,
         progress: Callable[[int], None] = lambda n: None,
     ) -> Evaluation:
-        """Score ``examples`` and write the items file (named relative to its parent's parent in the record)."""
+        """Score ``examples``, at least one, and write the items file (the record names it with its folder)."""
         started = time.perf_counter()
         task = self.scorer.task
         rows: list[dict[str, Any]] = [{"row_id": e.row_id, "reference": e.answer} for e in examples]
@@ -206,7 +212,3 @@ class Evaluator:
 
 def _silent(n: int) -> None:
     del n
-
-
-def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> None:
-    records.save(folder / f"{name}.json", evaluation.record)

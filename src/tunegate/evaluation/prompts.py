@@ -9,13 +9,14 @@ It does not search over wordings, and never sees a test item.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunegate.config import PromptSection
 from tunegate.data.types import Example, Message
-from tunegate.errors import InputError
+from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
 
 MOST_LABELS = 200
@@ -25,12 +26,16 @@ AS_IS = "as_is"
 
 @dataclass(frozen=True)
 class Prompt:
-    """``system`` replaces the system message, ``suffix`` is added to it, ``shots`` come before the question."""
+    """``system`` replaces the system message, ``suffix`` is added to it, ``shots`` come before the question.
+
+    ``in_user``: for templates without a system role, what the prompt would say there begins the first user message.
+    """
 
     name: str
     system: str | None = None
     suffix: str = ""
     shots: tuple[Example, ...] = ()
+    in_user: bool = False
 
     def messages(self, example: Example) -> tuple[Message, ...]:
         """The messages the model is asked with, for a chat example."""
@@ -42,11 +47,17 @@ class Prompt:
             before = f"{head[0]['content']}\n\n" if head else ""
             head = [{"role": "system", "content": before + self.suffix}]
         shots = [m for shot in self.shots for m in shot.messages if m.get("role") != "system"]
-        return (*head, *shots, *given)
+        asked = [*shots, *given]
+        if self.in_user and head and asked and asked[0].get("role") == "user":
+            asked[0] = {**asked[0], "content": f"{head[0]['content']}\n\n{asked[0]['content']}"}
+            head = []
+        return (*head, *asked)
 
     @property
     def hash(self) -> str:
-        return hash_json([self.system, self.suffix, [shot.content_hash for shot in self.shots]])
+        """Hash of what the model is asked with; the name is not part of it."""
+        parts = [self.system, self.suffix, [shot.content_hash for shot in self.shots]]
+        return hash_json([*parts, "in_user"] if self.in_user else parts)
 
 
 def pick_shots(train: Sequence[Example], n: int) -> tuple[Example, ...]:
@@ -72,23 +83,39 @@ def _size(example: Example) -> int:
 
 
 def candidates(
-    train: Sequence[Example], labels: Sequence[str] | None, wanted: Sequence[PromptSection] | None
+    train: Sequence[Example],
+    labels: Sequence[str] | None,
+    wanted: Sequence[PromptSection] | None,
+    *,
+    takes_system: bool = True,
 ) -> list[Prompt]:
-    """The prompts to measure, the task's own (``as_is``) first."""
-    own = Prompt(AS_IS)
+    """The prompts to measure, the task's own (``as_is``) first. ``takes_system``: the template has a system role."""
+    own, in_user = Prompt(AS_IS), not takes_system
     if wanted is not None:
-        names = [AS_IS, *(p.name for p in wanted)]
-        if len(set(names)) < len(names):
-            raise InputError("two prompts have one name", where="task.prompts", got=", ".join(names))
-        return [own, *(Prompt(p.name, p.system, "", pick_shots(train, p.shots)) for p in wanted)]
+        _check_names([AS_IS, *(p.name for p in wanted)])
+        return [own, *(Prompt(p.name, p.system, "", pick_shots(train, p.shots), in_user) for p in wanted)]
     found = [own]
     shots = pick_shots(train, FEW)
     listed = ""
     if labels and len(labels) <= MOST_LABELS:
         listed = "Answer with exactly one of: " + ", ".join(labels)
-        found.append(Prompt("labels", suffix=listed))
+        found.append(Prompt("labels", suffix=listed, in_user=in_user))
     if shots:
         found.append(Prompt(f"few_shot_{len(shots)}", shots=shots))
         if listed:
-            found.append(Prompt(f"labels_few_shot_{len(shots)}", suffix=listed, shots=shots))
+            found.append(Prompt(f"labels_few_shot_{len(shots)}", suffix=listed, shots=shots, in_user=in_user))
     return found
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names of prompts are names of files too."""
+    problems = [
+        Problem("not a name for a prompt", "task.prompts", "letters, digits, '.', '_' and '-'", repr(name)[:80])
+        for name in names
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)
+    ]
+    if len({name.casefold() for name in names}) < len(names):
+        fix = f"name each differently; {AS_IS} is the task's own prompt"
+        problems.append(Problem("two prompts have one name", "task.prompts", got=", ".join(names), fix=fix))
+    if problems:
+        raise InputError(problems)

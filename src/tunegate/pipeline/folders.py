@@ -44,15 +44,13 @@ def is_done(folder: Path, key: str) -> bool:
         return False
 
 
-def begin(folder: Path, key: str, *, keep: bool = False) -> None:
-    """Make ``folder`` ready for a step that is not done; leftovers of other inputs go, unless ``keep``."""
+def begin(folder: Path, *, keep: bool = False) -> None:
+    """Make ``folder`` ready for a step that is not done; what lies there goes, unless ``keep``."""
     with explain_os_error(folder):
         if folder.exists() and not keep:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STEP).unlink(missing_ok=True)
-        remove_temporaries(folder)
-    del key
 
 
 def finish(folder: Path, key: str, **facts: Any) -> None:
@@ -66,7 +64,8 @@ def now() -> str:
 
 @contextlib.contextmanager
 def owned(root: Path) -> Iterator[None]:
-    """Hold ``root`` for this process; another process that runs there is an error, a dead one is not."""
+    """Hold ``root`` for this process and remove what a killed one left half-written; one that still runs there is an
+    error, a dead one is not."""
     with explain_os_error(root):
         root.mkdir(parents=True, exist_ok=True)
         handle = (root / ".lock").open("a+")
@@ -74,7 +73,8 @@ def owned(root: Path) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with explain_os_error(root):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # Windows: no flock; two runs in one folder are not told apart there
             pass
         except BlockingIOError:
@@ -83,6 +83,7 @@ def owned(root: Path) -> Iterator[None]:
                 where=str(root),
                 fix="wait for it, or give this run another `output:`",
             ) from None
+        remove_temporaries(root)
         yield
     finally:
         handle.close()
@@ -99,9 +100,10 @@ class Ledger:
             return []
         try:
             found = read_json(self.path)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, list):
+        keys = {"run", "test", "opened", "reason", "completed"}
+        if not isinstance(found, list) or not all(isinstance(e, dict) and keys <= e.keys() for e in found):
             raise InputError(
                 "the ledger of test openings is damaged", where=str(self.path), fix="restore it from a backup"
             )
@@ -128,13 +130,12 @@ class Ledger:
         write_json(self.path, [*entries, entry])
 
     def close(self, run: str, test_hash: str) -> None:
-        """The opening's scores are on disk."""
+        """The opening's scores are on disk. One that was closed before stays as it is."""
         entries = self.entries()
-        for entry in reversed(entries):
-            if entry["run"] == run and entry["test"] == test_hash:
-                entry["completed"] = now()
-                break
-        write_json(self.path, entries)
+        mine = [e for e in entries if e["run"] == run and e["test"] == test_hash]
+        if mine and not mine[-1]["completed"]:
+            mine[-1]["completed"] = now()
+            write_json(self.path, entries)
 
     def of(self, test_hash: str) -> list[dict[str, Any]]:
         """Every opening of this test set, by whichever run."""

@@ -8,29 +8,28 @@ It does not load the base's weights (it hashes them) and writes nothing outside 
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tunegate
 from tunegate.config import Config, default_lr
-from tunegate.data.check import CheckReport, check_examples
+from tunegate.data.check import CheckReport, Finding, check_examples
 from tunegate.data.forms import Loaded, load_examples
-from tunegate.data.render import Renderer
+from tunegate.data.rows import parse_json
 from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
-from tunegate.errors import InputError, Problem
+from tunegate.errors import InputError, Problem, collecting
 from tunegate.evaluation.evaluator import Scorer, build_scorer
-from tunegate.evaluation.prompts import Prompt, candidates
-from tunegate.files import hash_json
+from tunegate.evaluation.metrics import PYTHON_PREFIX
+from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
+from tunegate.files import hash_file, hash_json
 from tunegate.gate import Policy
-from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
-from tunegate.model.loading import choose_dtype, load_tokenizer
-from tunegate.model.resolve import ResolvedBase, resolve_base
-from tunegate.model.weights import tensors_of
+from tunegate.model.resolve import resolve_base
+from tunegate.pipeline.base import Base, base_name, choose_device, is_local, load_base
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -44,27 +43,6 @@ class Data:
     @property
     def files(self) -> dict[str, str]:
         return {name: digest for one in self.loaded for name, digest in one.files.items()}
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base on disk, hashed, with its renderer. ``parameters`` counts tied tensors once."""
-
-    resolved: ResolvedBase
-    fingerprint: BaseFingerprint
-    renderer: Renderer
-    parameters: int
-    compute_dtype: str
-    dtype_reason: str
-
-    def card(self) -> dict[str, Any]:
-        return {
-            "name": self.resolved.name,
-            "source": self.resolved.source,
-            "revision": self.resolved.revision,
-            "fingerprint": asdict(self.fingerprint),
-            "parameters": self.parameters,
-        }
 
 
 @dataclass(frozen=True)
@@ -83,9 +61,11 @@ class Prepared:
     policy: Policy
 
     @cached_property
-    def base_key(self) -> list[str]:
-        base = self.base
-        return [base.fingerprint.total, base.renderer.template_hash, base.compute_dtype, tunegate.__version__]
+    def base_key(self) -> list[Any]:
+        """What an answer of the base depends on, apart from the prompt."""
+        base, renderer = self.base, self.base.renderer
+        stops = list(renderer.stop_ids) if self.scorer.generates else []
+        return [base.fingerprint.total, renderer.template_hash, stops, base.compute_dtype, tunegate.__version__]
 
     @cached_property
     def baseline_items(self) -> list[Example]:
@@ -94,11 +74,15 @@ class Prepared:
     @cached_property
     def baseline_key(self) -> str:
         prompts = [prompt.hash for prompt in self.prompts]
-        return hash_json([self.base_key, self._task_key, prompts, _content(self.baseline_items)])
+        confidence = self.policy.confidence
+        return hash_json([self.base_key, self._task_key, prompts, _content(self.baseline_items), confidence])
 
-    @property
+    @cached_property
     def _task_key(self) -> Any:
-        return self.config.task.task.model_dump(mode="json", exclude={"prompts", "prompt_items"})
+        """How answers are asked for and scored; files by their content."""
+        task = self.config.task.task
+        settings = task.model_dump(mode="json", exclude={"prompts", "prompt_items", "labels", "json_schema"})
+        return [settings, self.scorer.labels, _metric_files(self.config)]
 
     @cached_property
     def train_key(self) -> str:
@@ -119,8 +103,18 @@ def _content(examples: list[Example]) -> list[str]:
     return [e.content_hash for e in examples]
 
 
+def _metric_files(config: Config) -> list[str]:
+    """Hashes of the files that the metrics are made of: a JSON schema, the user's own modules."""
+    task = config.task.task
+    names = [name for name in (task.metric, *task.report) if name.startswith(PYTHON_PREFIX)]
+    modules = [sys.modules.get(name.split(":")[1]) for name in names]
+    paths = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    paths += [config.folder / task.json_schema] if task.json_schema else []
+    return [hash_file(path) for path in paths if path.is_file()]
+
+
 def load_data(config: Config, *, strict: bool = True) -> Data:
-    """Read and split; whole-file problems of all sources are reported together, bad rows too unless skipped.
+    """Read and split; problems of all sources are reported together, bad rows too unless they are skipped.
 
     Without ``strict`` bad rows are left in ``loaded`` for a report to show.
     """
@@ -158,109 +152,146 @@ def load_data(config: Config, *, strict: bool = True) -> Data:
     return Data(splits, tuple(loaded.values()))
 
 
-def load_base(config: Config, reporter: Reporter, device: str) -> Base:
-    """Find, check and hash the base; the weights stay on disk."""
-    section = config.task.base
-    local = config.folder / section.name
-    name = str(local) if local.is_dir() else section.name
-    resolved = resolve_base(
-        name,
-        section.revision,
-        offline=section.offline,
-        trust_remote_code=section.trust_remote_code,
-        report=reporter.line,
-    )
-    fingerprint = fingerprint_base(resolved.path)
-    tokenizer = load_tokenizer(resolved.path, trust_remote_code=section.trust_remote_code)
-    renderer = Renderer(tokenizer, template=section.template, eos_ids=_eos_ids(resolved.path))
-    dtype, reason = choose_dtype(section.compute_dtype, device=device)
-    entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
-    parameters = sum(_elements(e.shape) for e in entries.values())
-    return Base(resolved, fingerprint, renderer, parameters, str(dtype).removeprefix("torch."), reason)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """The end-of-text ids of the base's generation config."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return ()
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
-
-
-def check_data(data: Data, base: Base | None, max_tokens: int) -> CheckReport:
-    """Everything ``check`` reports; without a base, the part that needs no tokenizer."""
+def check_data(data: Data, base: Base, config: Config) -> CheckReport:
+    """Everything ``check`` reports about rows: with and without their tokens."""
+    section = config.task.data
     report = check_examples(data.splits.as_dict(), data.loaded)
-    if base is not None:
-        check_tokens(data.splits.as_dict(), base.renderer, max_tokens, report)
+    check_tokens(data.splits.as_dict(), base.renderer, section.max_tokens, report, section.on_long_row)
+    _check_room(base, config, report)
     return report
+
+
+def _check_room(base: Base, config: Config, report: CheckReport) -> None:
+    """Rows longer than the base has positions for; those that ``max_tokens`` cuts or skips do not count."""
+    section, longest = config.task.data, report.stats["tokens"]["max"]
+    if section.on_long_row != "error":
+        longest = min(longest, section.max_tokens)
+    if base.positions is not None and longest > base.positions:
+        message = (
+            f"the longest row has {longest:,} tokens, the base takes {base.positions:,}: shorten the rows, or set "
+            f"`data.max_tokens: {base.positions}` with `data.on_long_row: truncate` or `skip`"
+        )
+        report.add(Finding("error", "positions", message, 1))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task whose files could all be read, with what its base and data settled."""
+
+    config: Config
+    data: Data
+    base: Base
+    labels: list[str] | None
+
+
+def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Opened:
+    """Read everything a task names. :class:`InputError` with all problems together; a base that would have to be
+    fetched is left out where there are others. ``strict``: bad rows are a problem too."""
+    problems: list[Problem] = []
+    task = config.task.task
+    device, labels = "cpu", None
+    with collecting(problems):
+        device = choose_device(config.task.train.device)
+    with collecting(problems):
+        labels = _labels(config)
+    with collecting(problems):  # by name, before there are labels or references
+        build_scorer(task, labels or ["yes", "no"], config.folder, config.task.gate.confidence, [])
+    data = base = None
+    with collecting(problems):
+        data = load_data(config, strict=strict)
+    if problems and is_local(config):
+        with collecting(problems):
+            resolve_base(base_name(config), trust_remote_code=config.task.base.trust_remote_code)
+    if problems:
+        raise InputError(problems)
+    assert data is not None
+    base = load_base(config, reporter, device)
+    config, labels = _settle(config, data, base, labels)
+    return Opened(config, data, base, labels)
+
+
+def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]:
+    """What ``check`` says about a task; answers that the metric cannot score against are findings too."""
+    opened = open_task(config, reporter, strict=False)
+    report = check_data(opened.data, opened.base, opened.config)
+    try:
+        _scorer(opened)
+    except InputError as error:
+        shown = [str(problem) for problem in error.problems[:5]]
+        message = f"the metric cannot be used: {len(error.problems)} problems"
+        report.add(Finding("error", "metric", message, len(error.problems), shown))
+    return opened, report
+
+
+def _scorer(opened: Opened) -> Scorer:
+    config, splits = opened.config, opened.data.splits
+    examples = [*splits.valid, *splits.test]
+    return build_scorer(config.task.task, opened.labels, config.folder, config.task.gate.confidence, examples)
 
 
 def prepare(config: Config, reporter: Reporter) -> Prepared:
     """Read, check and settle everything a run needs. :class:`InputError` with all problems of a kind together."""
-    device = choose_device(config.task.train.device)
-    data = load_data(config)
-    base = load_base(config, reporter, device)
-    config, labels = _settle(config, data, base)
-    section, task = config.task.data, config.task.task
-    splits = data.splits
-    scorer = build_scorer(task, labels, config.folder, config.task.gate.confidence, [*splits.valid, *splits.test])
-    report = check_data(data, base, section.max_tokens)
+    opened = open_task(config, reporter)
+    config, data, base = opened.config, opened.data, opened.base
+    section, task, splits = config.task.data, config.task.task, data.splits
+    if not splits.valid:
+        raise InputError(
+            "there are no validation rows, and the eval gate needs some",
+            where="data.valid_fraction",
+            fix="name a file as `data.valid`, or raise valid_fraction above 0",
+        )
+    scorer = _scorer(opened)
+    report = check_data(data, base, config)
 
     def render(examples: list[Example]) -> list[Rendered]:
-        return render_all(
-            examples, base.renderer, max_tokens=section.max_tokens, on_long_row=section.on_long_row, report=report
-        )
+        return render_all(examples, base.renderer, max_tokens=section.max_tokens, on_long_row=section.on_long_row)
 
+    errors = [f for f in report.findings if f.level == "error"]
     valid = sorted(splits.valid, key=lambda e: (position(e, "order"), e.content_hash))
     valid = valid[: max(config.task.train.eval_items, task.prompt_items)]
-    scored = [e for e in valid if e.text is None] if scorer.generates else valid
     return Prepared(
         config=config,
         data=data,
         base=base,
         scorer=scorer,
-        prompts=tuple(candidates(splits.train, labels, task.prompts)) if scorer.generates else (Prompt("as_is"),),
-        train_rows=render(splits.train),
-        valid_rows=render(valid),
-        valid=scored,
+        prompts=_prompts(opened, report, reporter) if scorer.generates else (Prompt(AS_IS),),
+        train_rows=[] if errors else render(splits.train),
+        valid_rows=[] if errors else render(valid),
+        valid=valid,
         report=report,
         policy=Policy(**config.task.gate.model_dump()),
     )
 
 
-def choose_device(wanted: str) -> str:
-    """``auto`` is CUDA where torch sees it, else the CPU."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[Prompt, ...]:
+    """The prompt baselines that the base's template can render and its positions can hold."""
+    task, renderer = opened.config.task.task, opened.base.renderer
+    splits, positions = opened.data.splits, opened.base.positions
+    takes_system = True
     try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise InputError(
-            "unknown device", where="train.device", expected="auto, cpu, cuda or cuda:N", got=wanted
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no CUDA GPU", where="train.device", got=wanted, fix="use auto or cpu")
-    return wanted
+        renderer.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    except InputError:
+        takes_system = False
+    found = candidates(splits.train, opened.labels, task.prompts, takes_system=takes_system)
+    if positions is None or any(f.level == "error" for f in report.findings):
+        return tuple(found)
+    example = splits.valid[0]
+    lengths = {p.name: len(renderer.prompt_ids(p.messages(example), example.tools)) for p in found}
+    room = positions - report.stats["tokens"]["max"] - (task.max_new_tokens or 0)
+    fitting = [p for p in found if p.name == AS_IS or lengths[p.name] - lengths[AS_IS] <= room]
+    for prompt in found:
+        if prompt not in fitting:
+            reporter.line(f"prompt {prompt.name} is left out: it does not fit in the base's {positions:,} tokens")
+    return tuple(fitting)
 
 
-def _settle(config: Config, data: Data, base: Base) -> tuple[Config, list[str] | None]:
+def _settle(config: Config, data: Data, base: Base, labels: list[str] | None) -> tuple[Config, list[str] | None]:
     """Fill in what depends on base and data, each with its reason."""
     train, task = config.task.train, config.task.task
     if train.lr is None:
         config = config.settle("train.lr", *default_lr(base.parameters))
     if config.task.base.compute_dtype == "auto":
         config = config.settle("base.compute_dtype", base.compute_dtype, f"auto: {base.dtype_reason}")
-    labels = _labels(config)
     answers = [e.answer for e in data.splits.train if e.text is None]
     if labels is None and (task.metric == "accuracy" or "accuracy" in task.report or task.answer_by == "likelihood"):
         labels = sorted(set(answers))
@@ -283,9 +314,11 @@ def _labels(config: Config) -> list[str] | None:
         return list(given)
     path = config.path(given)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError("cannot read the labels", where=f"task.labels: {path}", got=str(error)) from None
+        fix = "a JSON list of texts, or the labels themselves in the task file"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError("cannot read the labels", where=f"task.labels: {path}", got=reason, fix=fix) from None
     if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
         raise InputError("not a list of labels", where=f"task.labels: {path}", expected='["label", ...]')
     return found

@@ -6,6 +6,8 @@ opens the test set in the ledger before its first item.
 
 from __future__ import annotations
 
+import json
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
-from tunegate.data.duplicates import find_leaks
 from tunegate.engine.train import Hooks, TrainResult, mean_loss, train
+from tunegate.errors import InputError, TunegateError
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import compare
-from tunegate.files import hash_json, read_json, write_json, write_text
+from tunegate.files import explain_os_error, hash_json, read_json, update_json, write_json, write_text
 from tunegate.gate import Evidence, decide
-from tunegate.pipeline.folders import Ledger, begin, finish, is_done, short
+from tunegate.pipeline.folders import STEP, Ledger, begin, finish, is_done, short
 from tunegate.pipeline.prepare import Prepared
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import Comparison, Decision, EvalRecord, RunRecord
@@ -30,12 +32,17 @@ LOSS_ROWS = 200  # rows over which training and validation loss are measured for
 
 
 def baseline(session: Session, folder: Path) -> dict[str, EvalRecord]:
-    """The base under every candidate prompt, on validation items. Keys are prompt names, best first."""
+    """The base under every candidate prompt, on validation items. Keys are prompt names, best first.
+
+    The folder's name holds the key, so prompts scored before a kill are kept.
+    """
     prepared = session.prepared
     if not is_done(folder, prepared.baseline_key):
-        begin(folder, prepared.baseline_key)
+        begin(folder, keep=True)
         with session.as_base():
             for prompt in prepared.prompts:
+                if (folder / f"{prompt.name}.json").exists():
+                    continue
                 items = folder / f"{prompt.name}.items.jsonl"
                 subject = "base" if prompt.name == AS_IS else f"prompt {prompt.name}"
                 found = session.evaluate(prepared.baseline_items, subject, "valid", items, prompt)
@@ -49,9 +56,10 @@ def baseline(session: Session, folder: Path) -> dict[str, EvalRecord]:
 def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunRecord:
     """Train, or go on training, in ``run/train``; the best adapter lands in ``run/adapter``."""
     prepared, folder = session.prepared, run / "train"
-    if is_done(folder, prepared.train_key):
+    if is_done(folder, prepared.train_key) and (run / "adapter").exists():
+        _check_unchanged(run)
         return records.load(folder / "run.json", RunRecord)
-    begin(folder, prepared.train_key, keep=True)
+    begin(folder, keep=True)
     settings = prepared.config.task.train
     injection = session.start_adapter(adapter_spec(settings), settings.seed)
     log = _Log(folder / "log.jsonl", session)
@@ -61,6 +69,13 @@ def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunR
         examples = prepared.valid[: settings.eval_items]
         found = session.evaluate(examples, "adapter", "valid", items)
         valid_loss = mean_loss(session.runner, prepared.valid_rows[:LOSS_ROWS], settings.tokens_per_batch)
+        if not math.isfinite(valid_loss):
+            raise TunegateError(
+                f"the validation loss is {valid_loss} at step {step}",
+                where="train.lr",
+                got=f"{settings.lr:g}",
+                fix="lower it; the last checkpoint before this step is kept",
+            )
         score = found.record.score
         return score.value, {"low": score.low, "high": score.high, "n": score.n, "valid_loss": valid_loss,
                              "stop_rate": found.record.stop_rate}  # fmt: skip
@@ -84,6 +99,19 @@ def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunR
     records.save(folder / "run.json", record)
     finish(folder, prepared.train_key, adapter=session.adapter_hash)
     return record
+
+
+def _check_unchanged(run: Path) -> None:
+    """The adapter is the one that training left."""
+    expected, got = read_json(run / "train" / STEP).get("adapter"), adapter_hash(run / "adapter")
+    if got != expected:
+        raise InputError(
+            "the adapter was changed after it was trained",
+            where=str(run / "adapter"),
+            expected=str(expected),
+            got=got,
+            fix="restore its files, or remove the folder: the same command makes it again from the last checkpoint",
+        )
 
 
 def _run_record(session: Session, result: TrainResult) -> RunRecord:
@@ -116,10 +144,11 @@ def _run_record(session: Session, result: TrainResult) -> RunRecord:
 
 
 class _Log:
-    """Training events as JSON lines and as a progress bar. A resumed run drops the lines after its checkpoint."""
+    """Training events as JSON lines and as a progress bar. Lines of a killed run after its checkpoint are dropped."""
 
     def __init__(self, path: Path, session: Session):
         self.path, self.session = path, session
+        self.begun = False
         self.bar: Any = None
         self.advance: Callable[[int], None] | None = None
 
@@ -135,11 +164,11 @@ class _Log:
             self.bar = self.advance = None
 
     def report(self, event: dict[str, Any]) -> None:
-        import json
-
         reporter = self.session.reporter
+        if not self.begun:
+            self.begun = True
+            self._cut(event["step"] if event["event"] == "resume" else 0)
         if event["event"] == "resume":
-            self._cut(event["step"])
             reporter.line(f"resuming after step {event['step']}")
         if event["event"] == "step":
             if self.bar is None:
@@ -154,19 +183,17 @@ class _Log:
                 f"step {event['step']}: {self.session.prepared.scorer.task.metric} {event['score']:.4f} "
                 f"({event['n']} items), valid loss {event['valid_loss']:.4f}, {mark}"
             )
-        with self.path.open("a", encoding="utf-8") as handle:
+        with explain_os_error(self.path), self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(event) + "\n")
         reporter.event(event)
 
     def _cut(self, step: int) -> None:
-        import json
-
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):  # the line a killed process was writing
+            except (ValueError, KeyError, TypeError):  # the line a killed process was writing
                 continue
         write_text(self.path, "".join(line + "\n" for line in kept))
 
@@ -187,12 +214,15 @@ def test(
     prepared, folder = session.prepared, run / "test"
     digest = adapter_hash(run / "adapter")
     key = hash_json([prepared.run_key, digest, prompt.hash, prepared.test_hash])
+    run_id = short(prepared.run_key)
     subjects = {"base": Prompt(AS_IS), "prompt": prompt, "adapter": Prompt(AS_IS)}
     if prompt.name == AS_IS:
         del subjects["prompt"]
+    if is_done(folder, key):
+        ledger.close(run_id, prepared.test_hash)  # a kill may have come between the scores and this line
     if not is_done(folder, key) or reopen:
-        ledger.open(short(prepared.run_key), prepared.test_hash, reopen)
-        begin(folder, key)
+        ledger.open(run_id, prepared.test_hash, reopen)
+        begin(folder)
         measured = {}
         for subject, wanted in subjects.items():
             items = folder / f"{subject}.items.jsonl"
@@ -212,7 +242,7 @@ def test(
         }
         write_json(folder / "comparisons.json", {name: asdict(c) for name, c in compared.items()})
         finish(folder, key)
-        ledger.close(short(prepared.run_key), prepared.test_hash)
+        ledger.close(run_id, prepared.test_hash)
     evaluated = {name: records.load(folder / f"{name}.json", EvalRecord) for name in subjects}
     comparisons = {name: Comparison(**c) for name, c in read_json(folder / "comparisons.json").items()}
     return evaluated, comparisons
@@ -222,7 +252,7 @@ def judge(
     prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecord, comparisons: dict[str, Comparison]
 ) -> Decision:
     """Apply the policy that was stored before training. The prompt is the base where no better prompt was found."""
-    leaks = find_leaks(prepared.data.splits.train, prepared.data.splits.test)
+    leaks = prepared.report.stats["leaks"]["test in train"]
     prompt = comparisons.get("prompt", comparisons["base"])
     decision = decide(
         prepared.policy,
@@ -230,9 +260,9 @@ def judge(
             adapter=adapter,
             comparisons={"base": comparisons["base"], "prompt": prompt},
             run=record,
-            leaked_test_rows=len({candidate for candidate, _ in leaks.exact}),
-            near_leaks=len({near[0] for near in leaks.near}),
+            leaked_test_rows=leaks["exact"],
+            near_leaks=leaks["near"],
         ),
     )
-    records.save(run / "decision.json", decision)
+    update_json(run / "decision.json", records.to_json(decision))
     return decision
