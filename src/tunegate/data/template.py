@@ -55,12 +55,13 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, template: str | None, adds_bos: bool):
-        self._variables = {
+        self._variables: dict[str, Any] = {
             name: token if isinstance(token, str) else [str(t) for t in token]
             for name, token in tokenizer.special_tokens_map.items()
         }
         pair = _choose(tokenizer, template, adds_bos)
-        self.source, self.tool_source = (_with_fixed_date(t) for t in pair) if pair else (None, None)
+        self.source: str | None = _with_fixed_date(pair[0]) if pair else None
+        self.tool_source: str | None = _with_fixed_date(pair[1]) if pair else None
         self.hash = hash_json([self.source, self.tool_source, self._variables])
 
     def uses_markers(self, tools: Sequence[Any] = ()) -> bool:
@@ -83,7 +84,8 @@ class ChatTemplate:
                 fix="use an instruct base, or choose a template: `base.template: plain`, `chatml` or Jinja text",
             )
         try:
-            texts, found = render_jinja_template(
+            render: Any = render_jinja_template  # its annotations do not cover the template's own variables
+            texts, found = render(
                 conversations=[list(messages)],
                 tools=list(tools) or None,
                 chat_template=source,
@@ -110,9 +112,10 @@ def _choose(tokenizer: Any, template: str | None, adds_bos: bool) -> tuple[str, 
         if not own:
             return None
         if named and "default" not in named:
-            known = ", ".join(sorted(named))
             raise InputError(
-                "the base has several chat templates and no default", got=known, fix="name one in base.template"
+                "the base has several chat templates and no default",
+                got=", ".join(sorted(named)),
+                fix="name one in base.template",
             )
         return tokenizer.get_chat_template(None), tokenizer.get_chat_template(None, tools=[{}])
     if template in named:
