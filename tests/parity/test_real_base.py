@@ -116,3 +116,21 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     runner = Runner(model)
     row = Rendered("r", tuple(ids[0].tolist()), (True,) * ids.shape[1])
     return runner.head.logits(runner.hidden(make_batch([row])))
+
+
+def test_two_trainings_on_every_core_end_in_the_same_bytes(base: Any, renderer: Renderer) -> None:
+    """Parallel sums with no fixed order show only with more than one thread and real sizes."""
+    rows = [r for r in renderer.render_many(examples() * 12) if isinstance(r, Rendered)]
+    batch = make_batch(rows)
+    found = []
+    for _ in range(2):
+        model = load_model(base, dtype=torch.float32)
+        runner = Runner(model)
+        injection = inject(model, AdapterSpec(rank=4, alpha=8.0, dropout=0.1), seed=1)
+        for layer in injection.modules.values():
+            torch.nn.init.normal_(layer.lora_B, std=0.01, generator=torch.Generator().manual_seed(2))
+            layer.train()
+        torch.manual_seed(0)
+        runner.loss_sum(batch).backward()
+        found.append({name: p.grad for name, p in injection.parameters().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

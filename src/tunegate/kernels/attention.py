@@ -56,7 +56,8 @@ class Layout:
 @dataclass(frozen=True)
 class _Group:
     query_index: Tensor  # (rows, Lq) token of each query; padding repeats the row's first token
-    key_index: Tensor  # (rows, Lk)
+    prefix: int  # keys every row begins with: tokens 0 to prefix
+    key_index: Tensor  # (rows, Lk - prefix) the row's own keys
     query_position: Tensor  # (rows, Lq)
     key_position: Tensor  # (rows, Lk); padding has a position no query reaches
     plain_causal: bool  # one length, no prefix: SDPA's own causal mask will do
@@ -101,7 +102,8 @@ class Plan:
         before = torch.arange(prefix)[None, :].expand(len(rows), -1)
         return _Group(
             query_index=(index - skipped).to(device),
-            key_index=torch.cat([before, index], dim=1).to(device),
+            prefix=prefix,
+            key_index=index.to(device),
             query_position=query_position.to(device),
             key_position=torch.cat([before, key_position], dim=1).to(device),
             plain_causal=prefix == 0 and bool(real.all()),
@@ -151,8 +153,8 @@ def attention(
     outputs = []
     for index, group in enumerate(plan.groups):
         q = query[group.query_index].transpose(1, 2)  # (B, H, Lq, D)
-        k = _spread(key[group.key_index].transpose(1, 2), q.shape[1])
-        v = _spread(value[group.key_index].transpose(1, 2), q.shape[1])
+        k = _spread(_gather(key, group).transpose(1, 2), q.shape[1])
+        v = _spread(_gather(value, group).transpose(1, 2), q.shape[1])
         causal = group.plain_causal and window is None
         if softcap is not None:
             out = _softcapped(q, k, v, plan.mask(index, window), scale, softcap)
@@ -162,6 +164,18 @@ def attention(
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask(index, window), scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B*Lq, H, D)
     return torch.cat(outputs)[plan.scatter]
+
+
+def _gather(tokens: Tensor, group: _Group) -> Tensor:
+    """(S, Hkv, D) to the group's (rows, Lk, Hkv, D).
+
+    The prefix is expanded, not indexed: its gradient is then a sum with a fixed order, where indexing would add the
+    rows up in whatever order threads reach them, and no two runs would end in the same bytes.
+    """
+    own = tokens[group.key_index]
+    if not group.prefix:
+        return own
+    return torch.cat([tokens[: group.prefix].expand(len(own), -1, -1, -1), own], dim=1)
 
 
 def _spread(heads: Tensor, wanted: int) -> Tensor:
