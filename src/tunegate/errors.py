@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SHOWN_AT_MOST = 20
-LINES_AT_MOST = 32  # with what the command line adds, an error fits on one screen
+LINES_AT_MOST = 24  # with the lines before it, an error fits on one screen
 LONGEST_VALUE = 500  # characters
 
 

@@ -11,12 +11,13 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from tunegate.cli.console import Console
 from tunegate.cli.parser import make_parser
-from tunegate.errors import TunegateError
+from tunegate.errors import Problem, TunegateError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,37 +34,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         code: int = getattr(commands, arguments.command)(arguments, console)
         return code
-    except TunegateError as error:
-        if arguments.debug:
-            raise
-        return _fail(console, arguments.json, error)
-    except KeyboardInterrupt:
-        console.error("interrupted; what was finished is kept, the same command goes on from there")
-        return 130
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 1
-    except MemoryError:
-        console.error("out of memory: lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
-        return 1
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
-            raise
-        console.error(
-            f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
-            "    this is a defect of tunegate; --debug shows where it happened"
-        )
-        return 1
+            traceback.print_exc()
+        problems, code = _explain(error)
+        if arguments.json:
+            print(json.dumps({"error": [asdict(p) for p in problems], "exit_code": code}))
+        else:
+            console.error(str(TunegateError(problems)))
+        return code
     finally:
         signal.signal(signal.SIGINT, previous)
 
 
-def _fail(console: Console, as_json: bool, error: TunegateError) -> int:
-    if as_json:
-        print(json.dumps({"error": [asdict(p) for p in error.problems], "exit_code": error.exit_code}))
-    else:
-        console.error(str(error))
-    return error.exit_code
+def _explain(error: BaseException) -> tuple[list[Problem], int]:
+    """Problems to show and the exit code, for whatever a command raised."""
+    if isinstance(error, TunegateError):
+        return error.problems, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return [Problem("interrupted; what was finished is kept, the same command goes on from there")], 130
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return [
+            Problem("out of memory", fix="lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
+        ], 1
+    if isinstance(error, OSError) and error.strerror:
+        return [Problem(f"the system refuses: {error.strerror}", where=str(error.filename or ""))], 1
+    first = (str(error).splitlines() or [""])[0]
+    fix = "this is a defect of tunegate; --debug shows where it happened"
+    return [Problem(f"unexpected {type(error).__name__}: {first}", fix=fix)], 1
 
 
 def _quiet_libraries() -> None:

@@ -1,4 +1,7 @@
-"""What a person sees: lines, bars and tables through rich. Messages go to standard error, results to standard output."""
+"""What a person sees: lines, bars and tables through rich.
+
+Messages go to standard error, results to standard output. Text of the user's is never read as markup or emoji.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class Console:
 
     def __init__(self, *, json_only: bool = False):
         self.json_only = json_only
-        self.out = rich.console.Console(highlight=False, soft_wrap=True)
-        self.err = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
+        self.err = rich.console.Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self.training = False
         self.stopping = False
 
@@ -56,7 +59,7 @@ class Console:
         finally:
             self.training = False
         if not self.json_only and not self.err.is_terminal and not training:
-            self.err.print(f"{label}: {total} done")
+            self.err.print(escape(f"{label}: {total} done"))
 
     # --- interruption ------------------------------------------------------------------------------------------
 

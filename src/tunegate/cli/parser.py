@@ -17,6 +17,18 @@ exit codes: 0 done, 1 failed or held by the gate, 2 wrong use or bad input, 130 
 """
 
 
+def _reason(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("say why: the reason is recorded on the card")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
+    return int(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tunegate",
@@ -51,20 +63,26 @@ def make_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("inputs", nargs="+", metavar="TASK|FILE", help="one task YAML, or data files")
     check.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    check.add_argument("--show", type=int, default=0, metavar="N", help="print N rows as tokens, targets in green")
+    check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
     check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
     check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
 
     run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
     run.add_argument(
-        "--reopen-test", metavar="WHY", help="open a test set that this run has opened; the reason is recorded"
+        "--reopen-test",
+        type=_reason,
+        metavar="WHY",
+        help="open a test set that this run has opened; the reason is recorded",
     )
     commands.add_parser("train", parents=[task], help="check and train; `run` goes on from there")
     evaluate = commands.add_parser("eval", parents=[task], help="score the base or an adapter on a split")
-    evaluate.add_argument("--adapter", metavar="FOLDER", help="default: the adapter of this task's run")
-    evaluate.add_argument("--plain-base", action="store_true", help="score the base without an adapter")
+    subject = evaluate.add_mutually_exclusive_group()
+    subject.add_argument("--adapter", metavar="FOLDER", help="default: the adapter of this task's run")
+    subject.add_argument("--plain-base", action="store_true", help="score the base without an adapter")
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
-    evaluate.add_argument("--reopen-test", metavar="WHY", help="the reason, if this test set was opened before")
+    evaluate.add_argument(
+        "--reopen-test", type=_reason, metavar="WHY", help="the reason, if this test set was opened before"
+    )
     evaluate.add_argument(
         "--allow-base-mismatch", action="store_true", help="score an adapter of another base; recorded"
     )

@@ -204,7 +204,9 @@ class Evaluator:
                 for number, row_id in enumerate(batch.row_ids):
                     mean = float(found[batch.target_rows == number].mean())
                     if math.isnan(mean):
-                        raise TunegateError("the likelihood is NaN: the model diverged", where=examples[int(row_id)].row_id)
+                        raise TunegateError(
+                            "the likelihood is NaN: the model diverged", where=examples[int(row_id)].row_id
+                        )
                     values[int(row_id)] = min(1.0, math.exp(mean))
                 progress(len(batch.row_ids))
         return Measurement(LIKELIHOOD, tuple(e.row_id for e in examples), values)

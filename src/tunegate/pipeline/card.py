@@ -7,20 +7,24 @@ of the base check is possible and is recorded by whoever asked for it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tunegate
 from tunegate import records
-from tunegate.adapter.files import adapter_hash
+from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash
 from tunegate.errors import InputError, Problem, TunegateError
-from tunegate.files import hash_file, read_json, write_json, write_text
-from tunegate.pipeline.folders import git_state, now, short
-from tunegate.pipeline.prepare import Base, Prepared
+from tunegate.files import explain_os_error, hash_file, read_json, write_json, write_text
+from tunegate.pipeline.base import Base
+from tunegate.pipeline.folders import now, short
+from tunegate.pipeline.prepare import Prepared
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
 
 CARD, MANIFEST, README = "card.json", "manifest.json", "README.md"
+FILES = (CONFIG, TENSORS, CARD, README)
 
 
 def versions() -> dict[str, str]:
@@ -39,8 +43,8 @@ def write_card(
     decision: Decision,
     openings: list[dict[str, Any]],
 ) -> AdapterCard:
-    """Write card, README and manifest beside the adapter's tensors."""
-    folder = run / "adapter"
+    """Write card, README and manifest beside the adapter's tensors, unless they say the same already."""
+    folder, begun = run / "adapter", read_json(run / "run.json")
     config, base = prepared.config, prepared.base
     card = AdapterCard(
         name=config.name,
@@ -59,16 +63,45 @@ def write_card(
         comparisons=comparisons,
         decision=decision,
         test_openings=openings,
-        versions=versions(),
-        git=git_state(config.folder),
+        versions=begun["versions"],
+        git=begun["git"],
         created=now(),
     )
-    (folder / MANIFEST).unlink(missing_ok=True)
+    if not _problems(folder):
+        there = records.load(folder / CARD, AdapterCard)
+        if records.to_json(replace(card, created=there.created)) == records.to_json(there):
+            return there
+    with explain_os_error(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
     records.save(folder / CARD, card)
     write_text(folder / README, _readme(card))
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    write_json(folder / MANIFEST, {name: hash_file(folder / name) for name in names})
+    write_json(folder / MANIFEST, {name: hash_file(folder / name) for name in FILES})
     return card
+
+
+def _problems(folder: Path) -> list[Problem]:
+    """What keeps ``folder`` from being a complete adapter, every file as its manifest says."""
+    path = folder / MANIFEST
+    if not path.exists():
+        what = "not a complete adapter: it has no manifest" if folder.is_dir() else "no such adapter folder"
+        return [Problem(what, str(folder), fix="`tunegate run` makes and finishes one")]
+    try:
+        manifest = read_json(path)
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict) or not set(FILES) <= manifest.keys():
+        return [Problem("the manifest is damaged", str(path), f"hashes of {', '.join(FILES)}")]
+    problems = []
+    for name, digest in manifest.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            problems.append(Problem("a file of the adapter is missing", str(file), fix="copy the whole folder again"))
+        elif (found := hash_file(file)) != digest:
+            problems.append(Problem("changed since it was published", str(file), str(digest), found, _CHANGED))
+    return problems
+
+
+_CHANGED = "copy the adapter again; `tunegate run` remakes one of its own if its folder is removed"
 
 
 def _readme(card: AdapterCard) -> str:
@@ -80,7 +113,7 @@ def _readme(card: AdapterCard) -> str:
     rules = "\n".join(f"- {r.rule}: {r.verdict}. {r.reason}" for r in card.decision.rules)
     return f"""---
 library_name: peft
-base_model: {card.base["name"]}
+base_model: {json.dumps(card.base["name"])}
 tags: [lora, tunegate]
 ---
 
@@ -98,28 +131,41 @@ Decision: **{card.decision.verdict}**. Base `{card.base["name"]}`, fingerprint `
 """
 
 
+def load_card(folder: Path) -> AdapterCard:
+    """The card in ``folder``, its free-form parts checked as far as they are read."""
+    card = records.load(folder / CARD, AdapterCard)
+    needed = {
+        "base.name": (card.base.get("name"), str),
+        "base.parameters": (card.base.get("parameters"), int),
+        "base.fingerprint": (card.base.get("fingerprint"), dict),
+        "adapter.hash": (card.adapter.get("hash"), str),
+        "adapter.run": (card.adapter.get("run"), str),
+        "template.golden": (card.template.get("golden"), list),
+    }
+    wrong = [name for name, (value, kind) in needed.items() if not isinstance(value, kind)]
+    if not wrong and not isinstance(card.base["fingerprint"].get("total"), str):
+        wrong.append("base.fingerprint.total")
+    if not wrong and not all(isinstance(e, dict) and isinstance(e.get("ids"), list) for e in card.template["golden"]):
+        wrong.append("template.golden")
+    if wrong or not card.evaluations:
+        where = str(folder / CARD)
+        raise InputError([Problem(f"missing or wrong: {name}", where) for name in wrong or ["evaluations"]])
+    return card
+
+
 def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False) -> AdapterCard:
     """The card of a complete adapter folder that belongs to ``base``.
 
     :class:`InputError` if a file is missing or changed since it was published, or if the adapter was made for
     another base (unless ``allow_base_mismatch``) or renders prompts differently.
     """
-    if not (folder / MANIFEST).exists():
-        raise InputError(
-            "not a complete adapter: it has no manifest", where=str(folder), fix="`tunegate run` finishes it"
-        )
-    manifest = read_json(folder / MANIFEST)
-    problems = []
-    for name, digest in manifest.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            problems.append(Problem("a file of the adapter is missing", where=str(path)))
-        elif hash_file(path) != digest:
-            problems.append(Problem("changed since it was published", str(path), digest, hash_file(path)))
+    problems = _problems(folder)
     if problems:
         raise InputError(problems)
-    card = records.load(folder / CARD, AdapterCard)
+    card = load_card(folder)
     made_for, here = card.base["fingerprint"]["total"], base.fingerprint.total
+    if card.adapter["hash"] != adapter_hash(folder):
+        raise InputError("the card is of another adapter", where=str(folder), fix=_CHANGED)
     if made_for != here and not allow_base_mismatch:
         raise InputError(
             "the adapter was trained on another base",
@@ -137,4 +183,4 @@ def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False
 
 def _which(fingerprint: dict[str, str], base: Base) -> str:
     parts = ("weights", "config", "tokenizer", "template")
-    return ", ".join(p for p in parts if fingerprint[p] != getattr(base.fingerprint, p)) or "parts"
+    return ", ".join(p for p in parts if fingerprint.get(p) != getattr(base.fingerprint, p)) or "parts"

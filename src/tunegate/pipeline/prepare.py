@@ -162,14 +162,12 @@ def check_data(data: Data, base: Base, config: Config) -> CheckReport:
 
 
 def _check_room(base: Base, config: Config, report: CheckReport) -> None:
-    """Rows longer than the base has positions for; those that ``max_tokens`` cuts or skips do not count."""
-    section, longest = config.task.data, report.stats["tokens"]["max"]
-    if section.on_long_row != "error":
-        longest = min(longest, section.max_tokens)
+    """Rows longer than the base has positions for. What exceeds ``max_tokens`` is cut, skipped or an error already."""
+    longest = min(report.stats["tokens"]["max"], config.task.data.max_tokens)
     if base.positions is not None and longest > base.positions:
         message = (
-            f"the longest row has {longest:,} tokens, the base takes {base.positions:,}: shorten the rows, or set "
-            f"`data.max_tokens: {base.positions}` with `data.on_long_row: truncate` or `skip`"
+            f"rows of {longest:,} tokens, and the base takes {base.positions:,} (its max_position_embeddings): "
+            f"set `data.max_tokens: {base.positions}` with `data.on_long_row: truncate` or `skip`"
         )
         report.add(Finding("error", "positions", message, 1))
 
@@ -242,11 +240,12 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         )
     scorer = _scorer(opened)
     report = check_data(data, base, config)
+    if not report.ok:
+        raise InputError([_as_problem(f) for f in report.findings if f.level == "error"])
 
     def render(examples: list[Example]) -> list[Rendered]:
         return render_all(examples, base.renderer, max_tokens=section.max_tokens, on_long_row=section.on_long_row)
 
-    errors = [f for f in report.findings if f.level == "error"]
     valid = sorted(splits.valid, key=lambda e: (position(e, "order"), e.content_hash))
     valid = valid[: max(config.task.train.eval_items, task.prompt_items)]
     return Prepared(
@@ -255,12 +254,19 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         base=base,
         scorer=scorer,
         prompts=_prompts(opened, report, reporter) if scorer.generates else (Prompt(AS_IS),),
-        train_rows=[] if errors else render(splits.train),
-        valid_rows=[] if errors else render(valid),
+        train_rows=render(splits.train),
+        valid_rows=render(valid),
         valid=valid,
         report=report,
         policy=Policy(**config.task.gate.model_dump()),
     )
+
+
+def _as_problem(finding: Finding) -> Problem:
+    fix = "`tunegate check` shows everything that was found"
+    if finding.code == "long_rows":
+        fix = "raise data.max_tokens, or set `data.on_long_row: truncate` (cuts the oldest tokens) or `skip`"
+    return Problem(finding.message, "data", got=", ".join(finding.examples), fix=fix)
 
 
 def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[Prompt, ...]:
@@ -273,7 +279,7 @@ def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[P
     except InputError:
         takes_system = False
     found = candidates(splits.train, opened.labels, task.prompts, takes_system=takes_system)
-    if positions is None or any(f.level == "error" for f in report.findings):
+    if positions is None:
         return tuple(found)
     example = splits.valid[0]
     lengths = {p.name: len(renderer.prompt_ids(p.messages(example), example.tools)) for p in found}

@@ -21,6 +21,14 @@ class Reporter(Protocol):
         """A bar; the function it yields is told how many more are done."""
 
 
+def count(n: int) -> str:
+    """``134.5M`` for 134,515,008: a number of parameters as people say it."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if n >= unit:
+            return f"{n / unit:.1f}{name}"
+    return str(n)
+
+
 class Silent:
     """Says nothing."""
 

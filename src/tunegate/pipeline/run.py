@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunegate import records
 from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
-from tunegate.files import hash_json, read_json, write_json
+from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
 from tunegate.pipeline import steps
-from tunegate.pipeline.card import MANIFEST, check_adapter, write_card
-from tunegate.pipeline.folders import Ledger, owned, short
+from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
+from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
-from tunegate.pipeline.session import Session
+from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
 
 
@@ -43,46 +44,58 @@ def run_folder(prepared: Prepared) -> Path:
 
 
 def open_run(prepared: Prepared) -> Path:
-    """Create the run's folder with its settings and policy, or check that the stored policy is this one."""
-    folder = run_folder(prepared)
-    policy = {"policy": asdict(prepared.policy), "hash": prepared.policy.hash()}
-    stored = folder / "policy.json"
-    if stored.exists():
-        if (
-            read_json(stored)["hash"] != policy["hash"]
-            or Policy(**read_json(stored)["policy"]).hash() != policy["hash"]
-        ):
-            raise TunegateError(
-                "the stored gate policy was changed after this run began",
-                where=str(stored),
-                fix="restore it, or delete the run folder; a new policy makes a new run",
-            )
+    """Create the run's folder with its policy and settings, or check that the stored policy is this one.
+
+    ``run.json`` says what the run began with, code included, and is not changed afterwards.
+    """
+    folder, config = run_folder(prepared), prepared.config
+    if (folder / "policy.json").exists():
+        check_policy(prepared, folder)
     else:
-        write_json(stored, policy)
-    config = prepared.config
-    write_json(
-        folder / "run.json",
-        {
+        write_json(folder / "policy.json", {"policy": asdict(prepared.policy), "hash": prepared.policy.hash()})
+    if not (folder / "run.json").exists():
+        begun = {
             "key": prepared.run_key,
             "task": config.task.model_dump(mode="json"),
             "origins": dict(config.origins),
             "base": prepared.base.card(),
             "data": prepared.data.files,
-        },
-    )
-    write_json(folder / "check.json", prepared.report.to_json())
-    write_json(config.run_dir / "latest.json", {"run": folder.name})
+            "versions": versions(),
+            "git": git_state(config.folder),
+            "begun": now(),
+        }
+        write_json(folder / "run.json", begun)
+    update_json(folder / "check.json", prepared.report.to_json())
+    update_json(config.run_dir / "latest.json", {"run": folder.name})
     return folder
+
+
+def check_policy(prepared: Prepared, folder: Path) -> None:
+    """:class:`TunegateError` if the policy that was stored before training is not the one of this run."""
+    stored, expected = folder / "policy.json", prepared.policy.hash()
+    try:
+        found = read_json(stored)
+        same = found["hash"] == expected and Policy(**found["policy"]).hash() == expected
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        same = False
+    if not same:
+        raise TunegateError(
+            "the stored gate policy was changed after this run began",
+            where=str(stored),
+            expected=f"the policy with hash {expected}",
+            fix="restore the file, or change `gate:` in the task file: another policy makes a new run",
+        )
 
 
 def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: Callable[[], bool]) -> Outcome:
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
-    reporter.line("checking data and base")
-    prepared = prepare(config, reporter)
-    show_check(prepared, reporter)
+    prepared = _prepared(config, reporter)
+    _need_test(prepared)
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         run = open_run(prepared)
+        if not is_done(run / "train", prepared.train_key):
+            session.check_adapter(adapter_spec(prepared.config.task.train))  # before minutes of baselines
         baselines = measure_baselines(session)
         record = steps.train_adapter(session, run, stop)
         ledger = Ledger(prepared.config.run_dir)
@@ -100,16 +113,51 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     return Outcome(run, run / "adapter", card, baselines)
 
 
-def show_check(prepared: Prepared, reporter: Reporter) -> None:
-    """Say what the check found; errors stop the run."""
-    errors = [f for f in prepared.report.findings if f.level == "error"]
+def _prepared(config: Config, reporter: Reporter) -> Prepared:
+    """The task ready to run; says what its settings are and what the check found."""
+    reporter.line("checking data and base")
+    prepared = prepare(config, reporter)
+    for line in describe_settings(prepared.config):
+        reporter.line(line)
     for finding in prepared.report.findings:
         if finding.level == "warning":
-            reporter.line(f"warning: {finding.message} ({finding.count})")
-    if errors:
+            reporter.line(f"warning: {finding.message}")
+    return prepared
+
+
+def _need_test(prepared: Prepared) -> None:
+    if not prepared.data.splits.test:
         raise InputError(
-            "; ".join(f"{f.message} ({f.count})" for f in errors), where="data", fix="`tunegate check` shows the rows"
+            "there are no test rows, and the decision needs some",
+            where="data.test_fraction",
+            fix="name a file as `data.test`, or raise test_fraction above 0; `tunegate train` trains without",
         )
+
+
+def describe_settings(config: Config) -> list[str]:
+    """Every setting with its origin, a line or two per section; what is a plain default stands together."""
+    told: dict[str, list[str]] = {}
+    plain: dict[str, list[str]] = {}
+    for key, value, origin in config.items():
+        section, _, name = key.rpartition(".")
+        shown = f"{name}={_short_value(value)}"
+        if origin == "default":
+            plain.setdefault(section, []).append(shown)
+        else:
+            told.setdefault(section, []).append(f"{shown} ({origin})")
+    lines = []
+    for section in dict.fromkeys([*told, *plain]):
+        parts = [" ".join(told.get(section, []))]
+        parts += ["default: " + " ".join(plain[section])] if section in plain else []
+        lines.append(f"{section or 'task file'}: {'; '.join(p for p in parts if p)}")
+    return lines
+
+
+def _short_value(value: Any) -> str:
+    if isinstance(value, (list, dict)) and len(canonical_json(value)) > 40:
+        return f"({len(value)} of them)"
+    text = value if isinstance(value, str) and value else canonical_json(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def measure_baselines(session: Session) -> dict[str, EvalRecord]:
@@ -119,8 +167,7 @@ def measure_baselines(session: Session) -> dict[str, EvalRecord]:
 
 def train_only(config: Config, reporter: Reporter, *, stop: Callable[[], bool]) -> tuple[Path, RunRecord]:
     """Check and train; no baseline, no test. ``run`` goes on from here."""
-    prepared = prepare(config, reporter)
-    show_check(prepared, reporter)
+    prepared = _prepared(config, reporter)
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         folder = open_run(prepared)
@@ -131,17 +178,19 @@ def decide_again(config: Config, reporter: Reporter) -> tuple[Path, Decision]:
     """Apply the run's stored policy to its stored records; nothing is scored."""
     prepared = prepare(config, reporter)
     folder = run_folder(prepared)
-    if not (folder / "test" / "step.json").exists():
+    if not (folder / "test" / STEP).exists():
         raise InputError(
             "there is no tested run of this task with these settings and this gate policy",
             where=str(folder),
             fix="`tunegate run` makes it; a policy counts only for runs that began with it",
         )
-    open_run(prepared)
-    evaluated = records.load(folder / "test" / "adapter.json", EvalRecord)
-    compared = {name: records.Comparison(**c) for name, c in read_json(folder / "test" / "comparisons.json").items()}
-    record = records.load(folder / "train" / "run.json", RunRecord)
-    return folder, steps.judge(prepared, folder, record, evaluated, compared)
+    with owned(prepared.config.run_dir):
+        check_policy(prepared, folder)
+        evaluated = records.load(folder / "test" / "adapter.json", EvalRecord)
+        found = read_json(folder / "test" / "comparisons.json")
+        compared = {name: records.Comparison(**c) for name, c in found.items()}
+        record = records.load(folder / "train" / "run.json", RunRecord)
+        return folder, steps.judge(prepared, folder, record, evaluated, compared)
 
 
 @dataclass(frozen=True)
@@ -158,6 +207,8 @@ class EvalRequest:
 def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> tuple[Path, EvalRecord]:
     """Score one subject on one split; the test split goes through the ledger like any other opening."""
     prepared = prepare(config, reporter)
+    if request.split == "test":
+        _need_test(prepared)
     root = prepared.config.run_dir
     session = Session(prepared, reporter)
     subject, run_id, digest = "base", "base", ""
@@ -177,7 +228,8 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
         ledger = Ledger(root)
         if request.split == "test":
             ledger.open(run_id, prepared.test_hash, request.reopen)
-        key = hash_json([prepared.base_key, prepared.scorer.task.model_dump(mode="json"), digest, request.split])
+        task = prepared.scorer.task.model_dump(mode="json")
+        key = hash_json([prepared.base_key, task, digest, request.split, [e.content_hash for e in items]])
         folder = root / f"eval-{short(key)}"
         found = session.evaluate(items, subject, request.split, folder / f"{subject}-{request.split}.items.jsonl")
         settings = {**found.record.settings, "base_mismatch_allowed": request.allow_base_mismatch}

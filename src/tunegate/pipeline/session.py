@@ -6,6 +6,7 @@ It holds one adapter at a time and does not merge.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Any
 import torch
 
 from tunegate.adapter.files import load_adapter
-from tunegate.adapter.inject import Injection, disabled, inject, remove
+from tunegate.adapter.inject import Injection, disabled, find_targets, inject, remove
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.config import TrainSection
 from tunegate.data.types import Example
 from tunegate.engine.runner import Runner
+from tunegate.errors import InputError, Problem
 from tunegate.evaluation.evaluator import OWN_PROMPT, Evaluation, Evaluator
 from tunegate.evaluation.prompts import Prompt
 from tunegate.model.loading import load_model
-from tunegate.pipeline.prepare import Prepared, choose_device
-from tunegate.pipeline.reporter import Reporter
+from tunegate.pipeline.base import choose_device
+from tunegate.pipeline.prepare import Prepared
+from tunegate.pipeline.reporter import Reporter, count
 
 
 class Session:
@@ -38,13 +41,13 @@ class Session:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.reporter.line(
-            f"loading {base.resolved.name}: {base.parameters / 1e6:,.0f}M parameters, "
+            f"loading {base.resolved.name}: {count(base.parameters)} parameters, "
             f"{base.compute_dtype} ({self.prepared.config.origins.get('base.compute_dtype', base.dtype_reason)})"
         )
         model = load_model(
             base.resolved, dtype=getattr(torch, base.compute_dtype), trust_remote_code=config.base.trust_remote_code
         )
-        return model.to(choose_device(config.train.device))
+        return model.to(torch.device(choose_device(config.train.device)))  # type: ignore[arg-type]
 
     @cached_property
     def runner(self) -> Runner:
@@ -60,6 +63,15 @@ class Session:
             self.prepared.scorer,
             self.prepared.config.task.train.tokens_per_batch,
         )
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """:class:`InputError` with every target, pattern and rank of ``spec`` that does not fit this base."""
+        if self.injection is None:
+            alike: dict[tuple[str, str, str], list[Problem]] = {}
+            for problem in find_targets(self.model, spec)[1]:
+                alike.setdefault((problem.what, problem.expected, problem.got), []).append(problem)
+            if alike:
+                raise InputError([_one_of(problems) for problems in alike.values()])
 
     def start_adapter(self, spec: AdapterSpec, seed: int) -> Injection:
         """A fresh adapter in place."""
@@ -100,6 +112,14 @@ class Session:
             return self.evaluator.evaluate(
                 examples, subject=subject, split=split, items_path=items, hashes=hashes, prompt=prompt, progress=advance
             )
+
+
+def _one_of(problems: list[Problem]) -> Problem:
+    """The first of problems that differ in their module only, with the key of the task file."""
+    more = f" and {len(problems) - 1} more like it" if len(problems) > 1 else ""
+    where = problems[0].where.replace("layers_to_transform", "layers")
+    is_key = where in TrainSection.model_fields
+    return dataclasses.replace(problems[0], where=f"train.{where}" if is_key else f"train: {where}{more}")
 
 
 def adapter_spec(train: TrainSection) -> AdapterSpec:

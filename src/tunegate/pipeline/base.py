@@ -1,0 +1,123 @@
+"""The base of a task: found, checked, hashed, with the renderer of its prompts and the device it will run on.
+
+It does not load the base's weights; ``session`` does, when a step needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunegate.config import Config
+from tunegate.data.render import Renderer
+from tunegate.errors import InputError
+from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
+from tunegate.model.loading import choose_dtype, load_tokenizer
+from tunegate.model.resolve import ResolvedBase, resolve_base
+from tunegate.model.weights import load_object, tensors_of
+from tunegate.pipeline.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base on disk, hashed, with its renderer. ``parameters`` counts tied tensors once; ``positions`` is the
+    longest row its config allows, in tokens, None where the config does not say."""
+
+    resolved: ResolvedBase
+    fingerprint: BaseFingerprint
+    renderer: Renderer
+    parameters: int
+    positions: int | None
+    compute_dtype: str
+    dtype_reason: str
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "name": self.resolved.name,
+            "source": self.resolved.source,
+            "revision": self.resolved.revision,
+            "fingerprint": asdict(self.fingerprint),
+            "parameters": self.parameters,
+        }
+
+
+def load_base(config: Config, reporter: Reporter, device: str) -> Base:
+    """Find, check and hash the base; the weights stay on disk."""
+    section = config.task.base
+    resolved = resolve_base(
+        base_name(config),
+        section.revision,
+        offline=section.offline,
+        trust_remote_code=section.trust_remote_code,
+        report=reporter.line,
+    )
+    fingerprint = fingerprint_base(resolved.path)
+    tokenizer = load_tokenizer(resolved.path, trust_remote_code=section.trust_remote_code)
+    renderer = Renderer(tokenizer, template=section.template, eos_ids=_eos_ids(resolved.path))
+    dtype, reason = choose_dtype(section.compute_dtype, device=device)
+    entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
+    parameters = sum(_elements(e.shape) for e in entries.values())
+    positions = _positions(load_object(resolved.path / "config.json"))
+    return Base(resolved, fingerprint, renderer, parameters, positions, str(dtype).removeprefix("torch."), reason)
+
+
+def base_name(config: Config) -> str:
+    """The base's name, as a path where it is a folder beside the task file."""
+    local = config.path(config.task.base.name)
+    return str(local) if local.is_dir() else config.task.base.name
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    text = config.get("text_config")
+    for source in (text if isinstance(text, dict) else {}, config):
+        for name in ("max_position_embeddings", "n_positions"):
+            if type(source.get(name)) is int and source[name] > 0:
+                return int(source[name])
+    return None
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-text ids of the base's generation config."""
+    path = folder / "generation_config.json"
+    found = load_object(path).get("eos_token_id") if path.exists() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in ids):
+        raise InputError(
+            "not token ids",
+            where=f"{path}: eos_token_id",
+            expected="a number or a list of numbers",
+            got=repr(found)[:120],
+            fix="mend the file, or fetch the base again",
+        )
+    return tuple(ids)
+
+
+def is_local(config: Config) -> bool:
+    """Whether the base is looked for on this machine only."""
+    return Path(base_name(config)).is_dir() or config.task.base.name.startswith((".", "/", "~"))
+
+
+def choose_device(wanted: str) -> str:
+    """``auto`` is CUDA where torch sees it, else the CPU."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise InputError(
+            "unknown device", where="train.device", expected="auto, cpu, cuda or cuda:N", got=wanted
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA GPU", where="train.device", got=wanted, fix="use auto or cpu")
+    return wanted

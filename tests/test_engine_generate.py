@@ -1,0 +1,298 @@
+"""Batched generation against transformers' own ``generate``, one prompt at a time, and against full logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import FAMILIES, tiny_model
+from tunegate.adapter.inject import inject, remove
+from tunegate.adapter.spec import AdapterSpec
+from tunegate.engine import generate as module
+from tunegate.engine.generate import Generation, Sampling, generate, score_continuations
+from tunegate.engine.runner import Runner
+from tunegate.errors import InputError
+
+WINDOWS = {"mistral": {"sliding_window": 8}, "phi3": {"sliding_window": 8}}
+NEW = 14
+
+
+def build(family: str = "llama", **more: Any) -> Any:
+    if family == "bloom":
+        from transformers import BloomConfig, BloomForCausalLM
+
+        torch.manual_seed(0)
+        config = BloomConfig(vocab_size=400, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+        return BloomForCausalLM(config).eval()
+    return tiny_model(family, **WINDOWS.get(family, {}), **more)
+
+
+def prompts(shared: int, lengths: tuple[int, ...] = (3, 11, 1, 7, 18, 11), seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, 400, (n,), generator=generator).tolist()
+
+    header = draw(shared)
+    return [header + draw(n) for n in lengths]
+
+
+def reference(family: str, given: list[list[int]], new: int = NEW, **more: Any) -> list[Generation]:
+    """Greedy by transformers, one prompt after the other on a model of its own, nothing stops it."""
+    model = build(family, **more)
+    found = []
+    for prompt in given:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = model.generate(
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
+        )
+        found.append(Generation(tuple(output[0, len(prompt) :].tolist()), False))
+    return found
+
+
+def stopped_at(rows: list[Generation], stop: tuple[int, ...]) -> list[Generation]:
+    """The same rows ended by ``stop``: greedy tokens do not depend on what comes after them."""
+    ends = [next((n for n, token in enumerate(row.ids) if token in stop), None) for row in rows]
+    return [Generation(row.ids[:end], end is not None) for row, end in zip(rows, ends, strict=True)]
+
+
+def stops_for(rows: list[Generation]) -> tuple[int, ...]:
+    """Stop ids that rows meet at different times, and one row or more never."""
+    for spared in range(len(rows)):
+        others = [row for n, row in enumerate(rows) if n != spared]
+        stop = tuple({row.ids[n] for n, row in enumerate(others) if row.ids[n] not in rows[spared].ids})
+        if len({len(row.ids) for row in stopped_at(rows, stop)}) > 2:
+            return stop
+    raise AssertionError("these rows stop together: choose another seed")
+
+
+@pytest.mark.parametrize("shared", [0, 10])
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+def test_greedy_equals_transformers(family: str, shared: int) -> None:
+    given = prompts(shared)
+    free = reference(family, given)
+    stop = stops_for(free)
+    wanted = stopped_at(free, stop)
+    assert {row.stopped for row in wanted} == {True, False}
+    runner = Runner(build(family))
+    for rows in (64, 2):
+        assert generate(runner, given, Sampling(NEW, stop, rows=rows)) == wanted
+    assert generate(runner, given, Sampling(4, (), rows=1)) == [Generation(row.ids[:4], False) for row in free]
+
+
+def test_an_adapter_takes_part() -> None:
+    model, given = build(), prompts(8)
+    plain = generate(Runner(model), given, Sampling(NEW, ()))
+    runner = Runner(model)
+    injection = inject(model, AdapterSpec(4, 8.0), seed=0)
+    with torch.no_grad():
+        for name, parameter in injection.parameters().items():
+            if name.endswith("lora_B"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    found = generate(runner, given, Sampling(NEW, ()))
+    assert found != plain
+    with torch.no_grad():
+        for layer in injection.modules.values():
+            layer.base.weight.copy_(layer.merged_weight())
+    remove(model)
+    assert generate(runner, given, Sampling(NEW, ())) == found
+
+
+def test_finished_rows_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(6, (5,) * 8)
+    free = reference("llama", given)
+    stop = stops_for(free)
+    sizes: list[int] = []
+    plain = module.DecodePass.__init__
+    monkeypatch.setattr(module.DecodePass, "__init__", lambda self, s, n: (sizes.append(len(n)), plain(self, s, n))[1])
+    found = generate(Runner(build()), given, Sampling(NEW, stop))
+    assert found == stopped_at(free, stop)
+    running = [sum(len(row.ids) > step for row in found) for step in range(len(sizes))]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 8
+    assert all(module.COMPACT_AT * size < alive <= size for alive, size in zip(running, sizes, strict=True))
+
+
+def test_prompts_beyond_one_prefill_go_in_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(9, (5, 2, 9, 4))
+    wanted = generate(Runner(build()), given, Sampling(NEW, ()))
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 6)
+    calls: list[int] = []
+    plain = module._Group.__init__
+    monkeypatch.setattr(
+        module._Group, "__init__", lambda self, r, p, g, *rest: (calls.append(len(g)), plain(self, r, p, g, *rest))[1]
+    )
+    assert generate(Runner(build()), given, Sampling(NEW, ())) == wanted
+    assert calls == [2, 1, 1]  # own tokens 2 + 4, 5, 9
+
+
+def test_the_shared_prefix_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(build())
+    read: list[int] = []
+    plain = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, ids, *rest: (read.append(len(ids)), plain(self, ids, *rest))[1])
+    generate(runner, prompts(20, (2, 3, 4)), Sampling(1, ()))
+    assert read == [20, 2 + 3 + 4]
+
+
+def test_equal_prompts() -> None:
+    given = prompts(9, (1,)) * 3
+    assert generate(Runner(build()), given, Sampling(5, ())) == reference("llama", given, 5)
+
+
+def test_one_token_and_one_prompt() -> None:
+    runner, given = Runner(build()), prompts(0, (1,))
+    assert generate(runner, given, Sampling(1, ())) == reference("llama", given, 1)
+    assert generate(runner, [], Sampling(1, ())) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_progress_counts_every_row_once(family: str) -> None:
+    told: list[int] = []
+    generate(Runner(build(family)), prompts(5), Sampling(3, (), rows=2), told.append)
+    assert sum(told) == 6
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_bad_requests(family: str) -> None:
+    runner = Runner(build(family))
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(runner, [[5], []], Sampling(3, ()))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(runner, [[5]], Sampling(0, ()))
+    with pytest.raises(ValueError, match="no tokens"):
+        score_continuations(runner, [], [[5]])
+
+
+def test_generation_leaves_the_modes_as_they_were() -> None:
+    model = build()
+    runner = Runner(model)
+    model.train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    generate(runner, [[5, 6]], Sampling(2, ()))
+    assert [m.training for m in model.modules()] == before
+
+
+# --- a table of positions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [0, 6])
+def test_rows_end_where_the_table_of_positions_ends(shared: int) -> None:
+    runner = Runner(build("gpt2", n_positions=24))
+    given = prompts(shared, (1, 2, 3, 4, 9, 24 - shared))  # the full row waits in its group for a while
+    for prompt, row in zip(given, generate(runner, given, Sampling(30, ())), strict=True):
+        assert len(prompt) + len(row.ids) == 25  # the last new token needs no position
+        assert [row] == reference("gpt2", [prompt], 25 - len(prompt), n_positions=24)
+    with pytest.raises(InputError, match="longer than the base can read"):
+        generate(runner, [[5] * 25], Sampling(1, ()))
+
+
+def test_the_padded_path_ends_there_too() -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=400, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=16))
+    runner = Runner(model.eval())
+    assert runner.path == "padded"
+    assert [len(r.ids) for r in generate(runner, prompts(0, (4, 16)), Sampling(30, ()))] == [13, 1]
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
+    runner = Runner(build())
+    given = prompts(8)
+    sampled = Sampling(NEW, (7, 9), temperature=1.0, top_p=0.9, seed=3)
+    whole = generate(runner, given, sampled)
+    assert whole == generate(runner, given, sampled)
+    for rows in (1, 2, 4):
+        again = Sampling(NEW, (7, 9), temperature=1.0, top_p=0.9, seed=3, rows=rows)
+        assert generate(runner, given, again) == whole
+    others = [*given[:2], *prompts(8, (4, 6, 2, 9), seed=5)]  # rows 0 and 1 among strangers
+    assert generate(runner, others, sampled)[:2] == whole[:2]
+    assert generate(runner, given, Sampling(NEW, (7, 9), temperature=1.0, top_p=0.9, seed=4)) != whole
+
+
+def test_the_same_prompt_is_sampled_differently_in_each_place() -> None:
+    found = generate(Runner(build()), [[5, 6, 7]] * 4, Sampling(NEW, (), temperature=1.5))
+    assert len(set(found)) == 4
+
+
+def test_a_low_temperature_is_greedy() -> None:
+    runner, given = Runner(build()), prompts(5)
+    assert generate(runner, given, Sampling(NEW, (), temperature=1e-4)) == generate(runner, given, Sampling(NEW, ()))
+
+
+class _Row:
+    """One row's sampling, without a model."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int = 0):
+        self.group = module._Group.__new__(module._Group)
+        self.group.sampling = Sampling(1, (), temperature, top_p)
+        self.group.index = [0]
+        self.group.generators = {0: torch.Generator().manual_seed(seed)}
+
+    def draw(self, probabilities: list[float], times: int) -> list[int]:
+        logits = torch.tensor([probabilities]).log()
+        return [self.group._pick(logits)[0] for _ in range(times)]
+
+
+@pytest.mark.parametrize(
+    "top_p, kept",
+    # 0.5, 0.3, 0.15, 0.05: the smallest set with the wanted mass; 0.5 exactly is reached by the first alone
+    [(0.1, {1}), (0.49, {1}), (0.5, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.9, {0, 1, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: set[int]) -> None:
+    assert set(_Row(1.0, top_p).draw([0.15, 0.5, 0.05, 0.3], 300)) == kept
+
+
+def test_the_kept_tokens_keep_their_proportions() -> None:
+    drawn = _Row(1.0, 0.79).draw([0.15, 0.5, 0.05, 0.3], 4000)
+    assert drawn.count(1) / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)  # four standard errors
+
+
+def test_the_temperature_divides_the_logits() -> None:
+    drawn = _Row(0.5, 1.0).draw([0.25, 0.75], 4000)
+    assert drawn.count(1) / 4000 == pytest.approx(0.75**2 / (0.75**2 + 0.25**2), abs=0.02)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(NEW, (7,)), Sampling(NEW, (), temperature=1.0, top_p=0.9)])
+def test_the_bases_generation_defaults_do_not_leak_in(sampling: Sampling) -> None:
+    """A penalty or top_k in generation_config.json would make the padded path answer unlike the packed one."""
+    model, given = build("bloom"), prompts(0, (5, 5))
+    runner = Runner(model)
+    wanted = generate(runner, given, sampling)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.top_k = 1
+    model.generation_config.no_repeat_ngram_size = 1
+    own = model.generation_config
+    assert generate(runner, given, sampling) == wanted
+    assert model.generation_config is own
+    assert any(len(set(row.ids)) < len(row.ids) for row in wanted)  # a penalty would have shown
+
+
+# --- likelihood of fixed answers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+@pytest.mark.parametrize("tokens", [4096, 20])
+def test_scores_equal_full_logits(family: str, tokens: int) -> None:
+    model = build(family)
+    prompt, tails = prompts(0, (12,))[0], prompts(0, (1, 4, 2, 9), seed=2)
+    wanted = []
+    with torch.no_grad():
+        for tail in tails:
+            scores = model(input_ids=torch.tensor([prompt + tail])).logits[0].float().log_softmax(-1)
+            wanted.append(sum(float(scores[len(prompt) + n - 1, token]) for n, token in enumerate(tail)))
+    assert score_continuations(Runner(model), prompt, tails, tokens=tokens) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_empty_continuation_is_certain() -> None:
+    runner = Runner(build())
+    found = score_continuations(runner, [5, 6, 7, 8, 9, 10], [[], [11]])
+    assert found[0] == 0.0 and found[1] < 0.0
+    assert score_continuations(runner, [5], []) == []
