@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -113,8 +114,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol, msg=name)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
 
 
 # --- what must be invisible -----------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_layers_are_recomputed_when_asked(tmp_path: Path) -> None:
         job = Job(tmp_path / str(flag), section(gradient_checkpointing=flag, max_steps=1))
         job.scores = [1.0]
         counted: list[int] = []
-        job.runner.model.model.layers[0].mlp.register_forward_hook(lambda *a, counted=counted: counted.append(1))
+        job.runner.model.model.layers[0].mlp.register_forward_pre_hook(lambda *a, counted=counted: counted.append(1))
         job.run()
         calls[flag] = len(counted)
     assert calls == {False: 1, True: 2}
@@ -224,7 +225,7 @@ def _resumable() -> TrainSection:
     return section(dropout=0.1, eval_every=4)
 
 
-@pytest.mark.parametrize("stops", [(1,), (3,), (4,), (5, 9), (2, 3, 4, 5, 6), tuple(range(1, 12))], ids=str)
+@pytest.mark.parametrize("stops", [(1,), (3,), (4,), (5, 9), (2, 3, 4, 5, 6), tuple(range(1, 10))], ids=str)
 def test_a_stopped_run_ends_in_the_same_bytes(stops: tuple[int, ...], whole: Any, tmp_path: Path) -> None:
     result, files, losses = whole
     seen: list[float] = []
@@ -330,20 +331,29 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.glob("best-*")] == ["best-00000002"]
 
 
-def test_a_failed_save_leaves_the_checkpoints_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(tmp_path, section(), stop_at=3)
+@pytest.mark.parametrize("writes", range(5))
+def test_a_full_disk_loses_nothing(writes: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full after so many files of step 4: best adapter, adapter, optimizer, state, manifest."""
     with pytest.raises(Interrupted):
-        job.run()
-    before = files_of(tmp_path)
+        Job(tmp_path, _resumable(), stop_at=3).run()
+    before = files_of(tmp_path / "checkpoints")
+    plain, left = Path.write_bytes, [writes]
 
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, data: bytes) -> int:
+        if not left[0]:
+            plain(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        return plain(path, data)
 
-    monkeypatch.setattr(checkpoint, "write_bytes", full)
-    with pytest.raises(TunegateError, match="No space left"):
-        Job(tmp_path, section()).run()
-    assert files_of(tmp_path) == before
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(TunegateError, match="No space left on device"):
+        Job(tmp_path, _resumable()).run()
+    monkeypatch.undo()
+    assert files_of(tmp_path / "checkpoints") == before
     assert not list(tmp_path.rglob(".tmp-*"))
+    Job(tmp_path, _resumable()).run()
+    assert files_of(tmp_path) == whole[1]
 
 
 def test_the_optimizer_returns_as_it_was(tmp_path: Path) -> None:
@@ -377,16 +387,17 @@ def test_a_checkpoint_of_another_adapter_is_not_forced_in(tmp_path: Path) -> Non
 
 
 def test_the_best_adapter_is_left_in_place_and_scores_identically(tmp_path: Path) -> None:
-    job = Job(tmp_path, section(epochs=4.0, lr=0.5, schedule="constant", clip=None))  # so fast that it gets worse
+    job = Job(tmp_path, section(eval_every=2))
+    job.evaluate = lambda step: (mean_loss(job.runner, job.rows, 200), {})  # a score that falls: the first is best
     result = job.run()
-    scores = {e["step"]: e["score"] for e in result.state.evaluations}
-    assert result.state.best_step == max(scores, key=lambda step: scores[step]) != result.state.step
-    assert -mean_loss(job.runner, job.rows, 200) == result.state.best_score
+    assert result.state.best_step == 2
+    assert mean_loss(job.runner, job.rows, 200) == result.state.best_score
+    assert result.state.evaluations[-1]["score"] < result.state.best_score - 0.1
     fresh = Job(tmp_path / "fresh", section())
     module.load_parameters(
         fresh.injection.parameters(), load_file(tmp_path / f"best-{result.state.best_step:08d}" / module.ADAPTER_FILE)
     )
-    assert -mean_loss(fresh.runner, fresh.rows, 200) == result.state.best_score
+    assert mean_loss(fresh.runner, fresh.rows, 200) == result.state.best_score
 
 
 @pytest.mark.parametrize(
@@ -590,7 +601,10 @@ def test_clipping_bounds_what_the_optimizer_sees(tmp_path: Path, monkeypatch: py
 
 
 def test_eight_rows_can_be_learned_by_heart(tmp_path: Path) -> None:
-    job = Job(tmp_path, section(lr=0.02, rank=8, epochs=30.0, tokens_per_step=200, eval_every=30), rows=toy(8))
+    settings = section(lr=0.02, rank=8, epochs=60.0, tokens_per_step=200, eval_every=60)
+    job = Job(tmp_path, settings, rows=toy(8))
+    with torch.no_grad():  # small random embeddings tie the logits down: give the head some reach
+        job.runner.model.model.norm.weight.mul_(4.0)
     job.run()
     assert job.losses[0] > 3.0
     assert mean_loss(job.runner, job.rows, 200) < 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import tunegate
 
@@ -54,19 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     init.add_argument("--data", default="data.jsonl", help="file with labelled examples")
     init.add_argument("--metric", default="exact_match", help="primary metric, for example accuracy")
 
-    check = commands.add_parser(
-        "check",
-        parents=[common],
-        help="look at the data before anything else",
-        description="Report bad rows, duplicates, leaks between splits, conflicting labels, lengths and targets. "
-        "Takes a task file, or data files (each treated as a split). Exit code 2 with bad rows.",
-    )
-    check.add_argument("inputs", nargs="+", metavar="TASK|FILE", help="one task YAML, or data files")
-    check.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
-    check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
-    check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
-
+    _add_check(commands, common)
     run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
     run.add_argument(
         "--reopen-test",
@@ -91,3 +80,18 @@ def make_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
     return parser
+
+
+def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:
+    check = commands.add_parser(
+        "check",
+        parents=[common],
+        help="look at the data before anything else",
+        description="Report bad rows, duplicates, leaks between splits, conflicting labels, lengths and targets. "
+        "Takes a task file, or data files (each treated as a split). Exit code 2 with bad rows.",
+    )
+    check.add_argument("inputs", nargs="+", metavar="TASK|FILE", help="one task YAML, or data files")
+    check.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
+    check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
+    check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")

@@ -10,7 +10,6 @@ It does not store the base, the data or the configuration; the run's key ties it
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -18,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from tunegate.files import TEMPORARY_PREFIX, explain_os_error, hash_file, read_json, write_json
+from tunegate.files import (
+    TEMPORARY_PREFIX,
+    _flush_folder,
+    explain_os_error,
+    hash_file,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 KEPT = 2
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
@@ -47,7 +54,8 @@ class TrainState:
 def save_checkpoint(
     folder: Path, key: str, state: TrainState, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Publish ``folder/step-N``; older checkpoints beyond the newest two go."""
+    """Publish ``folder/step-N``. Older checkpoints beyond the newest two go, and so do those of later steps: they
+    are damaged or another run's, or this run would have gone on from them."""
     target = folder / f"step-{state.step:08d}"
     with explain_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,18 +68,19 @@ def save_checkpoint(
             if target.exists():
                 shutil.rmtree(target)
             building.rename(target)
+            _flush_folder(folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
-    for old in sorted(folder.glob("step-*"))[:-KEPT]:
+    found = sorted(folder.glob("step-*"))
+    here = found.index(target) + 1
+    for old in (*found[:here][:-KEPT], *found[here:]):
         shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Contiguous CPU copies of ``tensors`` at ``path``, flushed to disk."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 
 def find_checkpoint(folder: Path, key: str) -> Path | None:
@@ -82,7 +91,7 @@ def find_checkpoint(folder: Path, key: str) -> Path | None:
             whole = all(hash_file(candidate / name) == manifest[name] for name in FILES)
             if whole and read_json(candidate / "state.json")["key"] == key:
                 return candidate
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 

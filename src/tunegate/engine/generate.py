@@ -10,9 +10,11 @@ On the padded path (see ``runner``) transformers' own ``generate`` does the work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +55,15 @@ def generate(
     sampling: Sampling,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Generation]:
-    """Continue every prompt (at least one token each). ``progress`` is told the number of rows just finished."""
+    """Continue every prompt (at least one token each). ``progress`` is told the number of rows just finished.
+
+    A base with a table of positions ends a row, not ``stopped``, where the table ends.
+    """
     if any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt has no tokens")
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}")
+    runner.check_fit((f"prompt {number}", len(prompt)) for number, prompt in enumerate(prompts))
     results: dict[int, Generation] = {}
     with evaluating(runner.model):
         if runner.path != "packed":
@@ -107,6 +115,7 @@ class _Group:
         self.runner, self.sampling, self.prefix = runner, sampling, prefix
         self.index = list(group)
         self.new: list[list[int]] = [[] for _ in group]
+        self.room = [_room(runner, len(prompts[i]), sampling) for i in group]
         own = [list(prompts[i][prefix.tokens :]) for i in group]
         self.lengths = torch.tensor([len(p) for p in own], device=runner.device)
         self.stores, last = self._prefill(own)
@@ -126,7 +135,7 @@ class _Group:
         positions = torch.tensor([prefix.tokens + i for p in own for i in range(len(p))])
         hidden = runner.run(ids, positions, attention_pass)
         ends = torch.tensor(list(accumulate(lengths)), device=runner.device)
-        capacity = max(lengths) + self.sampling.max_new_tokens
+        capacity = max(n + room - 1 for n, room in zip(lengths, self.room, strict=True))
         row = torch.repeat_interleave(torch.arange(len(own), device=runner.device), self.lengths)
         place = positions.to(runner.device) - prefix.tokens
         stores = {}
@@ -134,7 +143,7 @@ class _Group:
         for layer, (key, value) in attention_pass.kept.items():
             _, heads, dim = key.shape
             store_key = key.new_zeros(len(own), heads, capacity, dim)
-            store_value = torch.zeros_like(store_key)
+            store_value = value.new_zeros(len(own), heads, capacity, value.shape[-1])
             store_key[row, :, place] = key
             store_value[row, :, place] = value
             past_key, past_value = prefix.past.get(layer, (key[:0], value[:0]))
@@ -164,7 +173,7 @@ class _Group:
                 stopped = token in self.sampling.stop_ids
                 if not stopped:
                     new.append(token)
-                if stopped or len(new) >= self.sampling.max_new_tokens:
+                if stopped or len(new) >= self.room[slot]:
                     results[self.index[slot]] = Generation(tuple(new), stopped)
                     progress(1)
                 else:
@@ -180,6 +189,7 @@ class _Group:
         self.lengths = self.lengths[keep]
         self.index = [self.index[s] for s in slots]
         self.new = [self.new[s] for s in slots]
+        self.room = [self.room[s] for s in slots]
         self.next = [self.next[s] for s in slots]
         return list(range(len(slots)))
 
@@ -191,10 +201,29 @@ class _Group:
         self.next = self._pick(self.runner.head.logits(hidden))
 
 
+def _room(runner: Runner, tokens: int, sampling: Sampling) -> int:
+    """New tokens that a prompt of ``tokens`` has room for; the last one is never read."""
+    if runner.context is None:
+        return sampling.max_new_tokens
+    return min(sampling.max_new_tokens, runner.context - tokens + 1)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """The base's own generation defaults (top_k, penalties) out of the way: transformers adds them to any request."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _generate_padded(
     runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Callable[[int], None]
 ) -> list[Generation]:
-    """transformers' generate on left-padded groups of equal length (no padding is ever seen by the model)."""
+    """transformers' generate on groups of equal length, so that the model never sees padding."""
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
@@ -205,16 +234,17 @@ def _generate_padded(
             ids = torch.tensor([list(prompts[i]) for i in part], device=runner.device)
             torch.manual_seed(sampling.seed)
             sampled = sampling.temperature > 0
-            output = runner.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampled,
-                temperature=sampling.temperature if sampled else None,
-                top_p=sampling.top_p if sampled else None,
-                eos_token_id=list(sampling.stop_ids),
-                pad_token_id=sampling.stop_ids[0],
-            )
+            chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
+            with _plain_generation(runner.model):
+                output = runner.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=_room(runner, length, sampling),
+                    do_sample=sampled,
+                    eos_token_id=list(sampling.stop_ids) or None,
+                    pad_token_id=sampling.stop_ids[0] if sampling.stop_ids else 0,
+                    **chosen,
+                )
             for index, row in zip(part, output[:, length:].tolist(), strict=True):
                 end = next((n for n, token in enumerate(row) if token in sampling.stop_ids), None)
                 results[index] = Generation(tuple(row[:end]), end is not None)
@@ -226,7 +256,9 @@ def _generate_padded(
 def score_continuations(
     runner: Runner, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, tokens: int = 4096
 ) -> list[float]:
-    """Log-likelihood of each continuation after ``prompt``, nats, summed over its tokens."""
+    """Log-likelihood of each continuation after ``prompt`` (at least one token), nats, summed over its tokens."""
+    if len(prompt) == 0:
+        raise ValueError("the prompt has no tokens")
     rows = [
         Rendered(str(n), (*prompt, *tail), (False,) * len(prompt) + (True,) * len(tail))
         for n, tail in enumerate(continuations)

@@ -14,7 +14,7 @@ It does not compute gradients by hand and does not choose a dtype; the weights c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tunegate.data.pack import Batch, make_batch
 from tunegate.data.types import Rendered
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.kernels import (
     DecodeStore,
     Head,
@@ -30,6 +30,7 @@ from tunegate.kernels import (
     attention,
     decode_attention,
     linear_cross_entropy,
+    similar_lengths,
     target_log_probs,
 )
 
@@ -100,8 +101,22 @@ def _packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if sliding_window != _window(getattr(module, "config", None), layer):
+        raise NotImplementedError(f"a window of layer {layer} that its attention call does not state")
     out = attention_pass.attend(layer, q, k, v, scale, sliding_window, softcap)
     return out[None], None
+
+
+def _window(config: Any, layer: int) -> int | None:
+    """The sliding window ``config`` gives ``layer``. Some architectures put it into the mask alone (Qwen2-MoE), and a
+    probe of a few tokens is shorter than any real window, so what the call states is held against the config."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return window
+    if kinds[layer] not in ("full_attention", "sliding_attention"):
+        raise NotImplementedError(f"layers of type {kinds[layer]!r}")
+    return window if kinds[layer] == "sliding_attention" else None
 
 
 class Runner:
@@ -111,6 +126,7 @@ class Runner:
         self.model = model
         self.backbone: nn.Module = model.base_model
         self.device: torch.device = next(model.parameters()).device
+        self.context = _position_table(model.config.get_text_config())
         self.path, self.path_reason = self._choose_path()
 
     @property
@@ -123,8 +139,28 @@ class Runner:
         """Whether batches with a shared prefix can be run."""
         return self.path == "packed"
 
+    def check_fit(self, rows: Iterable[tuple[str, int]]) -> None:
+        """:class:`InputError` if a row (name, tokens) is longer than the base's table of positions."""
+        if self.context is None:
+            return
+        problems = [
+            Problem(
+                "the row is longer than the base can read",
+                name,
+                f"at most {self.context:,} tokens",
+                f"{length:,}",
+                f"`data.max_tokens: {self.context}` with `data.on_long_row: truncate` or `skip`",
+            )
+            for name, length in rows
+            if length > self.context
+        ]
+        if problems:
+            raise InputError(problems)
+
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden state of every token of the run, (T, hidden)."""
+        prefix = batch.layout.prefix
+        self.check_fit(zip(batch.row_ids, (prefix + n for n in batch.layout.lengths[bool(prefix) :]), strict=True))
         if self.path == "packed":
             plan = Plan(batch.layout, self.device)
             return self.run(batch.ids, batch.positions, PackedPass(plan))
@@ -144,11 +180,15 @@ class Runner:
         if batch.layout.prefix:
             raise ValueError("the padded path takes batches without a shared prefix")
         rows = batch.ids.split(list(batch.layout.lengths))
-        ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)
-        lengths = torch.tensor(batch.layout.lengths, device=self.device)
-        real = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
-        output = self.backbone(input_ids=ids, attention_mask=real.long(), use_cache=False)
-        return output.last_hidden_state[real]
+        hidden: list[Tensor] = [batch.ids] * len(rows)
+        for group in similar_lengths(batch.layout.lengths):
+            ids = nn.utils.rnn.pad_sequence([rows[r] for r in group], batch_first=True).to(self.device)
+            lengths = torch.tensor([len(rows[r]) for r in group], device=self.device)
+            real = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
+            output = self.backbone(input_ids=ids, attention_mask=real.long(), use_cache=False)
+            for row, state in zip(group, output.last_hidden_state, strict=True):
+                hidden[row] = state[: len(rows[row])]
+        return torch.cat(hidden)
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the batch's targets, nats, fp32 scalar."""
@@ -168,13 +208,19 @@ class Runner:
         if packed is None:
             return "packed", "its attention runs on flat batches"
         self.path = "padded"
-        difference = self._probe_difference(self._probe_reference(), shared=False)
-        if difference > self._tolerance():
+        try:
+            difference = self._probe_difference(self._probe_reference(), shared=False)
+            got = f"{difference:.3g}" if not difference <= self._tolerance() else ""
+        except TunegateError:
+            raise
+        except Exception as error:  # model code: anything can happen in it
+            got = f"{type(error).__name__}: {error}"
+        if got:
             raise InputError(
                 "this architecture is not understood: hidden states and head do not give the model's own logits",
                 where=type(self.model).__name__,
                 expected=f"relative difference below {self._tolerance():g}",
-                got=f"{difference:.3g}",
+                got=got,
                 fix="use a plain decoder-only causal language model (Llama, Qwen, Mistral, Gemma, Phi, GPT-2, ...)",
             )
         return "padded", packed
@@ -190,14 +236,16 @@ class Runner:
         if before == ATTENTION:  # an earlier runner's: its attention runs on flat batches only
             before = "sdpa" if self.model._supports_sdpa else "eager"
             self.model.set_attn_implementation(before)
-        reference = self._probe_reference()
-        self.model.set_attn_implementation(ATTENTION)
         self.path = "packed"
         try:
+            reference = self._probe_reference()
+            self.model.set_attn_implementation(ATTENTION)
             difference = self._probe_difference(reference, shared=True)
             reason = None if difference <= self._tolerance() else f"packed logits differ by {difference:.2g}"
-        except (NotImplementedError, TypeError, AttributeError) as error:
-            reason = f"its attention needs more than flat batches give ({error})"
+        except TunegateError:
+            raise
+        except Exception as error:  # model code: anything can happen in it; the reason is shown at start
+            reason = f"its attention needs more than flat batches give ({type(error).__name__}: {error})"
         if reason is not None:
             self.model.set_attn_implementation(before)
         return reason
@@ -208,7 +256,7 @@ class Runner:
     def _probe_rows(self) -> list[Tensor]:
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (19,), generator=torch.Generator().manual_seed(0))
-        return [torch.cat([ids[:5], ids[5:9]]), torch.cat([ids[:5], ids[9:19]])]
+        return [row[: self.context] for row in (torch.cat([ids[:5], ids[5:9]]), torch.cat([ids[:5], ids[9:19]]))]
 
     @torch.no_grad()
     def _probe_reference(self) -> Tensor:
@@ -249,6 +297,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 evaluating = _eval_mode
+
+
+def _position_table(config: Any) -> int | None:
+    """How many positions the model has a table for; None where positions are computed (rotary) or not needed."""
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _find_head(model: Any) -> Head:

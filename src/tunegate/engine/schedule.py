@@ -18,7 +18,7 @@ from tunegate.data.types import Rendered
 
 def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
     """Share of the peak rate at ``step`` (from 0) of ``total``: linear warm-up, then linear, cosine or constant."""
-    rising = math.ceil(warmup * total)
+    rising = math.ceil(round(warmup * total, 6))  # 0.07 * 100 is 7.000000000000001
     if step < rising:
         return (step + 1) / rising
     if kind == "constant":
@@ -53,7 +53,8 @@ class StepPlan:
         self._rows, self._settings = rows, settings
         whole, part = divmod(settings.epochs, 1.0)
         self._cached: tuple[int, list[list[Rendered]]] = (-1, [])
-        sizes = [len(self._epoch(epoch)) for epoch in range(math.ceil(settings.epochs))]
+        self._sizes = [len(self._epoch(epoch)) for epoch in range(math.ceil(settings.epochs))]  # steps of whole epochs
+        sizes = list(self._sizes)
         if part:
             sizes[int(whole)] = max(1, round(part * sizes[int(whole)]))
         self.ends: list[int] = []  # step count at the end of each epoch
@@ -75,8 +76,7 @@ class StepPlan:
     def epochs_done(self, step: int) -> float:
         """How many passes over the rows ``step`` steps are."""
         done, last = 0.0, 0
-        for epoch, end in enumerate(self.ends):
-            size = len(self._epoch(epoch)) if step < end or epoch == len(self.ends) - 1 else end - last
+        for end, size in zip(self.ends, self._sizes, strict=True):
             done += min(max(step - last, 0), end - last) / size
             last = end
         return done

@@ -13,18 +13,22 @@ It does not know tasks, metrics or files outside its folder, and trains on one d
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tunegate.adapter.inject import Injection
 from tunegate.config import TrainSection
@@ -40,7 +44,7 @@ from tunegate.engine.checkpoint import (
 )
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import remove_temporaries
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -78,14 +82,34 @@ def train(
     key: str,
     hooks: Hooks,
 ) -> TrainResult:
-    """Train ``injection`` on ``rows`` and leave the best adapter in it. ``key`` names the run a checkpoint is of."""
+    """Train ``injection`` on ``rows`` and leave the best adapter in it. ``key`` names the run a checkpoint is of.
+
+    :class:`InputError` before the first step if a row cannot be trained on; :class:`Interrupted` when stopped.
+    """
+    _check_rows(runner, rows)
     parameters = injection.parameters()
     optimizer = make_optimizer(parameters, settings)
     plan = StepPlan(rows, settings)
     state = _resume(folder, key, parameters, optimizer, hooks)
-    _prepare(runner.model, injection, settings)
-    saved = state.step
+    with _training_mode(runner, injection, settings):
+        _loop(runner, parameters, optimizer, plan, state, settings, folder, key, hooks)
+    _drop_old_best(folder, state)  # again: a process may have been killed between checkpoint and drop
+    load_parameters(parameters, _read_best(folder, state.best_step))
+    return TrainResult(state, plan.total, plan.epochs_done(state.step))
 
+
+def _loop(
+    runner: Runner,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: StepPlan,
+    state: TrainState,
+    settings: TrainSection,
+    folder: Path,
+    key: str,
+    hooks: Hooks,
+) -> None:
+    saved = state.step
     while True:
         if plan.is_evaluation(state.step) and state.evaluated != state.step:
             _evaluate(state, parameters, settings, folder, hooks)
@@ -115,8 +139,14 @@ def train(
             }
         )  # fmt: skip
 
-    load_parameters(parameters, load_file(_best_folder(folder, state.best_step) / ADAPTER_FILE))
-    return TrainResult(state, plan.total, plan.epochs_done(state.step))
+
+def _check_rows(runner: Runner, rows: Sequence[Rendered]) -> None:
+    if not rows:
+        raise InputError("there are no rows to train on", where="data.train")
+    silent = [row.row_id for row in rows if row.n_targets == 0]
+    if silent:
+        raise InputError([Problem("the row has no target token to learn", row_id) for row_id in silent])
+    runner.check_fit((row.row_id, len(row)) for row in rows)
 
 
 def _step(
@@ -185,23 +215,42 @@ def _resume(
     return state
 
 
-def _prepare(model: Any, injection: Injection, settings: TrainSection) -> None:
-    """Base in eval mode (its own dropout stays off), adapters in train mode, checkpointing on the decoder layers."""
-    model.eval()
-    for layer in injection.modules.values():
-        layer.training = True
-    if not settings.gradient_checkpointing:
-        return
-    if not getattr(model, "supports_gradient_checkpointing", False):
+@contextlib.contextmanager
+def _training_mode(runner: Runner, injection: Injection, settings: TrainSection) -> Iterator[None]:
+    """Base in eval mode (its own dropout stays off), adapters in train mode, decoder layers recomputed in the
+    backward pass if asked for; all as it was afterwards."""
+    layers = _recomputable(runner) if settings.gradient_checkpointing else []
+    with evaluating(runner.model):
+        for adapter in injection.modules.values():
+            adapter.training = True
+        for layer in layers:
+            layer.forward = functools.partial(_recomputed, layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+
+def _recomputable(runner: Runner) -> Sequence[nn.Module]:
+    """The decoder layers. Their calls are wrapped here: transformers' own switch needs them in train mode, which
+    turns on the base's dropout in some architectures (OPT)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in runner.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         raise InputError(
-            f"{type(model).__name__} does not support gradient checkpointing",
+            f"{type(runner.model).__name__} does not support gradient checkpointing",
             where="train.gradient_checkpointing",
             fix="set it to false, and lower train.tokens_per_batch to save memory",
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    return layers
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _evaluate(
@@ -224,10 +273,20 @@ def _best_folder(folder: Path, step: int) -> Path:
 
 
 def _save_best(folder: Path, step: int, parameters: dict[str, nn.Parameter]) -> None:
-    from tunegate.files import atomic_path
+    save_tensors(_best_folder(folder, step) / ADAPTER_FILE, {name: p.detach() for name, p in parameters.items()})
 
-    with atomic_path(_best_folder(folder, step) / ADAPTER_FILE) as temporary:
-        save_tensors(temporary, {name: p.detach() for name, p in parameters.items()})
+
+def _read_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    path = _best_folder(folder, step) / ADAPTER_FILE
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TunegateError(
+            "the best adapter of this run cannot be read",
+            where=str(path),
+            got=str(error),
+            fix=f"delete {folder} and train again",
+        ) from error
 
 
 def _drop_old_best(folder: Path, state: TrainState) -> None:

@@ -4,7 +4,7 @@ Callers import :func:`attention`, :func:`decode_attention` and :func:`linear_cro
 call runs the PyTorch twin; a faster kernel is added beside its twin and chosen here, nowhere else.
 """
 
-from tunegate.kernels.attention import DecodeStore, Layout, Plan, attention, decode_attention
+from tunegate.kernels.attention import DecodeStore, Layout, Plan, attention, decode_attention, similar_lengths
 from tunegate.kernels.cross_entropy import Head, linear_cross_entropy, target_log_probs
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "attention",
     "decode_attention",
     "linear_cross_entropy",
+    "similar_lengths",
     "target_log_probs",
 ]

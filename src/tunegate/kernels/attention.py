@@ -55,11 +55,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Group:
-    query_index: Tensor  # (rows, Lq) token of each query; padding repeats the row's first token
-    prefix: int  # keys every row begins with: tokens 0 to prefix
-    key_index: Tensor  # (rows, Lk - prefix) the row's own keys
-    query_position: Tensor  # (rows, Lq)
-    key_position: Tensor  # (rows, Lk); padding has a position no query reaches
+    query_index: Tensor  # (rows, L) token of each query; padding repeats the row's first token
+    key_index: Tensor  # (rows, L) tokens of the rows' own keys
+    query_position: Tensor  # (rows, L)
+    key_position: Tensor  # (rows, prefix + L); padding has a position no query reaches
+    prefix: int  # keys of the shared prefix in front of the rows' own
     plain_causal: bool  # one length, no prefix: SDPA's own causal mask will do
 
 
@@ -71,7 +71,9 @@ class Plan:
     """
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu", *, cached_prefix: bool = False):
-        grouped = _similar(layout.lengths, layout.prefix)
+        if cached_prefix and not layout.prefix:
+            raise ValueError("cached_prefix needs a layout with a prefix")
+        grouped = _with_prefix(layout)
         if cached_prefix:
             grouped = grouped[1:]
         skipped = layout.prefix if cached_prefix else 0
@@ -102,15 +104,15 @@ class Plan:
         before = torch.arange(prefix)[None, :].expand(len(rows), -1)
         return _Group(
             query_index=(index - skipped).to(device),
-            prefix=prefix,
             key_index=index.to(device),
             query_position=query_position.to(device),
             key_position=torch.cat([before, key_position], dim=1).to(device),
+            prefix=prefix,
             plain_causal=prefix == 0 and bool(real.all()),
         )
 
     def mask(self, index: int, window: int | None) -> Tensor:
-        """(rows, 1, Lq, Lk) bool, True where query may see key; ``window`` counts the token itself."""
+        """(rows, 1, L, prefix + L) bool, True where query may see key; ``window`` counts the token itself."""
         key = (index, window)
         if key not in self._masks:
             group = self.groups[index]
@@ -122,17 +124,23 @@ class Plan:
         return self._masks[key]
 
 
-def _similar(lengths: Sequence[int], prefix: int) -> list[list[int]]:
-    """Rows in groups of similar length; the prefix row is a group of its own, rows keep a fixed order."""
-    groups: list[list[int]] = [[0]] if prefix else []
-    rest = sorted(range(1 if prefix else 0, len(lengths)), key=lambda r: (-lengths[r], r))
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of ``lengths`` in groups of similar length, the longest first; equal lengths keep their order."""
+    groups: list[list[int]] = []
     longest = 0
-    for row in rest:
-        if not longest or lengths[row] < PADDING_ALLOWED * longest:
+    for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
+        if not groups or lengths[row] < PADDING_ALLOWED * longest:
             groups.append([])
             longest = lengths[row]
         groups[-1].append(row)
     return groups
+
+
+def _with_prefix(layout: Layout) -> list[list[int]]:
+    """The layout's rows in groups of similar length; the prefix is a group of its own, the first."""
+    if not layout.prefix:
+        return similar_lengths(layout.lengths)
+    return [[0], *([row + 1 for row in group] for group in similar_lengths(layout.lengths[1:]))]
 
 
 def attention(
@@ -147,8 +155,8 @@ def attention(
 ) -> Tensor:
     """Attention of every token over its own row (and the prefix), up to itself.
 
-    ``query`` is (T, H, D), ``key`` and ``value`` (T, Hkv, D) with Hkv dividing H; returns (T, H, D). ``softcap`` c
-    turns scores s into c*tanh(s/c), as in Gemma 2.
+    ``query`` is (T, H, D), ``key`` (T, Hkv, D), ``value`` (T, Hkv, Dv) with Hkv dividing H; returns (T, H, Dv).
+    ``softcap`` c turns scores s into c*tanh(s/c), as in Gemma 2.
     """
     outputs = []
     for index, group in enumerate(plan.groups):
@@ -166,21 +174,22 @@ def attention(
     return torch.cat(outputs)[plan.scatter]
 
 
-def _gather(tokens: Tensor, group: _Group) -> Tensor:
-    """(S, Hkv, D) to the group's (rows, Lk, Hkv, D).
+def _gather(flat: Tensor, group: _Group) -> Tensor:
+    """(T, Hkv, D) to (rows, prefix + L, Hkv, D).
 
-    The prefix is expanded, not indexed: its gradient is then a sum with a fixed order, where indexing would add the
-    rows up in whatever order threads reach them, and no two runs would end in the same bytes.
+    The prefix is expanded, not indexed: torch adds the gradients of an index that occurs twice in the order its
+    threads arrive, and the same seed would not give the same bytes. (Padding occurs twice too, with gradient zero.)
     """
-    own = tokens[group.key_index]
+    own = flat[group.key_index]
     if not group.prefix:
         return own
-    return torch.cat([tokens[: group.prefix].expand(len(own), -1, -1, -1), own], dim=1)
+    return torch.cat([flat[: group.prefix].expand(len(own), -1, -1, -1), own], dim=1)
 
 
 def _spread(heads: Tensor, wanted: int) -> Tensor:
     """(B, Hkv, L, D) repeated to (B, wanted, L, D)."""
-    return heads if heads.shape[1] == wanted else heads.repeat_interleave(wanted // heads.shape[1], dim=1)
+    each = wanted // heads.shape[1]
+    return heads if each == 1 else heads[:, :, None].expand(-1, -1, each, -1, -1).flatten(1, 2)
 
 
 def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
@@ -193,8 +202,8 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sof
 class DecodeStore:
     """Keys and values of one layer while rows are being generated.
 
-    ``prefix_key``/``prefix_value`` are (P, Hkv, D), shared by all rows; ``key``/``value`` are
-    (rows, Hkv, capacity, D), of which each row has filled its first ``length`` places.
+    ``prefix_key``/``prefix_value`` are (P, Hkv, D) and (P, Hkv, Dv), shared by all rows; ``key``/``value`` are
+    (rows, Hkv, capacity, D or Dv), of which each row has filled its first ``length`` places.
     """
 
     prefix_key: Tensor
@@ -218,7 +227,7 @@ def decode_attention(
 ) -> Tensor:
     """One query a row over the shared prefix and the row's own keys.
 
-    ``query`` is (B, H, D); ``lengths`` (B,) counts each row's own keys, the query's included. Returns (B, H, D).
+    ``query`` is (B, H, D); ``lengths`` (B,) counts each row's own keys, the query's included. Returns (B, H, Dv).
     """
     rows, heads, dim = query.shape
     prefix, kv_heads = store.prefix_key.shape[0], store.key.shape[1]
@@ -242,8 +251,9 @@ def decode_attention(
         own = torch.tanh(own / softcap) * softcap
     own = own.masked_fill(hidden[:, None, None, :], float("-inf"))
     if not prefix:
-        return (own.softmax(-1, dtype=torch.float32).to(q.dtype) @ store.value[:, :, :used]).reshape(rows, heads, dim)
+        return (own.softmax(-1, dtype=torch.float32).to(q.dtype) @ store.value[:, :, :used]).reshape(rows, heads, -1)
     weights = torch.cat([before, own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
     shared = weights[..., :prefix].transpose(0, 1).reshape(kv_heads, -1, prefix)
-    out = (shared @ store.prefix_value.transpose(0, 1)).view(kv_heads, rows, -1, dim).transpose(0, 1)
-    return (out + weights[..., prefix:] @ store.value[:, :, :used]).reshape(rows, heads, dim)
+    out = shared @ store.prefix_value.transpose(0, 1)  # (Hkv, B*G, Dv)
+    out = out.view(kv_heads, rows, -1, out.shape[-1]).transpose(0, 1)
+    return (out + weights[..., prefix:] @ store.value[:, :, :used]).reshape(rows, heads, -1)
