@@ -189,9 +189,10 @@ def detectable_gain(comparison: Comparison, confidence: float = 0.95, power: flo
 
 
 def items_needed(comparison: Comparison, threshold: float, confidence: float = 0.95, power: float = 0.8) -> int | None:
-    """Items needed to show that the difference seen exceeds ``threshold``; None if it does not exceed it."""
+    """Items needed to show that the difference seen exceeds ``threshold``; None if it does not exceed it, or by so
+    little (under 1e-6) that no set of items could show it."""
     excess = comparison.difference - threshold
-    if excess <= 0:
+    if excess < 1e-6:
         return None
     return math.ceil(comparison.n * (detectable_gain(comparison, confidence, power) / excess) ** 2)
 
