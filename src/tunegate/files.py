@@ -26,7 +26,7 @@ from tunegate.errors import TunegateError
 TEMPORARY_PREFIX = ".tmp-"
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     if os.name == "nt":  # Windows cannot open a folder for fsync; the rename itself is journalled
         return
     fd = os.open(folder, os.O_RDONLY)
@@ -98,7 +98,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

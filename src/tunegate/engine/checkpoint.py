@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tunegate.files import (
     TEMPORARY_PREFIX,
-    _flush_folder,
     explain_os_error,
+    flush_folder,
     hash_file,
     read_json,
     write_bytes,
@@ -68,7 +68,7 @@ def save_checkpoint(
             if target.exists():
                 shutil.rmtree(target)
             building.rename(target)
-            _flush_folder(folder)
+            flush_folder(folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
