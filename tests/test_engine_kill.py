@@ -109,8 +109,8 @@ def result(folder: Path) -> dict[str, str]:
 def main(root: Path) -> None:
     import torch
 
-    from test_engine_train import section, toy
     from tiny import tiny_model
+    from toy_runs import section, toy
     from tunegate.adapter.inject import inject
     from tunegate.adapter.spec import AdapterSpec
     from tunegate.engine.runner import Runner

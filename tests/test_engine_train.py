@@ -1,12 +1,9 @@
-"""The training loop: accumulation, packing and interruption are invisible; the best adapter is kept."""
+"""The training loop: accumulation and packing are invisible, the best adapter is kept, bad rows are refused."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,108 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tiny import tiny_model, toy_rows
-from tunegate.adapter.inject import Injection, inject
+from tiny import tiny_model
+from toy_runs import Job, close, files_of, section, toy
+from tunegate.adapter.inject import inject
 from tunegate.adapter.spec import AdapterSpec
-from tunegate.config import TrainSection
 from tunegate.data.pack import make_batch
 from tunegate.data.types import Rendered
-from tunegate.engine import checkpoint
 from tunegate.engine import train as module
-from tunegate.engine.checkpoint import FILES, TrainState, find_checkpoint, save_checkpoint
+from tunegate.engine.checkpoint import TrainState
 from tunegate.engine.runner import Runner
-from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
-from tunegate.engine.train import Hooks, Interrupted, TrainResult, mean_loss, train
+from tunegate.engine.schedule import StepPlan
+from tunegate.engine.train import mean_loss
 from tunegate.errors import InputError, TunegateError
-
-KEY = "b3:run"
-
-
-def toy(n: int = 24, seed: int = 0) -> list[Rendered]:
-    """Rows with a common header of 6 tokens, a body that tells the answer, and an answer of two tokens."""
-    rows = []
-    for number, item in enumerate(toy_rows(n, seed)):
-        answer = {"red": (50, 2), "green": (60, 2), "blue": (70, 2)}[item["completion"]]
-        body = [100 + number % 40, *([200 + answer[0]] * (1 + number % 5)), 9]
-        ids = (4, 5, 6, 7, 8, 3, *body, *answer)
-        rows.append(Rendered(f"toy.jsonl:{number + 1}", ids, (False,) * (len(ids) - 2) + (True, True)))
-    return rows
-
-
-def section(**changed: Any) -> TrainSection:
-    given: dict[str, Any] = {
-        "lr": 5e-3,
-        "rank": 4,
-        "epochs": 2.0,
-        "dropout": 0.0,
-        "tokens_per_step": 80,
-        "tokens_per_batch": 80,
-        "checkpoint_every": 3,
-        "patience": 100,
-    }
-    return TrainSection(**(given | changed))
-
-
-@dataclass
-class Job:
-    """A tiny base with a fresh adapter. ``scores`` are handed out in turn; the last is repeated."""
-
-    folder: Path
-    settings: TrainSection
-    rows: list[Rendered] = field(default_factory=toy)
-    scores: list[float] | None = None
-    key: str = KEY
-    family: str = "llama"
-    stop_at: int | None = None
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        model = tiny_model(self.family)
-        self.runner = Runner(model)
-        self.injection: Injection = inject(
-            model,
-            AdapterSpec(self.settings.rank, 8.0, self.settings.dropout, use_dora=self.settings.method == "dora"),
-            seed=self.settings.seed,
-        )
-        self.evaluated: list[int] = []
-
-    def evaluate(self, step: int) -> tuple[float, dict[str, Any]]:
-        """By default a score that the weights decide, so that a wrong resume shows."""
-        self.evaluated.append(step)
-        if self.scores is not None:
-            return self.scores[min(len(self.evaluated), len(self.scores)) - 1], {}
-        loss = mean_loss(self.runner, self.rows, 200)
-        return -loss, {"valid_loss": loss}
-
-    def run(self) -> TrainResult:
-        def stop() -> bool:
-            return self.stop_at is not None and self.steps and self.steps[-1]["step"] >= self.stop_at
-
-        hooks = Hooks(self.evaluate, self.events.append, stop)
-        return train(self.runner, self.injection, self.rows, self.settings, self.folder, self.key, hooks)
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == "step"]
-
-    @property
-    def losses(self) -> list[float]:
-        return [event["loss"] for event in self.steps]
-
-    @property
-    def adapter(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.injection.parameters().items()}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of the adapters and optimizer states on disk. (``state.json`` holds times.)"""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
-
-
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
-
 
 # --- what must be invisible -----------------------------------------------------------------------------------------
 
@@ -211,178 +118,6 @@ def test_a_model_without_decoder_layers_to_recompute_is_refused(
         job.run()
 
 
-# --- resume ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, dict[str, bytes], list[float]]:
-    """An uninterrupted run with dropout and two evaluations an epoch."""
-    job = Job(tmp_path_factory.mktemp("whole") / "train", _resumable())
-    return job.run(), files_of(job.folder), job.losses
-
-
-def _resumable() -> TrainSection:
-    return section(dropout=0.1, eval_every=4)
-
-
-@pytest.mark.parametrize("stops", [(1,), (3,), (4,), (5, 9), (2, 3, 4, 5, 6), tuple(range(1, 10))], ids=str)
-def test_a_stopped_run_ends_in_the_same_bytes(stops: tuple[int, ...], whole: Any, tmp_path: Path) -> None:
-    result, files, losses = whole
-    seen: list[float] = []
-    for stop in stops:
-        job = Job(tmp_path, _resumable(), stop_at=stop)
-        with pytest.raises(Interrupted, match=f"stopped after step {stop} of {result.total_steps}"):
-            job.run()
-        seen += job.losses
-    last = Job(tmp_path, _resumable())
-    again = last.run()
-    assert seen + last.losses == losses
-    assert last.events[0] == {"event": "resume", "step": stops[-1]}
-    assert files_of(tmp_path) == files
-    assert again.state.evaluations == result.state.evaluations
-    assert (again.state.tokens, again.state.target_tokens) == (result.state.tokens, result.state.target_tokens)
-
-
-def test_a_finished_run_does_nothing_when_run_again(whole: Any, tmp_path: Path) -> None:
-    result, files, _ = whole
-    Job(tmp_path, _resumable()).run()
-    again = Job(tmp_path, _resumable())
-    state = again.run().state
-    assert not again.steps and not again.evaluated
-    assert files_of(tmp_path) == files
-    assert state.best_step == result.state.best_step
-    assert -mean_loss(again.runner, again.rows, 200) == state.best_score
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest gone", "manifest odd", "state odd", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, whole: Any, tmp_path: Path) -> None:
-    job = Job(tmp_path, _resumable(), stop_at=8)
-    with pytest.raises(Interrupted):
-        job.run()
-    old, newest = sorted((tmp_path / "checkpoints").iterdir())
-    assert (old.name, newest.name) == ("step-00000006", "step-00000008")
-    target = newest / FILES[1]
-    data = target.read_bytes()
-    if damage == "cut":
-        target.write_bytes(data[:-7])
-    elif damage == "flipped":
-        target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    elif damage == "missing":
-        target.unlink()
-    elif damage == "manifest gone":
-        (newest / "manifest.json").unlink()
-    elif damage == "manifest odd":
-        (newest / "manifest.json").write_text("[1, 2]")
-    elif damage == "state odd":
-        (newest / "state.json").write_text("[]")
-    else:
-        shutil.rmtree(newest)
-        newest.mkdir()
-    again = Job(tmp_path, _resumable())
-    again.run()
-    assert again.events[0] == {"event": "resume", "step": 6}
-    assert files_of(tmp_path) == whole[1]
-
-
-def test_all_checkpoints_damaged_means_from_the_start(whole: Any, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        Job(tmp_path, _resumable(), stop_at=8).run()
-    for path in (tmp_path / "checkpoints").rglob("manifest.json"):
-        path.write_text("{}")
-    again = Job(tmp_path, _resumable())
-    again.run()
-    assert again.events[0]["event"] == "step"
-    assert files_of(tmp_path) == whole[1]
-
-
-def test_another_runs_checkpoints_are_ignored_and_do_not_crowd_out_ours(tmp_path: Path) -> None:
-    """The other run is further on: pruning by number alone would delete what this run has just saved."""
-    other = Job(tmp_path, section(seed=7), key="b3:other", stop_at=9)
-    with pytest.raises(Interrupted):
-        other.run()
-    with pytest.raises(Interrupted):
-        Job(tmp_path, section(), stop_at=4).run()
-    found = find_checkpoint(tmp_path / "checkpoints", KEY)
-    assert found is not None and found.name == "step-00000004"
-    again = Job(tmp_path, section())
-    again.run()
-    clean = Job(tmp_path / "clean", section())
-    clean.run()
-    shutil.move(tmp_path / "clean", tmp_path.parent / "clean-moved")
-    assert files_of(tmp_path) == files_of(tmp_path.parent / "clean-moved")
-
-
-def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
-    job = Job(tmp_path, section(checkpoint_every=1))
-    total = job.run().total_steps
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
-        f"step-{total - 1:08d}",
-        f"step-{total:08d}",
-    ]
-    assert not list(tmp_path.rglob(".tmp-*"))
-
-
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    for leftover in (tmp_path / "checkpoints" / ".tmp-abc", tmp_path / "best-00000003"):
-        leftover.mkdir(parents=True)
-        (leftover / ".tmp-x.safetensors").write_bytes(b"half")
-    Job(tmp_path, section(max_steps=2)).run()
-    assert not list(tmp_path.rglob(".tmp-*"))
-    assert [p.name for p in tmp_path.glob("best-*")] == ["best-00000002"]
-
-
-@pytest.mark.parametrize("writes", range(5))
-def test_a_full_disk_loses_nothing(writes: int, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full after so many files of step 4: best adapter, adapter, optimizer, state, manifest."""
-    with pytest.raises(Interrupted):
-        Job(tmp_path, _resumable(), stop_at=3).run()
-    before = files_of(tmp_path / "checkpoints")
-    plain, left = Path.write_bytes, [writes]
-
-    def full(path: Path, data: bytes) -> int:
-        if not left[0]:
-            plain(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        left[0] -= 1
-        return plain(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(TunegateError, match="No space left on device"):
-        Job(tmp_path, _resumable()).run()
-    monkeypatch.undo()
-    assert files_of(tmp_path / "checkpoints") == before
-    assert not list(tmp_path.rglob(".tmp-*"))
-    Job(tmp_path, _resumable()).run()
-    assert files_of(tmp_path) == whole[1]
-
-
-def test_the_optimizer_returns_as_it_was(tmp_path: Path) -> None:
-    job = Job(tmp_path, section(), stop_at=3)
-    with pytest.raises(Interrupted):
-        job.run()
-    other = Job(tmp_path, section())
-    parameters = other.injection.parameters()
-    optimizer = make_optimizer(parameters, other.settings)
-    found = find_checkpoint(tmp_path / "checkpoints", KEY)
-    assert found is not None
-    state = checkpoint.load_checkpoint(found, parameters, optimizer)
-    assert state.step == 3
-    stored = load_file(found / FILES[1])
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter, job.injection.parameters()[name])
-        assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
-        assert optimizer.state[parameter]["step"] == 3
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], stored[f"{name}/exp_avg"])
-
-
-def test_a_checkpoint_of_another_adapter_is_not_forced_in(tmp_path: Path) -> None:
-    parameters = {"a.lora_A": nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.AdamW(parameters.values())
-    save_checkpoint(tmp_path, KEY, TrainState(step=1), parameters, optimizer)
-    with pytest.raises(ValueError, match="different parameters"):
-        checkpoint.load_checkpoint(tmp_path / "step-00000001", {"b.lora_A": parameters["a.lora_A"]}, optimizer)
-
-
 # --- evaluation, best and patience ----------------------------------------------------------------------------------
 
 
@@ -425,28 +160,6 @@ def test_patience_and_ties(scores: list[float], patience: int, best: int, evalua
     assert [p.name for p in tmp_path.glob("best-*")] == [f"best-{state.best_step:08d}"]
 
 
-@pytest.mark.parametrize(
-    "every, epochs, max_steps, expected",
-    [
-        ("epoch", 2.0, None, [10, 20]),
-        ("epoch", 1.5, None, [10, 15]),
-        ("epoch", 0.3, None, [3]),
-        ("epoch", 0.01, None, [1]),
-        (4, 1.0, None, [4, 8, 10]),
-        (7, 2.0, None, [7, 14, 20]),
-        (5, 1.0, None, [5, 10]),
-        (100, 1.0, None, [10]),
-        ("epoch", 3.0, 4, [4]),
-        ("epoch", 3.0, 13, [10, 13]),
-        (3, 3.0, 4, [3, 4]),
-    ],
-)
-def test_when_the_gate_opens(every: Any, epochs: float, max_steps: int | None, expected: list[int]) -> None:
-    plan = StepPlan(_ten_steps(), section(eval_every=every, epochs=epochs, max_steps=max_steps, tokens_per_step=16))
-    assert [step for step in range(plan.total + 5) if step <= plan.total and plan.is_evaluation(step)] == expected
-    assert plan.total == expected[-1]
-
-
 def test_an_unreadable_best_adapter_is_named(tmp_path: Path) -> None:
     best = Job(tmp_path, section(epochs=1.0)).run().state.best_step
     path = tmp_path / f"best-{best:08d}" / module.ADAPTER_FILE
@@ -460,85 +173,16 @@ def test_an_unreadable_best_adapter_is_named(tmp_path: Path) -> None:
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
-def _ten_steps() -> list[Rendered]:
-    """Ten rows of which each fills a step of 16 tokens."""
-    return [Rendered(f"r:{n}", (n + 3,) * 15, (False,) * 14 + (True,)) for n in range(10)]
-
-
-@pytest.mark.parametrize(
-    "epochs, max_steps, done",
-    [
-        (1.0, None, {0: 0.0, 5: 0.5, 10: 1.0}),
-        (2.5, None, {5: 0.5, 10: 1.0, 19: 1.9, 25: 2.5}),
-        (0.5, None, {1: 0.1, 5: 0.5}),
-        (3.0, 5, {0: 0.0, 3: 0.3, 5: 0.5}),  # once a division by zero
-        (2.0, 10, {10: 1.0}),
-        (3.0, 12, {12: 1.2}),
-        (1.0, 50, {10: 1.0}),
-    ],
-)
-def test_epochs_done(epochs: float, max_steps: int | None, done: dict[int, float]) -> None:
-    plan = StepPlan(_ten_steps(), section(epochs=epochs, max_steps=max_steps, tokens_per_step=16))
-    assert plan.total == max(done)
-    assert {step: pytest.approx(plan.epochs_done(step)) for step in done} == done
-
-
-def test_a_plan_gives_every_row_once_an_epoch_in_a_new_order_from_any_step() -> None:
-    plan = StepPlan(_ten_steps(), section(epochs=2.5, tokens_per_step=16))
-    order = [plan.rows(step)[0].row_id for step in range(plan.total)]
-    assert len(order) == 25
-    assert set(order[:10]) == set(order[10:20]) == {f"r:{n}" for n in range(10)}
-    assert order[:10] != order[10:20]
-    jumping = StepPlan(_ten_steps(), section(epochs=2.5, tokens_per_step=16))
-    assert [jumping.rows(step)[0].row_id for step in (24, 3, 17, 0)] == [order[n] for n in (24, 3, 17, 0)]
-
-
 def test_a_run_cut_inside_its_first_epoch_ends_well(tmp_path: Path) -> None:
     result = Job(tmp_path, section(epochs=3.0, max_steps=4)).run()
     assert result.state.step == result.total_steps == 4
     assert 0.0 < result.epochs < 1.0
 
 
-@pytest.mark.parametrize(
-    "kind, warmup, total, expected",
-    [
-        ("constant", 0.0, 3, [1, 1, 1]),
-        ("constant", 0.5, 4, [0.5, 1, 1, 1]),
-        ("linear", 0.0, 4, [1, 0.75, 0.5, 0.25]),
-        ("linear", 0.4, 5, [0.5, 1, 1, 2 / 3, 1 / 3]),
-        ("cosine", 0.0, 4, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
-        ("cosine", 0.2, 5, [1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
-        ("linear", 0.05, 1, [1]),
-        ("linear", 0.99, 2, [0.5, 1]),
-    ],
-)
-def test_learning_rate_by_hand(kind: str, warmup: float, total: int, expected: list[float]) -> None:
-    assert [lr_factor(step, total, warmup, kind) for step in range(total)] == pytest.approx(expected)
-
-
-def test_the_warm_up_has_as_many_steps_as_asked() -> None:
-    # 0.07 * 100 is a little more than 7 in floating point, and would make it 8
-    assert [lr_factor(step, 100, 0.07, "constant") for step in range(8)] == pytest.approx(
-        [n / 7 for n in range(1, 8)] + [1]
-    )
-
-
 def test_the_rate_reaches_the_optimizer(tmp_path: Path) -> None:
     job = Job(tmp_path, section(epochs=1.0, warmup=0.0))
     total = job.run().total_steps
     assert [e["lr"] for e in job.steps] == pytest.approx([5e-3 * (1 - n / total) for n in range(total)])
-
-
-def test_lora_plus_gives_b_its_own_rate() -> None:
-    shapes = {"x.lora_A": (2, 3), "x.lora_B": (3, 2), "x.lora_magnitude_vector": (3,)}
-    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
-    optimizer = make_optimizer(parameters, section(lr=1e-3, lr_plus_ratio=16.0, weight_decay=0.1, beta1=0.8))
-    slow, fast = optimizer.param_groups
-    assert [id(p) for p in fast["params"]] == [id(parameters["x.lora_B"])]
-    assert {id(p) for p in slow["params"]} == {id(parameters["x.lora_A"]), id(parameters["x.lora_magnitude_vector"])}
-    assert (slow["peak"], fast["peak"]) == (1e-3, 16e-3)
-    assert slow["weight_decay"] == fast["weight_decay"] == 0.1
-    assert slow["betas"] == (0.8, 0.999)
 
 
 def test_lora_plus_in_a_run(tmp_path: Path) -> None:
