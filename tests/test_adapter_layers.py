@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tunegate.adapter.layers import DoRALinear, LoRALinear, base_weight, features
+from tunegate.adapter.layers import DoRALinear, LoRALinear, base_weight, drop_out, features
 
 KINDS = {"lora": LoRALinear, "dora": DoRALinear}
 
@@ -177,12 +177,25 @@ def test_dropout_acts_on_the_low_rank_branch_alone_and_only_in_training(method: 
     torch.manual_seed(1)
     got = layer(x)
     torch.manual_seed(1)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropped = drop_out(x, 0.5)
     t = layer.base(x) + layer.scale * dropped @ layer.lora_A.t() @ layer.lora_B.t()
     if method == "dora":
         gain = layer.lora_magnitude_vector / layer.row_norm()
         t = gain * (t - layer.bias) + layer.bias
     torch.testing.assert_close(got, t, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(rate: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(301, 333, requires_grad=True)
+    out = drop_out(x, rate)
+    kept = out[out != 0]
+    n, share = x.numel(), 1 - kept.numel() / x.numel()
+    assert abs(share - rate) < 5 * (rate * (1 - rate) / n) ** 0.5 + 1 / 65536
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)), rtol=1e-3, atol=0.0)
+    out.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, out.detach())  # the same elements, the same factor
 
 
 @pytest.mark.parametrize("write", ["in place", "data", "load"])
