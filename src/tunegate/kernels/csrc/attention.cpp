@@ -1,0 +1,6 @@
+#include "attention.h"
+
+#include "level.h"
+#include "pool.h"
+
+namespace tunegate::TUNEGATE_LEVEL {}

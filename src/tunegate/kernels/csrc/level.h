@@ -1,0 +1,135 @@
+// What one instruction-set level offers to the kernels: the vector type, conversions and a few functions of it.
+//
+// Every kernel file is compiled once per level, with that level's flags and TUNEGATE_LEVEL naming its namespace, so a
+// kernel is written once, on GCC/Clang vector extensions. Nothing here or in a kernel file may come from a C++
+// standard template: the linker would keep one copy for all levels, perhaps the one that this machine cannot run.
+//
+// Not here: intrinsics. The few kernels that need them (AMX, VNNI dot products) hold them themselves.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#ifndef TUNEGATE_LEVEL
+#error "compile through CMakeLists.txt, which sets TUNEGATE_LEVEL and TUNEGATE_WIDTH for each level"
+#endif
+
+namespace tunegate::TUNEGATE_LEVEL {
+namespace {
+
+constexpr int W = TUNEGATE_WIDTH;  // fp32 lanes of a vector: 4, 8 or 16
+
+typedef float vfloat __attribute__((vector_size(W * 4)));
+typedef int32_t vint __attribute__((vector_size(W * 4)));
+typedef uint32_t vuint __attribute__((vector_size(W * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(W * 2)));
+struct bf16 {
+  uint16_t bits;
+};
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline vfloat splat(float x) { return vfloat{} + x; }
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+
+inline vfloat load(const bf16* p) {
+  vhalf h;
+  memcpy(&h, p, sizeof h);
+  vuint wide = __builtin_convertvector(h, vuint) << 16;
+  return (vfloat)wide;
+}
+// Round to nearest, ties to even; a NaN stays one (its payload is not kept).
+inline void store(bf16* p, vfloat v) {
+  vuint u = (vuint)v;
+  vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vint nan = (vint)(v != v);
+  rounded = (rounded & ~(vuint)nan) | ((vuint)nan & 0x7fc0);
+  vhalf h = __builtin_convertvector(rounded, vhalf);
+  memcpy(p, &h, sizeof h);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline void set(float* p, float x) { *p = x; }
+inline void set(bf16* p, float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  p->bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// The first n lanes from p, zeros after them, and back; n < W.
+template <typename T>
+inline vfloat load_part(const T* p, int64_t n) {
+  float lanes[W] = {};
+  for (int64_t i = 0; i < n; i++) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+template <typename T>
+inline void store_part(T* p, vfloat v, int64_t n) {
+  float lanes[W];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; i++) set(p + i, lanes[i]);
+}
+
+inline vfloat select(vint mask, vfloat yes, vfloat no) {
+  return (vfloat)((mask & (vint)yes) | (~mask & (vint)no));
+}
+inline vfloat vmax(vfloat a, vfloat b) { return select((vint)(a > b), a, b); }
+inline vfloat vmin(vfloat a, vfloat b) { return select((vint)(a < b), a, b); }
+
+inline float sum(vfloat v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int step = W / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+inline float largest(vfloat v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int step = W / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+  return lanes[0];
+}
+
+// e^x, relative error below 2e-7 on [-87.3, 88.7]; 0 below that and +inf above. NaN gives NaN.
+// Range reduction x = n ln2 + r with a two-part ln2 (Cody & Waite), then a degree-6 polynomial on |r| <= ln2 / 2.
+inline vfloat vexp(vfloat x) {
+  const vfloat low = splat(-87.33654f), high = splat(88.72283f);
+  vfloat kept = vmin(vmax(x, low), high);
+  vfloat shifted = kept * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+  vint n = (vint)shifted - 0x4b400000;
+  vfloat whole = shifted - 12582912.0f;
+  vfloat r = kept - whole * 0.693145751953125f;
+  r = r - whole * 1.428606765330187e-06f;
+  vfloat p = splat(1.3981999507e-3f);
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vint half = n >> 1;  // two factors, so that 2^128 does not overflow on the way
+  vfloat result = p * (vfloat)((half + 127) << 23) * (vfloat)((n - half + 127) << 23);
+  result = select((vint)(x < low), splat(0.0f), result);
+  result = select((vint)(x > high), splat(INFINITY), result);
+  return select((vint)(x != x), x, result);
+}
+inline vfloat vsigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
+// tanh, absolute error below 2e-7.
+inline vfloat vtanh(vfloat x) { return 1.0f - 2.0f / (vexp(2.0f * x) + 1.0f); }
+
+}  // namespace
+}  // namespace tunegate::TUNEGATE_LEVEL

@@ -1,0 +1,6 @@
+#include "loss.h"
+
+#include "level.h"
+#include "pool.h"
+
+namespace tunegate::TUNEGATE_LEVEL {}

@@ -1,0 +1,4 @@
+#pragma once
+#include <cstdint>
+
+#define NF4_KERNELS(X)
