@@ -1,0 +1,163 @@
+"""The native varlen and decode kernels against one plain masked softmax per row, in fp64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tunegate.kernels import DecodeStore, Layout, Plan, attention, decode_attention, native, varlen
+
+needs_native = pytest.mark.skipif(native.library() is None, reason="the kernels are switched off or not built")
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[int, ...]
+    prefix: int = 0
+    heads: int = 2
+    kv_heads: int = 2
+    dim: int = 32
+    value_dim: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def starts(self) -> list[int]:
+        return list(accumulate(self.lengths, initial=0))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v inside one qkv buffer, as a projection leaves them."""
+        value_dim, total = self.value_dim or self.dim, self.starts[-1]
+        widths = (self.heads * self.dim, self.kv_heads * self.dim, self.kv_heads * value_dim)
+        buffer = torch.randn(total, sum(widths), generator=torch.Generator().manual_seed(total)).to(self.dtype)
+        q, k, v = buffer.split(widths, dim=1)
+        return (
+            q.unflatten(1, (self.heads, self.dim)),
+            k.unflatten(1, (self.kv_heads, self.dim)),
+            v.unflatten(1, (self.kv_heads, value_dim)),
+        )
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, case: Case, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one sequence in fp64; q are the last of its tokens."""
+    place = torch.arange(len(k))
+    ahead = place[len(k) - len(q) :, None] - place[None, :]
+    seen = (ahead >= 0) & (ahead < (case.window or len(k)))
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if case.softcap is not None:
+        scores = torch.tanh(scores / case.softcap) * case.softcap
+    scores = scores.masked_fill(~seen, -math.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1).T
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, case: Case, scale: float, skipped: int = 0) -> tuple[Tensor, Tensor]:
+    outs, sums = [], []
+    for row, (start, end) in enumerate(zip(case.starts, case.starts[1:], strict=False)):
+        if row == 0 and skipped:
+            continue
+        own = slice(start, end)
+        shared = slice(0, case.prefix if row else 0)
+        keys, values = torch.cat([k[shared], k[own]]), torch.cat([v[shared], v[own]])
+        out, lse = plain(q[start - skipped : end - skipped], keys, values, case, scale)
+        outs.append(out)
+        sums.append(lse)
+    return torch.cat(outs), torch.cat(sums)
+
+
+def op(q: Tensor, k: Tensor, v: Tensor, case: Case, scale: float, skipped: int = 0) -> tuple[Tensor, Tensor]:
+    starts = torch.tensor(case.starts)
+    out, lse = torch.ops.tunegate.varlen_attention(
+        q, k, v, starts, case.prefix, skipped, scale, case.window or -1, case.softcap or 0.0
+    )
+    return out, lse
+
+
+def close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """fp32: sums of some hundred terms. bf16: each result is rounded once more, 2^-8 of its size; the inputs of the
+    backward (out, grad_out) as well, so its sums carry some roundings of 2^-9 of their largest terms."""
+    tolerance = 2e-5 if dtype == torch.float32 else 2**-6
+    size = float(wanted.abs().max())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance * max(size, 1.0))
+
+
+def check(case: Case, skipped: int = 0) -> None:
+    q, k, v = case.tensors()
+    q, scale = q[skipped:], 1.7 * case.dim**-0.5
+    mine = [x.detach().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, lse = op(*mine, case, scale, skipped)
+    wanted, wanted_lse = oracle(*exact, case, scale, skipped)
+    close(out, wanted.detach(), case.dtype)
+    torch.testing.assert_close(lse.double(), wanted_lse.detach(), rtol=1e-5, atol=1e-5)
+    seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    found = torch.autograd.grad(out, mine, seen)
+    for got, other in zip(found, torch.autograd.grad(wanted, exact, seen.double()), strict=True):
+        close(got, other, case.dtype)
+
+
+CASES = [
+    Case((1,)),
+    Case((1, 1, 1), heads=3, kv_heads=1),
+    Case((1, 2, 1), prefix=1),
+    Case((55, 20, 100, 1, 33), heads=9, kv_heads=3, dim=64),
+    Case((13, 55, 20, 100, 1, 33), prefix=13, heads=3, kv_heads=1, dim=64),
+    Case((150, 7, 300), prefix=150, heads=4, kv_heads=1, dim=80),
+    Case((700, 5), heads=2, kv_heads=1, dim=32),
+    Case((530,), heads=1, kv_heads=1, dim=64, window=70),
+    Case((140, 40, 20, 90), prefix=140, heads=2, kv_heads=1, window=60),
+    Case((40, 40, 20), prefix=40, heads=2, kv_heads=1, window=30, softcap=1.5),
+    Case((40, 131), heads=8, kv_heads=1, dim=96, softcap=2.0),
+    Case((70, 31), heads=3, kv_heads=3, dim=128, value_dim=64),
+    Case((70, 31), heads=8, kv_heads=2, dim=40, value_dim=72),
+    Case((140, 31), heads=4, kv_heads=4, dim=256),
+    Case((17, 3), prefix=17, heads=4, kv_heads=2, dim=8, value_dim=24, window=1),
+]
+
+
+def told(case: Case) -> str:
+    return f"{case.lengths}p{case.prefix}h{case.heads}/{case.kv_heads}d{case.dim}w{case.window}c{case.softcap}"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=told)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    check(Case(**{**case.__dict__, "dtype": dtype}))
+
+
+@needs_native
+@pytest.mark.parametrize("case", [c for c in CASES if c.prefix], ids=told)
+def test_queries_after_a_cached_prefix(case: Case) -> None:
+    check(case, skipped=case.prefix)
+
+
+@needs_native
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    st.integers(0, 40),
+    st.sampled_from([(2, 2), (3, 1), (4, 1), (8, 1)]),
+    st.sampled_from([8, 16, 32, 48]),
+    st.none() | st.integers(1, 50),
+    st.none() | st.just(1.5),
+)
+def test_any_layout(
+    lengths: list[int],
+    prefix: int,
+    heads: tuple[int, int],
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    rows = (prefix, *lengths) if prefix else tuple(lengths)
+    check(Case(rows, prefix, *heads, dim, 0, window, softcap))
