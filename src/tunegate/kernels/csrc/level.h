@@ -31,7 +31,7 @@ struct bf16 {
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline vfloat splat(float x) { return vfloat{} + x; }
+inline vfloat splat(float x) { return x - vfloat{}; }  // x - 0 is x, -0 too, and costs nothing; 0 + x is an addition
 
 inline vfloat load(const float* p) {
   vfloat v;
