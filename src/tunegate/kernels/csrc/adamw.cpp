@@ -3,4 +3,111 @@
 #include "level.h"
 #include "pool.h"
 
-namespace tunegate::TUNEGATE_LEVEL {}
+namespace tunegate::TUNEGATE_LEVEL {
+namespace {
+
+typedef double vdouble __attribute__((vector_size(W * 8)));
+
+// body(tensor, begin, end) for each piece of a tensor that a task of the row holds.
+template <typename F>
+inline void for_pieces(const TensorRow& row, int64_t task, F&& body) {
+  int64_t from = task * kAdamwTask, to = min_of(row.starts[row.count], from + kAdamwTask);
+  int64_t low = 0, high = row.count;  // the last tensor that starts at or before `from`
+  while (high - low > 1) {
+    int64_t middle = (low + high) / 2;
+    (row.starts[middle] <= from ? low : high) = middle;
+  }
+  for (int64_t i = low; i < row.count && row.starts[i] < to; i++) {
+    int64_t begin = max_of(from, row.starts[i]) - row.starts[i];
+    int64_t end = min_of(to, row.starts[i + 1]) - row.starts[i];
+    if (begin < end) body(i, begin, end);
+  }
+}
+
+template <typename F>
+inline void for_tasks(const TensorRow& row, F&& body) {
+  parallel((row.starts[row.count] + kAdamwTask - 1) / kAdamwTask, [&](int64_t task) { body(task); });
+}
+
+inline vfloat vsqrt(vfloat v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int i = 0; i < W; i++) lanes[i] = __builtin_sqrtf(lanes[i]);
+  return load(lanes);
+}
+
+struct Moment {
+  vfloat parameter, first, second;
+};
+
+inline Moment advance(Moment at, vfloat g, const AdamwGroup& by) {
+  at.first += (g - at.first) * by.beta1_rest;
+  at.second = at.second * by.beta2 + g * g * by.beta2_rest;
+  vfloat denominator = vsqrt(at.second) * by.inverse_root + by.eps;
+  at.parameter = at.parameter * by.keep - at.first / denominator * by.step_size;
+  return at;
+}
+
+inline vdouble squared(vfloat v) {
+  vdouble wide = __builtin_convertvector(v, vdouble);
+  return wide * wide;
+}
+
+}  // namespace
+
+void adamw(TensorRow row, const AdamwTensor* tensors, const AdamwGroup* groups) {
+  for_tasks(row, [&](int64_t task) {
+    for_pieces(row, task, [&](int64_t index, int64_t i, int64_t end) {
+      AdamwTensor t = tensors[index];
+      AdamwGroup by = groups[t.group];
+      for (; i + W <= end; i += W) {
+        Moment to = advance({load(t.parameter + i), load(t.first + i), load(t.second + i)}, load(t.gradient + i), by);
+        store(t.parameter + i, to.parameter);
+        store(t.first + i, to.first);
+        store(t.second + i, to.second);
+      }
+      if (i < end) {
+        int64_t n = end - i;
+        Moment to = advance({load_part(t.parameter + i, n), load_part(t.first + i, n), load_part(t.second + i, n)},
+                            load_part(t.gradient + i, n), by);
+        store_part(t.parameter + i, to.parameter, n);
+        store_part(t.first + i, to.first, n);
+        store_part(t.second + i, to.second, n);
+      }
+    });
+  });
+}
+
+void gradient_squares(TensorRow row, float* const* gradients, float scale, bool writes, double* partials) {
+  for_tasks(row, [&](int64_t task) {
+    vdouble squares{};
+    for_pieces(row, task, [&](int64_t index, int64_t i, int64_t end) {
+      float* g = gradients[index];
+      for (; i + W <= end; i += W) {
+        vfloat v = load(g + i) * scale;
+        squares += squared(v);
+        if (writes) store(g + i, v);
+      }
+      if (i < end) {
+        vfloat v = load_part(g + i, end - i) * scale;
+        squares += squared(v);
+        if (writes) store_part(g + i, v, end - i);
+      }
+    });
+    double lanes[W], sum = 0;
+    memcpy(lanes, &squares, sizeof lanes);
+    for (double lane : lanes) sum += lane;
+    partials[task] = sum;
+  });
+}
+
+void scale_gradients(TensorRow row, float* const* gradients, float scale, float coefficient) {
+  for_tasks(row, [&](int64_t task) {
+    for_pieces(row, task, [&](int64_t index, int64_t i, int64_t end) {
+      float* g = gradients[index];
+      for (; i < end; i++) g[i] = g[i] * scale * coefficient;
+    });
+  });
+}
+
+}  // namespace tunegate::TUNEGATE_LEVEL

@@ -1,9 +1,70 @@
 #include "adamw.h"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <vector>
 
 #include "table.h"
 
 namespace nb = nanobind;
+using namespace tunegate;
 
-void bind_adamw(nb::module_& m) { (void)m; }
+namespace {
+
+std::vector<int64_t> starts_of(const std::vector<int64_t>& counts) {
+  std::vector<int64_t> starts{0};
+  for (int64_t count : counts) starts.push_back(starts.back() + count);
+  return starts;
+}
+
+// tensors: (parameter, gradient, first moment, second moment, group); groups: (lr, beta1, beta2, eps, decay, step).
+void adamw(const std::vector<std::array<int64_t, 5>>& tensors, const std::vector<int64_t>& counts,
+           const std::vector<std::array<double, 6>>& groups) {
+  nb::gil_scoped_release free;
+  std::vector<AdamwTensor> each;
+  for (const auto& t : tensors)
+    each.push_back({reinterpret_cast<float*>(t[0]), reinterpret_cast<const float*>(t[1]),
+                    reinterpret_cast<float*>(t[2]), reinterpret_cast<float*>(t[3]), t[4]});
+  std::vector<AdamwGroup> by;
+  for (const auto& [lr, beta1, beta2, eps, decay, step] : groups)
+    by.push_back({float(1 - lr * decay), float(lr / (1 - std::pow(beta1, step))), float(1 - beta1), float(beta2),
+                  float(1 - beta2), float(eps), float(1 / std::sqrt(1 - std::pow(beta2, step)))});
+  std::vector<int64_t> starts = starts_of(counts);
+  active().adamw({starts.data(), int64_t(each.size())}, each.data(), by.data());
+}
+
+double clip_and_scale(const std::vector<int64_t>& gradients, const std::vector<int64_t>& counts, double scale,
+                      std::optional<double> max_norm) {
+  nb::gil_scoped_release free;
+  std::vector<float*> each;
+  for (int64_t address : gradients) each.push_back(reinterpret_cast<float*>(address));
+  std::vector<int64_t> starts = starts_of(counts);
+  TensorRow row{starts.data(), int64_t(each.size())};
+  std::vector<double> partials(size_t((starts.back() + kAdamwTask - 1) / kAdamwTask));
+  bool one_pass = !max_norm && scale != 1;
+  active().gradient_squares(row, each.data(), float(scale), one_pass, partials.data());
+  double squares = 0;
+  for (double partial : partials) squares += partial;
+  double norm = std::sqrt(squares);
+  if (max_norm) {
+    double ratio = *max_norm / (norm + 1e-6);
+    double coefficient = ratio > 1 ? 1 : ratio;  // a NaN stays one, as in torch
+    if (scale != 1 || coefficient != 1)
+      active().scale_gradients(row, each.data(), float(scale), float(coefficient));
+  }
+  return norm;
+}
+
+}  // namespace
+
+void bind_adamw(nb::module_& m) {
+  m.def("adamw", &adamw);
+  m.def("clip_and_scale", &clip_and_scale, nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+}
