@@ -1,0 +1,170 @@
+// Reading weights as fp32, whatever they are stored as, and laying them out for the fp32 microkernel.
+//
+// A packed panel holds NR columns of the product (rows of an (n, k) weight): for each k, NR consecutive floats. NF4
+// and bf16 are decoded in pieces that stay in the first-level cache; no decoded copy of a matrix ever exists.
+#pragma once
+#include "gemm.h"
+#include "level.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tunegate::TUNEGATE_LEVEL {
+namespace {
+
+constexpr int NR = 2 * W;            // columns of a panel
+constexpr int MR = W == 16 ? 14 : 6;  // rows of the microkernel: MR * 2 accumulators fill the register file
+constexpr int PACK = 64;             // columns that are packed together
+constexpr int CHUNK = 64;            // k that are decoded together
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef uint16_t h4 __attribute__((vector_size(8)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+
+inline v4 load4(const float* p) {
+  v4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
+inline v4 load4(const bf16* p) {
+  h4 h;
+  memcpy(&h, p, 8);
+  return (v4)(__builtin_convertvector(h, u4) << 16);
+}
+inline void store4(float* p, v4 v) { memcpy(p, &v, 16); }
+
+inline void transpose4(v4& a, v4& b, v4& c, v4& d) {
+  v4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  v4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// n values to fp32.
+template <typename T>
+inline void widen(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; i++) to[i] = to_float(from[i]);
+}
+
+// The sixteen values of NF4 (Dettmers et al. 2023, QLoRA, appendix E; bitsandbytes' constants).
+alignas(64) constexpr float kNf4Values[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+inline float block_scale(const GemmTerm& t, int64_t block) {
+  if (t.absmax) return t.absmax[block];
+  return t.nested_code[t.absmax_codes[block]] * t.nested_absmax[block >> 8] + t.offset;
+}
+
+// 16 codes of 8 bytes times scale.
+inline void decode16(const uint8_t* codes, float scale, float* to) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadl_epi64((const __m128i*)codes), low_bits = _mm_set1_epi8(15);
+  __m128i order = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_bits), _mm_and_si128(bytes, low_bits));
+  const __mmask16 all = 0xffff;  // the forms without a mask draw a false warning from GCC 12
+  __m512 values = _mm512_maskz_permutexvar_ps(all, _mm512_maskz_cvtepu8_epi32(all, order), _mm512_load_ps(kNf4Values));
+  _mm512_storeu_ps(to, _mm512_mul_ps(values, _mm512_set1_ps(scale)));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_loadl_epi64((const __m128i*)codes), low_bits = _mm_set1_epi8(15);
+  __m128i order = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_bits), _mm_and_si128(bytes, low_bits));
+  __m256 negative = _mm256_load_ps(kNf4Values), positive = _mm256_load_ps(kNf4Values + 8);
+  __m256 factor = _mm256_set1_ps(scale);
+  for (int half = 0; half < 2; half++) {
+    __m256i index = _mm256_cvtepu8_epi32(half ? _mm_srli_si128(order, 8) : order);
+    __m256 values = _mm256_blendv_ps(_mm256_permutevar8x32_ps(negative, index),
+                                     _mm256_permutevar8x32_ps(positive, index),
+                                     _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    _mm256_storeu_ps(to + 8 * half, _mm256_mul_ps(values, factor));
+  }
+#else
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = kNf4Values[codes[i] >> 4] * scale;
+    to[2 * i + 1] = kNf4Values[codes[i] & 15] * scale;
+  }
+#endif
+}
+
+// n values of a quantized matrix from its flat index `at`.
+inline void decode(const GemmTerm& t, int64_t at, int64_t n, float* to) {
+  const uint8_t* codes = (const uint8_t*)t.w;
+  while (n > 0) {
+    int64_t run = min_of(n, 64 - (at & 63));
+    float scale = block_scale(t, at >> 6);
+    int64_t i = 0;
+    if ((at & 1) == 0)
+      for (; i + 16 <= run; i += 16) decode16(codes + ((at + i) >> 1), scale, to + i);
+    for (; i < run; i++) {
+      int64_t flat = at + i;
+      int code = flat & 1 ? codes[flat >> 1] & 15 : codes[flat >> 1] >> 4;
+      to[i] = kNf4Values[code] * scale;
+    }
+    at += run, to += run, n -= run;
+  }
+}
+
+// n values of row `row` of the stored matrix from column `column`: in place if they are fp32, else in `buffer`.
+inline const float* read_row(const GemmTerm& t, int64_t row, int64_t column, int64_t n, float* buffer) {
+  int64_t at = row * t.w_stride + column;
+  if (t.w_type == kFp32) return (const float*)t.w + at;
+  if (t.w_type == kBf16)
+    widen((const bf16*)t.w + at, n, buffer);
+  else
+    decode(t, at, n, buffer);
+  return buffer;
+}
+
+// (n, k) weights: NR rows from `n0` (those past n are zeros), k0 .. k0 + kc, to a panel.
+inline void pack_panel_nk(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, float* to) {
+  alignas(64) float buffer[NR][CHUNK];
+  alignas(64) static const float zeros[CHUNK] = {};
+  for (int64_t c = 0; c < kc; c += CHUNK) {
+    int64_t width = min_of(CHUNK, kc - c);
+    const float* rows[NR];
+    for (int r = 0; r < NR; r++)
+      rows[r] = n0 + r < n ? read_row(t, n0 + r, k0 + c, width, buffer[r]) : zeros;
+    float* out = to + c * NR;
+    int64_t k = 0;
+    for (; k + 4 <= width; k += 4)
+      for (int r = 0; r < NR; r += 4) {
+        v4 a = load4(rows[r] + k), b = load4(rows[r + 1] + k), d = load4(rows[r + 2] + k), e = load4(rows[r + 3] + k);
+        transpose4(a, b, d, e);
+        store4(out + k * NR + r, a), store4(out + (k + 1) * NR + r, b);
+        store4(out + (k + 2) * NR + r, d), store4(out + (k + 3) * NR + r, e);
+      }
+    for (; k < width; k++)
+      for (int r = 0; r < NR; r++) out[k * NR + r] = rows[r][k];
+  }
+}
+
+// (k, n) weights: PACK columns from n0, k0 .. k0 + kc, to PACK / NR panels, each kc * NR floats.
+inline void pack_unit_kn(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, float* to) {
+  alignas(64) float buffer[PACK] = {};
+  int64_t width = min_of(PACK, n - n0);
+  for (int64_t k = 0; k < kc; k++) {
+    const float* row = read_row(t, k0 + k, n0, width, buffer);
+    if (width < PACK && row != buffer) {
+      memcpy(buffer, row, size_t(width) * 4);
+      row = buffer;
+    }
+    for (int c = 0; c < PACK; c += NR) {
+      float* out = to + c * kc + k * NR;
+      store(out, load(row + c)), store(out + W, load(row + c + W));
+    }
+  }
+}
+
+// PACK columns of the product from n0 as PACK / NR panels; panels wholly past n are left alone.
+inline void pack_unit(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, float* to) {
+  if (t.w_is_kn) return pack_unit_kn(t, n, n0, k0, kc, to);
+  for (int64_t c = 0; c < min_of(PACK, n - n0); c += NR) pack_panel_nk(t, n, n0 + c, k0, kc, to + c * kc);
+}
+
+}  // namespace
+}  // namespace tunegate::TUNEGATE_LEVEL
