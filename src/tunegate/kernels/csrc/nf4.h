@@ -1,4 +1,27 @@
+// NF4 weights in bitsandbytes' format (Dettmers et al. 2023, QLoRA): 4-bit codes in blocks of 64 over the flat index,
+// two a byte, the first in the high nibble; a block's scale is fp32, or an 8-bit code in blocks of 256.
 #pragma once
 #include <cstdint>
 
-#define NF4_KERNELS(X)
+namespace tunegate {
+
+struct Nf4View {
+  const uint8_t* codes;
+  const float* absmax;  // one per block, or null: then nested_code[absmax_codes[b]] * nested_absmax[b / 256] + offset
+  const uint8_t* absmax_codes;
+  const float* nested_code;  // 256
+  const float* nested_absmax;
+  float offset;
+};
+
+}  // namespace tunegate
+
+// nf4_quantize: x (n) to codes (ceil(n / 2)) and absmax (ceil(n / 64)). nf4_quantize_scales: absmax (blocks) less the
+// offset to codes and nested_absmax, by a table of the code nearest to each of 65536 points from -1 to 1.
+// nf4_dequantize: the elements begin..end of the flat index to out[0..]. `wide`: fp32, otherwise bf16.
+#define NF4_KERNELS(X)                                                                                              \
+  X(void, nf4_quantize, (const void* x, bool wide, int64_t n, uint8_t* codes, float* absmax))                       \
+  X(void, nf4_quantize_scales,                                                                                      \
+    (const float* absmax, float offset, int64_t blocks, const uint8_t* nearest, uint8_t* codes,                     \
+     float* nested_absmax))                                                                                         \
+  X(void, nf4_dequantize, (const Nf4View& weight, int64_t begin, int64_t end, void* out, bool wide))
