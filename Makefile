@@ -26,12 +26,15 @@ $(VENV)/.created:
 	  echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }
 	@touch $@
 
-$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+KERNELS := CMakeLists.txt $(wildcard src/tunegate/kernels/csrc/*)
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt $(KERNELS)
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) -e '.[dev]'
+# Tests also run the AVX-512 and AMX kernels on machines without them, by emulation.
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt $(KERNELS)
+	$(PIP) -e '.[dev]' --config-settings=cmake.define.TUNEGATE_EMULATION=ON
 	@touch $(VENV)/.runtime $@
 
 test: lint

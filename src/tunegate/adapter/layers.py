@@ -225,11 +225,11 @@ class DoRALinear(nn.Module):
         dropped = drop_out(x, self.dropout) if self.dropout and self.training else x
         out = _add_low_rank(out, dropped, self.lora_A, self.lora_B, self.scale)
         # m/n - 1 is formed in fp32: in 16 bits m/n itself would round to 1 for the small changes training makes.
-        gain = (self.lora_magnitude_vector / self._norm() - 1).to(out.dtype)  # (out,)
+        gain = (self.lora_magnitude_vector / self.norm() - 1).to(out.dtype)  # (out,)
         bias = self.bias
         return torch.addcmul(out, out if bias is None else out - bias, gain)
 
-    def _norm(self) -> Tensor:
+    def norm(self) -> Tensor:
         """The row norm, kept between calls only where A and B cannot change: evaluation without gradients.
 
         Decoding calls the layer once per token, and W A^T costs as much as ``rank`` tokens. The kept value is tied

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from tunegate.data.pack import Batch, make_batch
 from tunegate.data.types import Rendered
+from tunegate.engine.fused import FusedLayers, PassState
+from tunegate.engine.fused_shape import window_of
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.kernels import (
     DecodeStore,
@@ -31,6 +33,7 @@ from tunegate.kernels import (
     decode_attention,
     linear_cross_entropy,
     similar_lengths,
+    native,
     target_log_probs,
 )
 
@@ -39,7 +42,12 @@ IGNORED = {"position_ids", "use_cache", "cache_position", "position_embeddings",
 
 
 class AttentionPass(Protocol):
-    """What a forward pass does at every attention layer. Tensors are (T, heads, D)."""
+    """What a forward pass does at every attention layer. Tensors are (T, heads, D).
+
+    ``fused`` is the fused layers' own: what they share during the pass.
+    """
+
+    fused: PassState | None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
@@ -53,12 +61,13 @@ class PackedPass:
         self.plan = plan
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.past = past
+        self.fused: PassState | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         if self.kept is not None:
-            self.kept[layer] = (k, v)
+            self.kept[layer] = (k.clone(), v.clone())  # what comes in may lie in memory that is used again
         if self.past is not None:
             k, v = torch.cat([self.past[layer][0], k]), torch.cat([self.past[layer][1], v])
         return attention(q, k, v, self.plan, scale=scale, window=window, softcap=softcap)
@@ -71,6 +80,7 @@ class DecodePass:
         self.stores = stores
         self.lengths = lengths
         self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.fused: PassState | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
@@ -101,22 +111,12 @@ def _packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if sliding_window != _window(getattr(module, "config", None), layer):
+    # Some architectures put the window into the mask alone (Qwen2-MoE), and a probe of a few tokens is shorter than any
+    # real window, so what the call states is held against the config.
+    if sliding_window != window_of(getattr(module, "config", None), layer):
         raise NotImplementedError(f"a window of layer {layer} that its attention call does not state")
     out = attention_pass.attend(layer, q, k, v, scale, sliding_window, softcap)
     return out[None], None
-
-
-def _window(config: Any, layer: int) -> int | None:
-    """The sliding window ``config`` gives ``layer``. Some architectures put it into the mask alone (Qwen2-MoE), and a
-    probe of a few tokens is shorter than any real window, so what the call states is held against the config."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return window
-    if kinds[layer] not in ("full_attention", "sliding_attention"):
-        raise NotImplementedError(f"layers of type {kinds[layer]!r}")
-    return window if kinds[layer] == "sliding_attention" else None
 
 
 class Runner:
@@ -127,6 +127,7 @@ class Runner:
         self.backbone: nn.Module = model.base_model
         self.device: torch.device = next(model.parameters()).device
         self.context = _position_table(model.config.get_text_config())
+        self.fused: FusedLayers | None = None
         self.path, self.path_reason = self._choose_path()
 
     @property
@@ -206,7 +207,7 @@ class Runner:
     def _choose_path(self) -> tuple[str, str]:
         packed = self._try_packed()
         if packed is None:
-            return "packed", "its attention runs on flat batches"
+            return "packed", "its attention runs on flat batches; " + self._try_fused()
         self.path = "padded"
         try:
             difference = self._probe_difference(self._probe_reference(), shared=False)
@@ -250,6 +251,28 @@ class Runner:
             self.model.set_attn_implementation(before)
         return reason
 
+    def _try_fused(self) -> str:
+        """Replace the decoder layers where that reproduces the packed logits; says how it went."""
+        if self.device.type != "cpu" or native.library() is None:
+            return f"no fused layers ({'not on the CPU' if self.device.type != 'cpu' else native.describe()[1]})"
+        fused = FusedLayers(self.backbone)
+        if not fused.shapes:
+            return fused.describe()
+        with torch.no_grad(), _eval_mode(self.model):
+            flat = self._probe_batch(share_prefix=False)
+            reference = self.head.logits(self.hidden(flat))
+            fused.install()
+            try:
+                difference = self._probe_difference(reference, shared=True)
+            except BaseException:
+                fused.remove()
+                raise
+        if difference > self._tolerance():
+            fused.remove()
+            return f"no fused layers (logits differ by {difference:.2g})"
+        self.fused = fused
+        return fused.describe()
+
     def _tolerance(self) -> float:
         return 1e-3 if self.model.dtype == torch.float32 else 5e-2
 
@@ -257,6 +280,10 @@ class Runner:
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.randint(vocabulary, (19,), generator=torch.Generator().manual_seed(0))
         return [row[: self.context] for row in (torch.cat([ids[:5], ids[5:9]]), torch.cat([ids[:5], ids[9:19]]))]
+
+    def _probe_batch(self, *, share_prefix: bool) -> Batch:
+        rows = [Rendered("probe", tuple(r.tolist()), (False,) * (len(r) - 1) + (True,)) for r in self._probe_rows()]
+        return make_batch(rows, share_prefix=share_prefix)
 
     @torch.no_grad()
     def _probe_reference(self) -> Tensor:
@@ -266,14 +293,13 @@ class Runner:
 
     @torch.no_grad()
     def _probe_difference(self, reference: Tensor, *, shared: bool) -> float:
-        rows = [Rendered("probe", tuple(r.tolist()), (False,) * (len(r) - 1) + (True,)) for r in self._probe_rows()]
         with _eval_mode(self.model):
-            flat = make_batch(rows, share_prefix=False)
-            worst = self._distance(self.head.logits(self.hidden(flat)), reference)
+            worst = self._distance(self.head.logits(self.hidden(self._probe_batch(share_prefix=False))), reference)
             if shared:
-                run = make_batch(rows, share_prefix=True)
+                run = self._probe_batch(share_prefix=True)
                 prefix = run.layout.prefix
-                order = list(range(len(rows[0]))) + list(range(prefix)) + list(range(len(rows[0]), run.layout.tokens))
+                first = prefix + run.layout.lengths[1]
+                order = [*range(first), *range(prefix), *range(first, run.layout.tokens)]
                 worst = max(worst, self._distance(self.head.logits(self.hidden(run)[order]), reference))
         return worst
 

@@ -171,6 +171,7 @@ def _step(
             raise _not_finite("loss", value, state, batch.row_ids)
         total += value
         loss.backward()
+        del loss  # the last reference to the pass: its memory is free for the next batch
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / targets)
     norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf))
@@ -223,6 +224,8 @@ def _training_mode(runner: Runner, injection: Injection, settings: TrainSection)
     with evaluating(runner.model):
         for adapter in injection.modules.values():
             adapter.training = True
+        if runner.fused is not None:
+            runner.fused.recompute = settings.gradient_checkpointing
         for layer in layers:
             layer.forward = functools.partial(_recomputed, layer.forward)
         try:
@@ -233,12 +236,13 @@ def _training_mode(runner: Runner, injection: Injection, settings: TrainSection)
 
 
 def _recomputable(runner: Runner) -> Sequence[nn.Module]:
-    """The decoder layers. Their calls are wrapped here: transformers' own switch needs them in train mode, which
-    turns on the base's dropout in some architectures (OPT)."""
+    """The decoder layers that are not fused (those recompute by themselves). Their calls are wrapped here:
+    transformers' own switch needs them in train mode, which turns on the base's dropout in some architectures (OPT)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in runner.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
+    fused = runner.fused.shapes if runner.fused is not None else {}
+    layers = [m for m in runner.backbone.modules() if isinstance(m, GradientCheckpointingLayer) and m not in fused]
+    if not layers and not fused:
         raise InputError(
             f"{type(runner.model).__name__} does not support gradient checkpointing",
             where="train.gradient_checkpointing",
