@@ -161,3 +161,114 @@ def test_any_layout(
 ) -> None:
     rows = (prefix, *lengths) if prefix else tuple(lengths)
     check(Case(rows, prefix, *heads, dim, 0, window, softcap))
+
+
+@needs_native
+def test_the_op_passes_torchs_own_checks() -> None:
+    case = Case((9, 4, 7), prefix=9, heads=4, kv_heads=2, dim=16)
+    q, k, v = (x.clone().requires_grad_() for x in case.tensors())
+    arguments = (q, k, v, torch.tensor(case.starts), case.prefix, 0, 0.3, 5, 2.0)
+    torch.library.opcheck(torch.ops.tunegate.varlen_attention, arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", [Case((1100, 40), heads=3, kv_heads=1), Case((300, *range(20, 60)), 300, 4, 2)])
+def test_the_same_bytes_on_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
+    """Rows long enough to be cut into chunks, and a prefix whose gradient is summed in slices."""
+    case = Case(**{**case.__dict__, "dtype": dtype})
+    q, k, v = (x.clone().requires_grad_() for x in case.tensors())
+    seen = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            out, _ = op(q, k, v, case, 0.3)
+            found.append((out, *torch.autograd.grad(out, (q, k, v), seen)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (9, None), (9, 1.5)])
+@pytest.mark.parametrize("prefix", [0, 11])
+def test_attention_is_its_twin(
+    prefix: int, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What callers use, native against the grouped SDPA; twin with twin where the kernels are off."""
+    lengths = (prefix, 20, 7, 1, 33) if prefix else (20, 7, 1, 33)
+    case = Case(lengths, prefix, heads=6, kv_heads=2, dim=16)
+    q, k, v = (x.clone().requires_grad_() for x in case.tensors())
+    plan = Plan(Layout(lengths, prefix))
+    seen = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[Tensor]:
+        out = attention(q, k, v, plan, scale=0.3, window=window, softcap=softcap)
+        with torch.no_grad():
+            again = attention(q, k, v, plan, scale=0.3, window=window, softcap=softcap)
+        return [out.detach(), again, *torch.autograd.grad(out, (q, k, v), seen)]
+
+    mine = run()
+    monkeypatch.setattr(varlen, "supports", lambda *_: False)
+    for got, wanted in zip(mine, run(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(9, 3, 64, 64), (2, 2, 40, 24), (8, 1, 80, 80)])
+@pytest.mark.parametrize("prefix, window, softcap", [(0, None, None), (37, None, 2.0), (150, 40, None), (5, 3, 1.5)])
+def test_decoding_is_its_twin(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, value_dim: int, prefix: int, window: int, softcap: float
+) -> None:
+    """Twin in fp64 on the same numbers; places no row has filled hold NaN."""
+    lengths = torch.tensor([1, 5, 30, 2, 3, 4, 17, 29, 8, 9, 1])
+    generator = torch.Generator().manual_seed(prefix)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    rows = len(lengths)
+    store = DecodeStore(
+        random(prefix, kv_heads, dim),
+        random(prefix, kv_heads, value_dim),
+        random(rows, kv_heads, 32, dim),
+        random(rows, kv_heads, 32, value_dim),
+    )
+    query = random(rows, heads, 2 * dim)[..., :dim]
+    exact = DecodeStore(*(x.double() for x in (store.prefix_key, store.prefix_value, store.key, store.value)))
+    options = {"scale": 0.2, "window": window, "softcap": softcap}
+    wanted = decode_attention(query.double(), exact, lengths, **options)
+    if native.library() is not None:
+        for row, length in enumerate(lengths.tolist()):
+            store.key[row, :, length:] = store.value[row, :, length:] = math.nan
+    got = decode_attention(query, store, lengths, **options)
+    # the twin rounds its bf16 scores and weights as well; the kernel rounds the result alone
+    tolerance = 2e-5 if dtype == torch.float32 else 2**-8 if native.library() is not None else 2**-5
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@needs_native
+def test_what_does_not_fit_is_refused() -> None:
+    case = Case((5, 3))
+    q, k, v = case.tensors()
+    rows, options = varlen.Rows(torch.tensor(case.starts)), varlen.Options(1.0)
+    out, lse = torch.empty(8, 2, 32), torch.empty(8, 2)
+    with pytest.raises(ValueError, match="k: expected"):
+        varlen.attention_forward(q, k[1:], v, rows, options, out=out, lse=lse)
+    with pytest.raises(ValueError, match="lse: expected"):
+        varlen.attention_forward(q, k, v, rows, options, out=out, lse=lse.double())
+    with pytest.raises(ValueError, match="multiples of 8"):
+        varlen.attention_forward(q[..., :30], k[..., :30], v, rows, options, out=out, lse=lse)
+    saved = varlen.Saved(q, k, v, out, lse)
+    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    with pytest.raises(ValueError, match="workspace: expected"):
+        varlen.attention_backward(out, saved, rows, options, grads, torch.empty(3))
+
+
+@pytest.mark.parametrize(
+    "starts, prefix, skipped", [([0], 0, 0), ([1, 2], 0, 0), ([0, 2, 2], 0, 0), ([0, 2, 3], 3, 0), ([0, 2, 3], 2, 1)]
+)
+def test_rows_that_are_none(starts: list[int], prefix: int, skipped: int) -> None:
+    with pytest.raises(ValueError, match=r"starts|prefix|skipped"):
+        varlen.Rows(torch.tensor(starts), prefix, skipped)

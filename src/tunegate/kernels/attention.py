@@ -2,8 +2,9 @@
 
 A :class:`Layout` says where the rows of a run lie; row 0 may be a prefix that every other row sees, so that a
 system prompt shared by all rows is computed once (exactly: its hidden states are the same for every row, and its
-gradient is the sum over the rows). For the attention product alone, rows of similar length are gathered into
-small padded groups; everything else in the model runs on the flat tokens.
+gradient is the sum over the rows). The native kernels (:mod:`~tunegate.kernels.varlen`) take the rows as they lie.
+Where they do not run, the twin gathers rows of similar length into small padded groups for the attention product
+alone; everything else in the model runs on the flat tokens.
 
 Decoding attends one new token a row over a :class:`DecodeStore`: keys and values of the shared prefix, kept once,
 and of each row. The two parts meet in one softmax.
@@ -21,6 +22,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tunegate.kernels import varlen
 
 PADDING_ALLOWED = 0.7  # a group takes rows down to this share of its longest; less costs calls, more costs padding
 
@@ -64,8 +67,9 @@ class _Group:
 
 
 class Plan:
-    """A :class:`Layout` turned into gather indices and masks, built once per batch and used by every layer.
+    """A :class:`Layout` turned into what attention needs, built once per batch and used by every layer.
 
+    The native kernels need where rows begin; the twin's gather indices and masks are made when it first asks.
     With ``cached_prefix`` the prefix's keys and values come from an earlier pass: queries start after the prefix,
     keys still begin with it.
     """
@@ -73,21 +77,38 @@ class Plan:
     def __init__(self, layout: Layout, device: torch.device | str = "cpu", *, cached_prefix: bool = False):
         if cached_prefix and not layout.prefix:
             raise ValueError("cached_prefix needs a layout with a prefix")
-        grouped = _with_prefix(layout)
-        if cached_prefix:
-            grouped = grouped[1:]
-        skipped = layout.prefix if cached_prefix else 0
-        self.groups = [self._group(layout, rows, skipped, device) for rows in grouped]
+        self.layout = layout
+        self.device = device
+        self.skipped = layout.prefix if cached_prefix else 0
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(rows + 1,) int64 on the CPU: where each row begins, and where the last one ends."""
+        return torch.tensor([*self.layout.starts, self.layout.tokens])
+
+    @cached_property
+    def _grouped(self) -> list[list[int]]:
+        grouped = _with_prefix(self.layout)
+        return grouped[1:] if self.skipped else grouped
+
+    @cached_property
+    def groups(self) -> list[_Group]:
+        return [self._group(self.layout, rows, self.skipped, self.device) for rows in self._grouped]
+
+    @cached_property
+    def scatter(self) -> Tensor:
+        """Token to its place in the groups' outputs laid end to end."""
+        layout = self.layout
         order = torch.empty(layout.tokens, dtype=torch.long)
         offset = 0
-        for rows in grouped:
+        for rows in self._grouped:
             longest = max(layout.lengths[r] for r in rows)
             for slot, row in enumerate(rows):
                 start, length = layout.starts[row], layout.lengths[row]
                 order[start : start + length] = offset + slot * longest + torch.arange(length)
             offset += len(rows) * longest
-        self.scatter = order[skipped:].to(device)  # token -> its place in the groups' outputs laid end to end
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        return order[self.skipped :].to(self.device)
 
     @staticmethod
     def _group(layout: Layout, rows: Sequence[int], skipped: int, device: torch.device | str) -> _Group:
@@ -158,6 +179,8 @@ def attention(
     ``query`` is (T, H, D), ``key`` (T, Hkv, D), ``value`` (T, Hkv, Dv) with Hkv dividing H; returns (T, H, Dv).
     ``softcap`` c turns scores s into c*tanh(s/c), as in Gemma 2.
     """
+    if varlen.supports(query, key, value):
+        return _native_attention(query, key, value, plan, scale, window, softcap)
     outputs = []
     for index, group in enumerate(plan.groups):
         q = query[group.query_index].transpose(1, 2)  # (B, H, Lq, D)
@@ -172,6 +195,23 @@ def attention(
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask(index, window), scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (B*Lq, H, D)
     return torch.cat(outputs)[plan.scatter]
+
+
+def _native_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Through the op where a gradient may be asked for; its bookkeeping costs as much as some short rows."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, _ = varlen.varlen_attention(
+            query, key, value, plan.starts, plan.layout.prefix, plan.skipped, scale, window or -1, softcap or 0.0
+        )
+        return out
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    rows = varlen.Rows(plan.starts, plan.layout.prefix, plan.skipped)
+    varlen.attention_forward(query, key, value, rows, varlen.Options(scale, window, softcap), out=out, lse=lse)
+    return out
 
 
 def _gather(flat: Tensor, group: _Group) -> Tensor:
@@ -216,6 +256,16 @@ class DecodeStore:
         return DecodeStore(self.prefix_key, self.prefix_value, self.key[rows], self.value[rows])
 
 
+def _dense(store: DecodeStore) -> bool:
+    """Whether keys lie as the native kernel reads them: places of a row one after the other."""
+    own = (store.key, store.value)
+    return (
+        all(x.stride(-1) == 1 and x.stride(2) == x.shape[-1] for x in own)
+        and all(x.stride(-1) == 1 and x.dtype == store.key.dtype for x in (store.prefix_key, store.prefix_value))
+        and store.prefix_key.device.type == "cpu"
+    )
+
+
 def decode_attention(
     query: Tensor,
     store: DecodeStore,
@@ -228,7 +278,15 @@ def decode_attention(
     """One query a row over the shared prefix and the row's own keys.
 
     ``query`` is (B, H, D); ``lengths`` (B,) counts each row's own keys, the query's included. Returns (B, H, Dv).
+    Natively where the kernels take the tensors and no gradient is asked for.
     """
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, store.key, store.value))
+    if not wants_gradient and varlen.supports(query, store.key, store.value) and _dense(store):
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        out = query.new_empty(*query.shape[:2], store.value.shape[-1])
+        prefix_parts, own_parts = (store.prefix_key, store.prefix_value), (store.key, store.value)
+        varlen.decode(query, prefix_parts, own_parts, lengths, varlen.Options(scale, window, softcap), out=out)
+        return out
     rows, heads, dim = query.shape
     prefix, kv_heads = store.prefix_key.shape[0], store.key.shape[1]
     used = int(lengths.max())

@@ -11,6 +11,7 @@ not used. Head dims are multiples of 8 up to 256; :func:`supports` tells, and ca
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Rows:
         if starts.dtype != torch.int64 or starts.device.type != "cpu" or starts.dim() != 1 or len(starts) < 2:
             raise ValueError(f"starts: expected (rows + 1,) int64 on the CPU, got {_told(starts)}")
         ends = starts.tolist()
-        if ends[0] != 0 or any(b <= a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or any(b <= a for a, b in pairwise(ends)):
             raise ValueError("starts: expected 0 and then growing numbers, the last the number of tokens")
         if self.prefix and self.prefix != ends[1]:
             raise ValueError(f"prefix is {self.prefix}, but row 0 has {ends[1]} tokens")
@@ -218,9 +219,7 @@ def varlen_attention(
 
 
 @varlen_attention.register_fake
-def _varlen_attention_shapes(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *options: Any, **named: Any
-) -> tuple[Tensor, Tensor]:
+def _varlen_attention_shapes(q: Tensor, _k: Tensor, v: Tensor, *_others: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -246,7 +245,7 @@ def varlen_attention_backward(
 
 @varlen_attention_backward.register_fake
 def _varlen_attention_backward_shapes(
-    grad_out: Tensor, saved: list[Tensor], *options: Any, **named: Any
+    _grad_out: Tensor, saved: list[Tensor], *_others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.new_empty(x.shape) for x in saved[:3])
     return q, k, v

@@ -140,7 +140,7 @@ inline void pack_columns(View<const T> x, const Lanes& lanes, int64_t begin, int
     for (int i = 0; i < 4; i++) {
       int64_t lane = min_of(begin + m + i, lanes.count - 1);
       row[i] = x.at(lanes.token(lane), lanes.head(lane));
-      keep[i] = quad{} + (begin + m + i < lanes.count ? factor : 0.0f);
+      keep[i] = (begin + m + i < lanes.count ? factor : 0.0f) - quad{};
     }
     for (int64_t d = 0; d < dim; d += 4) {
       quad a = load4(row[0] + d) * keep[0], b = load4(row[1] + d) * keep[1];
