@@ -131,6 +131,9 @@ class TrainSection(Section):
     """The adapter and its optimizer. ``method``: lora, rslora (scale alpha/sqrt(rank)) or dora."""
 
     method: Literal["lora", "rslora", "dora"] = "lora"
+    backend: Literal["native", "trl", "unsloth"] = Field(
+        "native", description="who computes the steps; trl and unsloth are extras: pip install 'tunegate[trl]'"
+    )
     rank: int = Field(16, ge=1, le=4096)
     alpha: Positive | None = Field(None, description="default 2*rank")
     dropout: Fraction = 0.05

@@ -22,6 +22,7 @@ from tunegate.data.rows import parse_json
 from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
+from tunegate.engine.backends import check_backend
 from tunegate.errors import InputError, Problem, collecting
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
@@ -190,6 +191,7 @@ def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Ope
     device, labels = "cpu", None
     with collecting(problems):
         device = choose_device(config.task.train.device)
+        check_backend(config.task.train, device)
     with collecting(problems):
         labels = _labels(config)
     with collecting(problems):  # by name, before there are labels or references

@@ -17,7 +17,8 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
-from tunegate.engine.train import Hooks, TrainResult, mean_loss, train
+from tunegate.engine.backends import find_backend
+from tunegate.engine.train import Hooks, TrainResult, mean_loss
 from tunegate.errors import InputError, TunegateError
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import compare
@@ -87,7 +88,8 @@ def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunR
     )
     with log:
         hooks = Hooks(evaluate, log.report, stop)
-        result = train(session.runner, injection, prepared.train_rows, settings, folder, prepared.train_key, hooks)
+        backend = find_backend(settings.backend)
+        result = backend(session.runner, injection, prepared.train_rows, settings, folder, prepared.train_key, hooks)
     save_adapter(
         run / "adapter",
         injection,
@@ -168,6 +170,8 @@ class _Log:
         if not self.begun:
             self.begun = True
             self._cut(event["step"] if event["event"] == "resume" else 0)
+        if event["event"] == "notice":
+            reporter.line(event["text"])
         if event["event"] == "resume":
             reporter.line(f"resuming after step {event['step']}")
         if event["event"] == "step":
