@@ -1,0 +1,318 @@
+"""NF4 weights, bit for bit in bitsandbytes' format, and the linear layer that computes from them.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 along the flat index are divided by their largest
+magnitude and each element becomes the nearest of 16 values (the quantiles of a normal distribution), the lower one in
+a tie; two codes a byte, the first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit
+codes of a dynamic map in blocks of 256: 4.127 bits a parameter instead of 4.5.
+
+bitsandbytes' rules on CPUs that the format alone does not fix: a full block is multiplied by the fp32 reciprocal of
+its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536 points from
+-1 to 1, not to the value itself; a block of 256 equal scales gets code 0. The mean is ``torch.mean``'s, taken on one
+thread.
+
+It does not train the weight, quantize activations, or know other block sizes and types (FP4, 8 bits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tunegate.kernels import native
+from tunegate.kernels.linear import BLOCK, NESTED_BLOCK, NF4_VALUES, Product, QuantizedWeight, Term, multiply
+
+_POINTS = 65536
+_LEAST_ABSMAX = 1e-38
+_MEAN_CHUNK = 32768  # torch sums longer tensors on several threads, with other roundings for each number of them
+
+
+@dataclass(slots=True)
+class NF4Weight(QuantizedWeight):
+    """A quantized matrix; ``dtype`` is the type it had, and has again after :func:`dequantize`."""
+
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def bits_per_parameter(self) -> float:
+        """Bits stored per element, scales included; the 8-bit map, one for all weights, is not counted."""
+        parts = (self.codes, self.absmax, self.absmax_codes, self.nested_absmax)
+        return 8 * sum(p.numel() * p.element_size() for p in parts if p is not None) / max(1, self.numel)
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561; 2022, arXiv 2110.02861): (256,) fp32, ascending.
+
+    For each decimal exponent e = -6..0, the midpoints of 2^(e+6) equal parts of [0.1, 1], times 10^e, with both
+    signs; then 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        middle = (bounds[:-1] + bounds[1:]) / 2
+        values += ((10 ** (i - 6)) * middle).tolist() + (-(10 ** (i - 6)) * middle).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def _nearest_code() -> Tensor:
+    """For each of 65536 equidistant points from -1 to 1 the nearest code of the dynamic map: (65536,) uint8."""
+    code = dynamic_map()
+    points = (torch.arange(_POINTS, dtype=torch.float64) / (_POINTS - 1) * 2 - 1).float()
+    return torch.searchsorted((code[1:] + code[:-1]) * 0.5, points).to(torch.uint8)
+
+
+def _native_for(*tensors: Tensor) -> Any:
+    """The compiled module if it takes these dense tensors, or None."""
+    lib = native.library()
+    return lib if lib is not None and native.usable(*tensors) else None
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, *, double: bool = True) -> NF4Weight:
+    """NF4 codes and scales of a finite (n, k) matrix in fp32, bf16 or fp16.
+
+    Temporary memory: nothing beyond the result, on the kernels' path. Raises ValueError for NaN and infinity.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"NF4 takes a floating-point matrix, got {weight.dtype} of shape {tuple(weight.shape)}")
+    flat = weight.detach().contiguous().view(-1)
+    if flat.dtype not in native.KERNEL_DTYPES:
+        flat = flat.float()
+    n = flat.numel()
+    lib = _native_for(flat)
+    if lib is not None:
+        codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-n // BLOCK))
+        lib.nf4_quantize(flat.data_ptr(), flat.dtype == torch.float32, n, codes.data_ptr(), absmax.data_ptr())
+    else:
+        codes, absmax = _quantize_twin(flat)
+    if not torch.isfinite(absmax).all():
+        raise ValueError("the weight holds NaN or infinity, which NF4 cannot store; check the model's files")
+    made = NF4Weight(codes, (weight.shape[0], weight.shape[1]), absmax, dtype=weight.dtype)
+    if double and absmax.numel():
+        _quantize_scales(made)
+    return made
+
+
+def _quantize_twin(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) in plain PyTorch."""
+    values = flat.float()
+    n = values.numel()
+    full = n // BLOCK * BLOCK
+    table = torch.tensor(NF4_VALUES, device=flat.device)
+    blocks = values[:full].view(-1, BLOCK)
+    absmax = blocks.abs().amax(1) if full else values.new_empty(0)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST_ABSMAX))[:, None]).view(-1)
+    if full < n:
+        last = values[full:].abs().max().clamp(min=_LEAST_ABSMAX)
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, values[full:] / last])
+    codes = torch.bucketize(F.pad(scaled, (0, n % 2)), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+def _mean(absmax: Tensor) -> float:
+    """``torch.mean`` as one thread computes it; bitsandbytes' mean of many scales depends on the threads."""
+    threads = torch.get_num_threads()
+    if absmax.numel() < _MEAN_CHUNK or threads == 1:
+        return absmax.mean().item()
+    try:
+        torch.set_num_threads(1)
+        return absmax.mean().item()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _quantize_scales(weight: NF4Weight) -> None:
+    """Replace the fp32 scales by 8-bit codes."""
+    absmax = weight.absmax
+    assert absmax is not None
+    weight.offset = _mean(absmax)
+    blocks = absmax.numel()
+    lib = _native_for(absmax)
+    if lib is not None:
+        weight.absmax_codes = torch.empty(blocks, dtype=torch.uint8)
+        weight.nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
+        out = weight.absmax_codes.data_ptr(), weight.nested_absmax.data_ptr()
+        lib.nf4_quantize_scales(absmax.data_ptr(), weight.offset, blocks, _nearest_code().data_ptr(), *out)
+    else:
+        weight.absmax_codes, weight.nested_absmax = _quantize_scales_twin(absmax - weight.offset)
+    weight.nested_code = dynamic_map().to(absmax.device)
+    weight.absmax = None
+
+
+def _quantize_scales_twin(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, nested absmax) of scales less their mean."""
+    padded = F.pad(scales, (0, -scales.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = padded.abs().amax(1)
+    scaled = (padded * (1.0 / largest)[:, None]).clamp(-1, 1)
+    half = (scaled + 1) * 0.5
+    point = (half.double() * (_POINTS - 1) + 0.5).float()
+    codes = _nearest_code().to(scales.device)[point.nan_to_num(0).long()]
+    codes = torch.where(largest[:, None] > 0, codes, 0)
+    return codes.view(-1)[: scales.numel()], largest
+
+
+def dequantize(weight: NF4Weight, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The (n, k) matrix ``value[code] * scale``, rounded once from fp32 to ``dtype`` (default: the weight's own)."""
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.codes.device)
+    return dequantize_rows(weight, 0, weight.shape[0], out)
+
+
+def dequantize_rows(weight: NF4Weight, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows start..stop into ``out`` (stop - start, k), dense, of any floating-point dtype. Returns ``out``."""
+    rows, columns = weight.shape
+    if not 0 <= start <= stop <= rows:
+        raise ValueError(f"rows {start}..{stop} of a weight with {rows}")
+    if out.shape != (stop - start, columns) or not out.is_contiguous():
+        raise ValueError(f"out must be dense and {(stop - start, columns)}, got {tuple(out.shape)}, {out.stride()}")
+    begin, end = start * columns, stop * columns
+    lib = _native_for(out) if weight.codes.device.type == "cpu" else None
+    if lib is not None:
+        parts = (weight.codes, weight.absmax, weight.absmax_codes, weight.nested_code, weight.nested_absmax)
+        view = (*map(native.address, parts), weight.offset)
+        lib.nf4_dequantize(view, begin, end, out.data_ptr(), out.dtype == torch.float32)
+        return out
+    return out.copy_(_dequantize_twin(weight, begin, end).view(out.shape))
+
+
+def _dequantize_twin(weight: NF4Weight, begin: int, end: int) -> Tensor:
+    """The flat elements begin..end in fp32."""
+    codes = weight.codes[begin // 2 : (end + 1) // 2]
+    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
+    first, last = begin // BLOCK, -(-end // BLOCK)
+    if weight.absmax is not None:
+        scales = weight.absmax[first:last]
+    else:
+        assert weight.absmax_codes is not None and weight.nested_code is not None and weight.nested_absmax is not None
+        blocks = torch.arange(first, last, device=codes.device)
+        nested = weight.nested_absmax[blocks // NESTED_BLOCK]
+        scales = weight.nested_code[weight.absmax_codes[first:last].long()] * nested + weight.offset
+    each = scales.repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
+    return torch.tensor(NF4_VALUES, device=codes.device)[codes] * each
+
+
+@torch.library.custom_op("tunegate::nf4_dequantize", mutates_args=())
+def nf4_dequantize(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) in ``dtype`` from codes and fp32 scales (ceil(rows * columns / 64),); has no gradient."""
+    return dequantize(NF4Weight(codes.contiguous(), (rows, columns), absmax.float().contiguous(), dtype=dtype))
+
+
+@nf4_dequantize.register_fake
+def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+    return codes.new_empty((rows, columns), dtype=dtype)
+
+
+class _Multiply(torch.autograd.Function):
+    """``x W^T + bias`` for a frozen NF4 W; backward gives x's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        flat = x.reshape(-1, weight.shape[1]).contiguous()
+        out = x.new_empty(flat.shape[0], weight.shape[0])
+        multiply(Product(out, [Term(flat, weight)], bias=bias))
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.weight.shape
+        flat = grads[0].reshape(-1, rows).contiguous()
+        out = flat.new_empty(flat.shape[0], columns)
+        multiply(Product(out, [Term(flat, ctx.weight, w_is_kn=True)]))
+        return out.view(*grads[0].shape[:-1], columns), None, None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer with an NF4 weight; (..., in) to (..., out) in the input's dtype.
+
+    Gradients reach the input only. :meth:`dequantize` gives the weight, (out, in), in the dtype it had.
+    """
+
+    codes: Tensor
+    absmax: Tensor | None
+    absmax_codes: Tensor | None
+    nested_code: Tensor | None
+    nested_absmax: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.offset, self.dtype = weight.offset, weight.dtype
+        for name in ("codes", "absmax", "absmax_codes", "nested_code", "nested_absmax"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, *, double: bool = True) -> NF4Linear:
+        """Quantize a layer's weight; its bias stays as it is."""
+        return cls(quantize(layer.weight, double=double), layer.bias)
+
+    @property
+    def quantized(self) -> NF4Weight:
+        """The weight's parts, not copied."""
+        shape = (self.out_features, self.in_features)
+        nested = (self.absmax_codes, self.nested_code, self.nested_absmax)
+        return NF4Weight(self.codes, shape, self.absmax, *nested, self.offset, self.dtype)
+
+    def dequantize(self) -> Tensor:
+        return dequantize(self.quantized)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the buffers do not hold, for ``state_dict``."""
+        return {"offset": self.offset, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.offset, self.dtype = float(state["offset"]), getattr(torch, state["dtype"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        even = self.codes.numel() * 2 == self.in_features * self.out_features
+        if not autocast and even and _native_for(x) is not None:
+            out: Tensor = _Multiply.apply(x, self.quantized, self.bias)
+            return out
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        bits = self.quantized.bits_per_parameter()
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits per parameter"
+
+
+def quantize_linears(model: nn.Module, skip: Iterable[str] = (), *, double: bool = True) -> list[str]:
+    """Replace every ``nn.Linear`` of a model in place, one by one; returns the names of the replaced layers.
+
+    Kept: the output head (``get_output_embeddings()``, if the model has it), any layer whose weight another module
+    shares (tied embeddings), and layers whose name ends with one of ``skip``, such as ``"lm_head"``. Peak memory is
+    the model plus one quantized layer, if nothing else refers to the weights.
+    """
+    endings = tuple(skip)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    chosen = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1
+        if not any(name == ending or name.endswith(f".{ending}") for ending in endings)
+    ]
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer = getattr(owner, child)
+        setattr(owner, child, NF4Linear.from_linear(layer, double=double).train(layer.training))
+    return chosen
