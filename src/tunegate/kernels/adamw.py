@@ -97,7 +97,8 @@ class _Work:
 
     def run_twin(self) -> None:
         for (lr, beta1, beta2, eps, decay, step), index in self.hyper.items():
-            parameters, gradients, firsts, seconds, _ = map(list, zip(*(t for t in self.tensors if t[4] == index)))
+            own: list[Any] = [t for t in self.tensors if t[4] == index]
+            parameters, gradients, firsts, seconds = ([t[k] for t in own] for k in range(4))
             torch._foreach_mul_(parameters, 1 - lr * decay)
             torch._foreach_lerp_(firsts, gradients, 1 - beta1)
             torch._foreach_mul_(seconds, beta2)

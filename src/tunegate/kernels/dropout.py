@@ -42,7 +42,7 @@ def kept_mask(rows: int, columns: int, *, rate: float, seed: int, row_offset: in
     h = h ^ second[:, None]
     h = ((h ^ (h >> 15)) * 0x846CA68B) & _LOW
     h = h ^ (h >> 16)
-    draws = torch.stack((h & 0xFFFF, h >> 16), dim=2).view(rows, -1)[:, :columns]
+    draws = torch.stack((h & 0xFFFF, h >> 16), dim=2).flatten(1)[:, :columns]
     return draws >= _threshold(rate)
 
 

@@ -107,16 +107,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @gated_op.register_fake
-def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def _(gate: Tensor, *_: Any) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
 @_backward_op.register_fake
-def _(grad_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def _(_: Tensor, gate: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
     gate, up, ctx.activation = inputs
     ctx.save_for_backward(gate, up)
 

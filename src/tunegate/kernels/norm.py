@@ -55,7 +55,9 @@ def rms_norm_backward(
     offset: float = 0.0,
     add: Tensor | None = None,
 ) -> None:
-    """Write ``add`` (or 0) + the gradient of x to ``out``: s (g - n mean(g n)), g = grad_out (weight + offset), n = x s.
+    """Write ``add`` (or 0) + the gradient of x to ``out``.
+
+    With g = grad_out * (weight + offset) and n = x s it is s (g - n mean(g n)).
 
     grad_out, x, out, add: (T, H) of one dtype, any row stride; ``out`` may be any of the others.
     inverse_rms: (T,) fp32 as :func:`rms_norm` wrote it.
@@ -130,16 +132,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 @rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_backward_op.register_fake
-def _(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def _(_: Tensor, x: Tensor, *__: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
     x, weight, ctx.eps, ctx.offset = inputs
     if ctx.needs_input_grad[1]:
         raise ValueError("tunegate::rms_norm has no gradient for its weight; freeze it with requires_grad_(False)")

@@ -82,16 +82,16 @@ def _inverse_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @rope_op.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_inverse_op.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001 (torch passes it by name)
     _, cos, sin = inputs
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise ValueError("tunegate::rope has no gradient for cos and sin; detach them")

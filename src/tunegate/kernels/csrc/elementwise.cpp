@@ -160,9 +160,9 @@ inline Activated silu(vfloat x) {
 }
 
 // 0.5 (1 + tanh u) is sigmoid(2 u), which keeps its relative precision for negative x. Beyond 20 it is 0 or 1, and the
-// clamp keeps the cube finite.
+// clamp keeps the cube finite; in this order of arguments it lets a NaN through.
 inline Activated gelu_tanh(vfloat x) {
-  vfloat kept = vmin(vmax(x, splat(-20.0f)), splat(20.0f));
+  vfloat kept = vmin(splat(20.0f), vmax(splat(-20.0f), x));
   vfloat square = kept * kept;
   vfloat twice = kept * (1.5957691216f + 0.0713548162726f * square);
   vfloat s = vsigmoid(twice);
@@ -173,7 +173,7 @@ inline Activated gelu_tanh(vfloat x) {
 // The normal distribution's tail P(-a) = exp(-a^2 / 2) S(a) for a >= 0: S is Mills' ratio over sqrt(2 pi), smooth, and
 // here t Q(t) with t = 1 / (1 + 0.36 a) and Q a minimax polynomial, relative error below 4e-7 in fp32.
 inline Activated gelu(vfloat x) {
-  vfloat kept = vmin(vmax(x, splat(-14.0f)), splat(14.0f));
+  vfloat kept = vmin(splat(14.0f), vmax(splat(-14.0f), x));
   vfloat a = vmax(kept, -kept);
   vfloat bell = vexp(-0.5f * (a * a));
   vfloat t = 1.0f / (1.0f + 0.36f * a);
