@@ -259,7 +259,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, 
 
 
 @lora_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: Tensor | float | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -288,7 +288,7 @@ def _lora_linear_backward(
 
 @_lora_linear_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    _grad: Tensor, x: Tensor, _weight: Tensor, lora_a: Tensor, lora_b: Tensor, _scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(lora_a), torch.empty_like(lora_b)
 
@@ -299,7 +299,7 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG001 (torch passes them by name)
     x, weight, _, lora_a, lora_b, scale = inputs
     ctx.save_for_backward(x, weight, lora_a, lora_b)
     ctx.scale = scale

@@ -7,6 +7,7 @@
 // between threads: the bytes do not depend on their number.
 #include "gemm.h"
 
+#include "gemm_bf16.h"
 #include "gemm_fp32.h"
 #include "gemm_small.h"
 #include "level.h"
@@ -15,7 +16,7 @@
 namespace tunegate::TUNEGATE_LEVEL {
 namespace {
 
-constexpr int64_t TILE_ROWS = W == 16 ? 96 : 96;
+constexpr int64_t TILE_ROWS = 96;
 constexpr int64_t TILE_COLUMNS = 512;
 constexpr int64_t SHARED = 8 << 20;  // bytes of packed weights at a time
 constexpr int64_t DIRECT_COLUMNS = 2 * NR;  // for so few columns, x is read in place rather than packed
@@ -27,6 +28,7 @@ inline int64_t pieces(int64_t n, int64_t step) { return (n + step - 1) / step; }
 // How one term's k is cut, and where its packed blocks lie in a unit of PACK columns.
 struct Blocks {
   int64_t count, length, start;  // blocks, k of each but the last, floats before the first
+  int64_t k_floats;              // floats that a k of PACK columns takes
 };
 
 // Some columns of one product whose weights fit the shared buffer.
@@ -35,6 +37,7 @@ struct Job {
   bool small, packs_inside;
   int64_t first_column, columns;
   int64_t tile_rows, tile_columns, row_tiles, tiles, packs, unit_floats;
+  bool any_bf16;
   float* packed;
   Blocks blocks[kMostTerms];
 };
@@ -44,11 +47,13 @@ inline void plan_blocks(Job& job) {
   job.packs = 0;
   for (int t = 0; t < job.product->terms; t++) {
     int64_t k = job.product->term[t].k;
-    int64_t count = pieces(k, KC);
-    int64_t length = count ? up(pieces(k, count), 4) : 0;
+    bool pairs = takes_bf16(job.product->term[t]);
+    int64_t count = pieces(k, pairs ? KC_BF16 : KC);
+    int64_t length = count ? up(pieces(k, count), pairs ? STEP : 4) : 0;
     count = length ? pieces(k, length) : 0;
-    job.blocks[t] = {count, length, job.unit_floats};
-    job.unit_floats += PACK * up(k, 16);
+    job.blocks[t] = {count, length, job.unit_floats, pairs ? PACK / 2 : PACK};
+    job.unit_floats += job.blocks[t].k_floats * up(k, 32);
+    job.any_bf16 |= pairs;
     job.packs += count;
   }
 }
@@ -65,10 +70,17 @@ inline void plan_tiles(Job& job, int64_t wanted_tiles) {
   while (row_tiles * column_tiles < wanted_tiles && column_tiles < units) column_tiles++;
   while (row_tiles * column_tiles < wanted_tiles && pieces(m, row_tiles) > 4 * MR) row_tiles++;
   if (job.packs_inside) row_tiles = 1;
-  job.tile_rows = up(pieces(m, row_tiles), MR);
+  job.tile_rows = up(pieces(m, row_tiles), job.any_bf16 ? 32 : MR);
   job.row_tiles = pieces(m, job.tile_rows);
   job.tile_columns = PACK * pieces(units, column_tiles);
   job.tiles = job.row_tiles * pieces(job.columns, job.tile_columns);
+}
+
+inline void pack(const GemmTerm& term, int64_t n, int64_t n0, int64_t k0, int64_t kc, float* to) {
+#ifdef TUNEGATE_HAS_BF16
+  if (takes_bf16(term)) return pack_unit_bf16(term, n, n0, k0, kc, (bf16*)to);
+#endif
+  pack_unit(term, n, n0, k0, kc, to);
 }
 
 inline void pack_task(const Job& job, int64_t index) {
@@ -78,8 +90,8 @@ inline void pack_task(const Job& job, int64_t index) {
   const Blocks& blocks = job.blocks[t];
   const GemmTerm& term = job.product->term[t];
   int64_t k0 = block * blocks.length, kc = min_of(blocks.length, term.k - k0);
-  float* to = job.packed + unit * job.unit_floats + blocks.start + PACK * k0;
-  pack_unit(term, job.product->n, job.first_column + unit * PACK, k0, kc, to);
+  float* to = job.packed + unit * job.unit_floats + blocks.start + blocks.k_floats * k0;
+  pack(term, job.product->n, job.first_column + unit * PACK, k0, kc, to);
 }
 
 struct Tile {
@@ -95,23 +107,27 @@ struct BlockOfK {
   bool first;
 };
 
+// The packed weights of the unit of PACK columns at u of the tile.
+inline const float* unit_of(const Tile& tile, const BlockOfK& block, int64_t u) {
+  const Job& job = *tile.job;
+  int64_t column = tile.n0 + u;
+  if (!job.packs_inside)
+    return job.packed + (column - job.first_column) / PACK * job.unit_floats + block.start;
+  float* inside = (float*)scratch(PACK * KC_BF16 * 4, 2);
+  pack(*block.term, job.product->n, column, block.k0, block.kc, inside);
+  return inside;
+}
+
 inline void block_fp32(const Tile& tile, const BlockOfK& block) {
   const GemmTerm& term = *block.term;
-  const Job& job = *tile.job;
   int64_t kc = block.kc;
-  bool direct = !job.packs_inside && tile.columns <= DIRECT_COLUMNS && !term.x_is_km && term.x_type == kFp32;
+  bool direct = !tile.job->packs_inside && tile.columns <= DIRECT_COLUMNS && !term.x_is_km && term.x_type == kFp32;
   float* packed_x = (float*)scratch((TILE_ROWS + MR) * (KC + 1) * 4, 0);
   if (!direct && term.x_type == kFp32) pack_rows<float>(term, tile.m0, tile.rows, block.k0, kc, packed_x);
   if (!direct && term.x_type == kBf16) pack_rows<bf16>(term, tile.m0, tile.rows, block.k0, kc, packed_x);
   const float* x = (const float*)term.x + tile.m0 * term.x_stride + block.k0;
-  float* inside = job.packs_inside ? (float*)scratch(PACK * KC * 4, 2) : nullptr;
   for (int64_t u = 0; u < tile.columns; u += PACK) {
-    int64_t column = tile.n0 + u;
-    const float* unit = inside;
-    if (inside)
-      pack_unit(term, job.product->n, column, block.k0, kc, inside);
-    else
-      unit = job.packed + (column - job.first_column) / PACK * job.unit_floats + block.start;
+    const float* unit = unit_of(tile, block, u);
     for (int64_t j = 0; j < min_of(PACK, tile.columns - u); j += NR) {
       float* c = tile.c + (u + j) / NR * tile.panel_floats;
       const float* w = unit + j * kc;
@@ -121,16 +137,44 @@ inline void block_fp32(const Tile& tile, const BlockOfK& block) {
         if (direct && !in_place)
           pack_sliver_mk(x + r * term.x_stride, term.x_stride, tile.rows - r, kc, packed_x);
         const float* a = in_place ? x + r * term.x_stride : direct ? packed_x : packed_x + r * kc;
-        int64_t row_step = in_place ? term.x_stride : 1, k_step = in_place ? 1 : MR;
         if (narrow)
-          micro<1>(a, row_step, k_step, w, kc, c + r * NR, block.first);
+          micro<1>(a, in_place ? term.x_stride : 1, in_place ? 1 : MR, w, kc, c + r * NR, block.first);
         else if (in_place)
-          micro<2>(a, row_step, 1, w, kc, c + r * NR, block.first);
+          micro<2>(a, term.x_stride, 1, w, kc, c + r * NR, block.first);
         else
           micro<2>(a, 1, MR, w, kc, c + r * NR, block.first);
       }
     }
   }
+}
+
+#ifdef TUNEGATE_HAS_BF16
+inline void block_bf16(const Tile& tile, const BlockOfK& block) {
+  const GemmTerm& term = *block.term;
+  int64_t padded = up(block.kc, STEP), stride = term.x_stride;
+  const bf16* x = (const bf16*)term.x + tile.m0 * stride + block.k0;
+  if (term.x_is_km || tile.rows % 16 || block.kc % STEP) {
+    bf16* copy = (bf16*)scratch(up(TILE_ROWS, 32) * KC_BF16 * 2, 0);
+    pack_rows_bf16(term, tile.m0, tile.rows, block.k0, block.kc, copy);
+    x = copy, stride = padded;
+  }
+  for (int64_t u = 0; u < tile.columns; u += PACK) {
+    const bf16* unit = (const bf16*)unit_of(tile, block, u);
+    for (int64_t j = 0; j < min_of(PACK, tile.columns - u); j += NR) {
+      float* c = tile.c + (u + j) / NR * tile.panel_floats;
+      for (int64_t r = 0; r < tile.rows; r += 32)
+        micro_bf16(x + r * stride, stride, up(min_of(32, tile.rows - r), 16), unit + j * padded, padded / STEP,
+                   c + r * NR, block.first);
+    }
+  }
+}
+#endif
+
+inline void block_of_k(const Tile& tile, const BlockOfK& block) {
+#ifdef TUNEGATE_HAS_BF16
+  if (takes_bf16(*block.term)) return block_bf16(tile, block);
+#endif
+  block_fp32(tile, block);
 }
 
 // One row of the epilogue over `n` <= NR columns from column j.
@@ -170,18 +214,21 @@ inline void tile_task(const Job& job, int64_t index) {
   int64_t offset = index / job.row_tiles * job.tile_columns;
   tile.n0 = job.first_column + offset;
   tile.columns = min_of(job.tile_columns, job.columns - offset);
-  tile.panel_floats = up(job.tile_rows, 32) * NR;
+  tile.panel_floats = up(job.tile_rows + MR, 32) * NR;  // both kernels write whole steps of rows
   int64_t bytes = pieces(tile.columns, NR) * tile.panel_floats * 4;
   tile.c = (float*)scratch(bytes, 1);
   bool first = true;
+  if (job.any_bf16) open_tiles();
   for (int t = 0; t < p.terms; t++) {
     const Blocks& blocks = job.blocks[t];
     for (int64_t b = 0; b < blocks.count; b++) {
       int64_t k0 = b * blocks.length;
-      block_fp32(tile, {&p.term[t], k0, min_of(blocks.length, p.term[t].k - k0), blocks.start + PACK * k0, first});
+      int64_t kc = min_of(blocks.length, p.term[t].k - k0);
+      block_of_k(tile, {&p.term[t], k0, kc, blocks.start + blocks.k_floats * k0, first});
       first = false;
     }
   }
+  if (job.any_bf16) close_tiles();
   if (first) memset(tile.c, 0, size_t(bytes));
   if (p.out_type == kBf16)
     epilogue<bf16>(tile);

@@ -6,7 +6,7 @@
 #include "gemm.h"
 #include "level.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
