@@ -131,9 +131,6 @@ class TrainSection(Section):
     """The adapter and its optimizer. ``method``: lora, rslora (scale alpha/sqrt(rank)) or dora."""
 
     method: Literal["lora", "rslora", "dora"] = "lora"
-    backend: Literal["native", "trl", "unsloth"] = Field(
-        "native", description="who computes the steps; trl and unsloth are extras: pip install 'tunegate[trl]'"
-    )
     rank: int = Field(16, ge=1, le=4096)
     alpha: Positive | None = Field(None, description="default 2*rank")
     dropout: Fraction = 0.05
@@ -164,6 +161,9 @@ class TrainSection(Section):
     patience: int = Field(2, ge=1, description="stop after so many evaluations without improvement")
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     seed: int = Field(0, ge=0, lt=2**63)
+    backend: Literal["native", "trl", "unsloth"] = Field(
+        "native", description="who computes the steps; trl and unsloth are extras: pip install 'tunegate[trl]'"
+    )
     threads: int | None = Field(None, ge=1, description="default: what torch chooses")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
