@@ -32,7 +32,13 @@ struct Map {
   float scale, softcap, inner;
   explicit Map(const LogitsBlock& b)
       : scale(b.scale), softcap(b.softcap), inner(b.softcap > 0 ? b.scale / b.softcap : 0.0f) {}
-  vfloat operator()(vfloat l) const { return softcap > 0 ? vtanh(l * inner) * softcap : l * scale; }
+  vfloat operator()(vfloat l) const { return softcap > 0 ? capped(l) : l * scale; }
+  // softcap * tanh u = +-(softcap - softcap * 2q / (1 + q)) with q = exp(-2|u|): the rounding error shrinks with q.
+  vfloat capped(vfloat l) const {
+    vfloat u = l * inner, q = vexp(-2.0f * vmax(u, -u));
+    vfloat size = softcap - 2.0f * softcap * q / (1.0f + q);
+    return select((vint)(u < splat(0.0f)), -size, size);
+  }
 };
 
 float largest_of(float* row, int64_t columns, const Map& map, bool keep) {
@@ -52,43 +58,53 @@ float largest_of(float* row, int64_t columns, const Map& map, bool keep) {
 }
 
 // Three passes over a row, which stays in the second-level cache: the largest z, the exponentials in their place and
-// their sum, the gradient. A soft cap needs z again in the last pass and computes the exponential twice instead.
+// their sum, the gradient.
 float row_gradient(float* row, int64_t columns, int64_t label, const Map& map) {
-  bool capped = map.softcap > 0;
-  float most = largest_of(row, columns, map, capped);
-  float target = capped ? row[label] : row[label] * map.scale;
+  float most = largest_of(row, columns, map, false);
+  float target = row[label] * map.scale;
   vfloat partial = {};
-  auto sum_up = [&](int64_t, vfloat l, int64_t n) {
-    vfloat e = vexp((capped ? l : l * map.scale) - most);
+  each<true>(row, columns, [&](int64_t, vfloat l, int64_t n) {
+    vfloat e = vexp(l * map.scale - most);
     partial += only(e, n, 0.0f);
     return e;
-  };
-  if (capped)
-    each<false>(row, columns, sum_up);
-  else
-    each<true>(row, columns, sum_up);
-  float total = sum(partial);
-  float per = map.scale / total;
-  if (!capped) {
-    each<true>(row, columns, [&](int64_t, vfloat e, int64_t) { return e * per; });
-    row[label] -= map.scale;
-  } else {
-    float z = target / map.softcap;
-    float at_label = (1.0f - z * z) * map.scale;
-    each<true>(row, columns, [&](int64_t, vfloat v, int64_t) {
-      vfloat t = v / map.softcap;
-      return vexp(v - most) * per * (1.0f - t * t);
-    });
-    row[label] -= at_label;
-  }
+  });
+  float total = sum(partial), per = map.scale / total;
+  each<true>(row, columns, [&](int64_t, vfloat e, int64_t) { return e * per; });
+  row[label] -= map.scale;
   return most + logf(total) - target;
+}
+
+// The same with a soft cap. Every pass starts from l again: dz/dl = scale * (1 - tanh^2) is 4 scale q / (1 + q)^2 with
+// q = exp(-2 |scale l / softcap|), which keeps its digits where the cap saturates and 1 - tanh^2 has lost them.
+float row_gradient_capped(float* row, int64_t columns, int64_t label, const Map& map) {
+  float most = largest_of(row, columns, map, false);
+  vfloat partial = {};
+  each<false>(row, columns, [&](int64_t, vfloat l, int64_t n) {
+    partial += only(vexp(map(l) - most), n, 0.0f);
+    return l;
+  });
+  float total = sum(partial);
+  auto slope = [&](vfloat l) {
+    vfloat u = l * map.inner, q = vexp(-2.0f * vmax(u, -u)), below = 1.0f / (1.0f + q);
+    return 4.0f * map.scale * q * below * below;
+  };
+  float own[W], at_label[W];
+  store(own, map(splat(row[label])));
+  store(at_label, slope(splat(row[label])));
+  each<true>(row, columns, [&](int64_t, vfloat l, int64_t) { return vexp(map(l) - most) / total * slope(l); });
+  row[label] -= at_label[0];
+  return most + logf(total) - own[0];
 }
 
 }  // namespace
 
 void loss_gradient(const LogitsBlock& b, float* losses) {
   Map map(b);
-  parallel(b.rows, [&](int64_t r) { losses[r] = row_gradient(b.logits + r * b.stride, b.columns, b.labels[r], map); });
+  parallel(b.rows, [&](int64_t r) {
+    float* row = b.logits + r * b.stride;
+    losses[r] = map.softcap > 0 ? row_gradient_capped(row, b.columns, b.labels[r], map)
+                                : row_gradient(row, b.columns, b.labels[r], map);
+  });
 }
 
 void loss_update(const LogitsBlock& b, const RowState& state) {
