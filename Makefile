@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo setup dev test test-all lint format clean
+.PHONY: demo setup dev test test-all lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -51,6 +51,11 @@ lint: dev
 format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Speed and memory beside TRL and PEFT; results go to docs/benchmarks/.
+bench: $(VENV)/.runtime
+	$(PIP) -e '.[bench]'
+	$(BIN)/python benchmarks/run_all.py
 
 # Keeps examples/*/runs and the cache of bases: a finished run is not rubbish.
 clean:
