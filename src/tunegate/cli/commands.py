@@ -12,6 +12,7 @@ from rich.markup import escape
 from tunegate import records
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
+from tunegate.cli.doctor import doctor
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
 from tunegate.files import read_json, write_text
@@ -19,7 +20,7 @@ from tunegate.gate import PASS, SHIP
 from tunegate.pipeline.reporter import count
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
-__all__ = ["check", "eval", "gate", "init", "run", "show", "train"]  # the commands, by the name that is typed
+__all__ = ["check", "doctor", "eval", "gate", "init", "run", "show", "train"]  # the commands, by the name that is typed
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
 

@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("gate", parents=[task], help="judge the run again from its records and its stored policy")
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
+    commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
 
 

@@ -66,7 +66,7 @@ class FusedLayers:
 
     def install(self) -> None:
         for layer in self.shapes:
-            layer.forward = _Forward(self, layer)  # type: ignore[assignment]
+            layer.forward = _Forward(self, layer)
 
     def remove(self) -> None:
         for layer in self.shapes:
@@ -105,6 +105,10 @@ class FusedLayers:
         with self._scratch.scope(), self._temporary.scope():
             fused_layer.forward(context, x, out, self._temporary, saving=False)
         return out[None]
+
+    def reserved(self) -> int:
+        """Bytes of activation memory held from the system, apart from passes still alive."""
+        return sum(space.reserved() for space in (*self._pool, self._scratch, self._temporary))
 
     @property
     def temporary(self) -> Workspace:
@@ -177,7 +181,7 @@ class _Passing:
     def __init__(self, attention_pass: Any, layer: int):
         self.attention_pass, self.layer = attention_pass, layer
 
-    def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _lse: Tensor) -> None:
         out.copy_(self.attention_pass.attend(self.layer, q, k, v, shape.scale, shape.window, shape.softcap))
 
     def backward(self, *args: Any) -> None:
@@ -190,7 +194,9 @@ def _options(shape: Shape) -> varlen.Options:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: FusedLayers, context: Context, lease: Lease, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, owner: FusedLayers, context: Context, lease: Lease, *_parameters: Tensor
+    ) -> Tensor:
         keep = lease.workspace
         out = keep.take(*x.shape, dtype=x.dtype)
         ctx.owner, ctx.context, ctx.lease, ctx.x = owner, context, lease, x.detach()

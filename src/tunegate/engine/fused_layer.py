@@ -38,7 +38,7 @@ _MODULES = 16  # room for a layer's projections between two layers' dropout seed
 class Attention(Protocol):
     """Attention over the rows of the batch at hand; q (T, heads, D), k and v (T, kv heads, D)."""
 
-    def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None: ...
+    def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, /) -> None: ...
 
     def backward(
         self, shape: Shape, grad_out: Tensor, saved: Saved, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
@@ -113,10 +113,10 @@ def _project(
         if downs:
             multiply(*downs)
     products = []
-    for p, h, out in zip(group, low, outs, strict=True):
+    for p, small, out in zip(group, low, outs, strict=True):
         terms = [Term(x, p.weight)]
-        if h is not None:
-            terms.append(Term(h, p.parameters[1].detach()))
+        if small is not None:
+            terms.append(Term(small, p.parameters[1].detach()))
         bias = p.bias if p.bias is None or factor == 1.0 else p.bias * factor
         products.append(Product(out, terms, alpha=factor, add=add, bias=bias, column_scale=p.gain))
     multiply(*products)
@@ -312,7 +312,7 @@ def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor) -> list[Ten
             gated_backward(grad_product, s.gate, s.up, grad_gate, grad_up, shape.activation)
             normed, grad_normed = take(tokens, hidden, dtype=dtype), take(tokens, hidden, dtype=dtype)
             _norm(shape.mlp_norm, s.y, normed, s.inverse["mlp"])
-            outs = [s.gate, s.up] if len(inner) == 2 else [_joined(s.gate, s.up)]
+            outs = [s.gate, s.up] if len(inner) == 2 else [_joined(s.gate)]
             of_gate_up = _project_backward(c, inner, normed, groups.gate_up, s.low["gate_up"], outs, grad_normed, 8)
             _norm_backward(shape.mlp_norm, grad_normed, s.y, s.inverse["mlp"], grad_y, grad_out)
         grad_attended = take(*s.attended.shape, dtype=dtype)
@@ -324,8 +324,8 @@ def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor) -> list[Ten
     return [*of_qkv, *of_out, *of_gate_up, *of_down]
 
 
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """The one tensor of which the two are the halves."""
+def _joined(first: Tensor) -> Tensor:
+    """The one tensor of which ``first`` is the left half."""
     return first.as_strided((first.shape[0], 2 * first.shape[1]), first.stride(), first.storage_offset())
 
 

@@ -103,7 +103,7 @@ def resolve(module: nn.Module) -> Projection | None:
     else:
         return None
     sizes = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
-    bias = None if base.bias is None else base.bias.detach()  # type: ignore[union-attr, operator]
+    bias = None if base.bias is None else base.bias.detach()  # type: ignore[operator]
     if adapter is None or not adapter.enabled:
         return Projection(weight, sizes, bias)
     parameters = tuple(adapter.adapter_parameters().values())

@@ -32,8 +32,8 @@ from tunegate.kernels import (
     attention,
     decode_attention,
     linear_cross_entropy,
-    similar_lengths,
     native,
+    similar_lengths,
     target_log_probs,
 )
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from tunegate.config import TrainSection
 from tunegate.data.pack import epoch_steps
 from tunegate.data.types import Rendered
+from tunegate.kernels.adamw import FusedAdamW
 
 
 def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
@@ -27,7 +27,7 @@ def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
     return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSection) -> torch.optim.AdamW:
+def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSection) -> FusedAdamW:
     """AdamW over the adapter. With LoRA+ (arXiv:2402.12354) B learns ``lr_plus_ratio`` times as fast as A."""
     fast = [p for name, p in parameters.items() if name.endswith("lora_B")]
     slow = [p for name, p in parameters.items() if not name.endswith("lora_B")]
@@ -36,13 +36,12 @@ def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSection) 
         {"params": slow, "peak": settings.lr},
         {"params": fast, "peak": settings.lr * settings.lr_plus_ratio},
     ]
-    return torch.optim.AdamW(
+    return FusedAdamW(
         groups,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        foreach=True,
     )
 
 

@@ -46,6 +46,7 @@ from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import remove_temporaries
+from tunegate.kernels.adamw import clip_and_scale_
 
 ADAPTER_FILE = "adapter.safetensors"
 
@@ -173,8 +174,7 @@ def _step(
         loss.backward()
         del loss  # the last reference to the pass: its memory is free for the next batch
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    torch._foreach_mul_(gradients, 1.0 / targets)
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf))
+    norm = clip_and_scale_(gradients, 1.0 / targets, settings.clip or None)
     if not math.isfinite(norm):
         raise _not_finite("gradient", norm, state, tuple(row.row_id for row in rows))
     optimizer.step()

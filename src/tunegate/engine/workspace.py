@@ -10,9 +10,9 @@ and a tensor taken here must not outlive its pass. CPU only.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,10 +24,8 @@ _ALIGN = 64
 def _new_block(size: int) -> Tensor:
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a system without transparent huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without transparent huge pages
-            pass
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -59,7 +57,7 @@ class Workspace:
         """Give back everything taken since ``mark``."""
         self._block, self._offset = mark
 
-    @contextmanager
+    @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """What is taken inside is given back at the end."""
         before = self.mark()
