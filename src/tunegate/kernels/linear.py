@@ -151,9 +151,10 @@ def _matrix(tensor: Tensor, what: str) -> tuple[int, int, int, int]:
     kind = _TYPES.get(tensor.dtype)
     if kind is None:
         raise ValueError(f"{what} is {tensor.dtype}; expected float32 or bfloat16")
-    if tensor.dim() != 2:
-        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; expected a matrix")
-    rows, columns = tensor.shape
+    try:
+        rows, columns = tensor.shape
+    except ValueError:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; expected a matrix") from None
     stride, inner = tensor.stride()
     if inner != 1 and columns > 1:
         raise ValueError(f"{what} has strides {tensor.stride()}; its rows must be contiguous: pass {what}.contiguous()")

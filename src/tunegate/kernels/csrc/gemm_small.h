@@ -19,8 +19,8 @@ inline bool is_small(const GemmProduct& p) {
 }
 
 // acc[4][SMALL_ROWS] += the products of 4 rows of w and ROWS of x over k, a multiple of W.
-template <int ROWS>
-inline void dots(const float* const* w, const float* x, int64_t x_stride, int64_t k, vfloat (*acc)[SMALL_ROWS]) {
+template <int ROWS, typename T>
+inline void dots(const T* const* w, const float* x, int64_t x_stride, int64_t k, vfloat (*acc)[SMALL_ROWS]) {
   vfloat sums[4][ROWS];
   for (int j = 0; j < 4; j++)
     for (int r = 0; r < ROWS; r++) sums[j][r] = acc[j][r];
@@ -45,11 +45,27 @@ inline void widen_x(const GemmTerm& t, int64_t m, float* to) {
   }
 }
 
+// acc += all m rows against four rows of w over k, a multiple of W.
+template <typename T>
+inline void all_dots(const T* const* w, const float* x, int64_t x_stride, int64_t m, int64_t k,
+                     vfloat (*acc)[SMALL_ROWS]) {
+  int64_t r = 0;
+  for (; r + 3 <= m; r += 3) dots<3>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
+  if (m - r == 2) dots<2>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
+  if (m - r == 1) dots<1>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
+}
+
 inline void small_term(const GemmTerm& t, int64_t m, int64_t n0, int64_t some, const float* x,
                        vfloat (*acc)[SMALL_ROWS]) {
   alignas(64) float buffer[4][SMALL_CHUNK];
-  int64_t padded = (t.k + W - 1) / W * W;
-  for (int64_t k0 = 0; k0 < t.k; k0 += SMALL_CHUNK) {
+  int64_t padded = (t.k + W - 1) / W * W, start = 0;
+  if (t.w_type == kBf16 && m <= 3) {  // widened in registers; a rest of k goes the general way
+    const bf16* w[4];
+    for (int64_t j = 0; j < 4; j++) w[j] = (const bf16*)t.w + (n0 + min_of(j, some - 1)) * t.w_stride;
+    start = t.k / W * W;
+    all_dots(w, x, padded, m, start, acc);
+  }
+  for (int64_t k0 = start; k0 < t.k; k0 += SMALL_CHUNK) {
     int64_t kc = min_of(SMALL_CHUNK, t.k - k0), whole = (kc + W - 1) / W * W;
     const float* w[4];
     for (int64_t j = 0; j < 4; j++) {
@@ -59,11 +75,7 @@ inline void small_term(const GemmTerm& t, int64_t m, int64_t n0, int64_t some, c
       for (int64_t k = kc; k < whole; k++) buffer[j][k] = 0.0f;
       w[j] = buffer[j];
     }
-    const float* from = x + k0;
-    int64_t r = 0;
-    for (; r + 3 <= m; r += 3) dots<3>(w, from + r * padded, padded, whole, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
-    if (m - r == 2) dots<2>(w, from + r * padded, padded, whole, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
-    if (m - r == 1) dots<1>(w, from + r * padded, padded, whole, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
+    all_dots(w, x + k0, padded, m, whole, acc);
   }
 }
 
