@@ -4,10 +4,10 @@ Forward computes, chunk by chunk, the logits, the loss and, because the head is 
 respect to the hidden states; backward only scales it. Memory is chunk x vocabulary whatever the batch. The loss is
 a SUM over targets, in fp32: who divides, and by what, is the training loop's business.
 
-With the C++ kernels, a frozen plain ``nn.Linear`` head in fp32, not soft-capped, on a CPU writes its logits into one buffer per thread
-that later calls reuse; :func:`softmax_gradient_` turns them into their own gradient in place. Log-probabilities and
-greedy choices need no logits afterwards: they go through blocks of the vocabulary that stay in the cache. Any other
-head, device or autocast takes the module's own forward, which rounds 16-bit logits; the operator
+With the C++ kernels, a frozen plain ``nn.Linear`` head in fp32 and without a soft cap writes its logits into one buffer
+per thread that later calls reuse; :func:`softmax_gradient_` turns them into their own gradient in place.
+Log-probabilities and greedy choices need no logits afterwards: they go through blocks of the vocabulary that stay in
+the cache. Any other head, device or autocast takes the module's own forward, which rounds 16-bit logits; the operator
 ``tunegate::linear_cross_entropy`` gives fp32 logits for bf16 heads too.
 
 It does not train the head: a head with trainable parameters goes through autograd, chunk by chunk, recomputed.
