@@ -5,14 +5,14 @@ is less work and not faster kernels; the headline ratios use it. ``tunegate, sha
 
 TRL's defaults are kept (gradient checkpointing on), but for the batch size, which is set to the same tokens a step,
 and bf16 autocast, which is on only where the CPU has bf16 instructions: elsewhere it would only slow TRL down.
-``TRL as shipped`` has it on everywhere. ``TRL tuned`` is without checkpointing and with tcmalloc.
+``TRL as shipped`` has it on everywhere. ``TRL tuned`` is without checkpointing, and with tcmalloc where it is found.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import common
 
@@ -21,7 +21,7 @@ import common
 class Contestant:
     name: str
     spec: dict[str, Any]
-    preload: bool = False  # tcmalloc
+    tcmalloc: Literal["no", "where found", "needed"] = "no"
     quick: bool = True
     slow: bool = True
     needs: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Contestant:
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} not installed (pip install 'tunegate[bench]')"
-        if self.preload and common.tcmalloc() is None:
+        if self.tcmalloc == "needed" and common.tcmalloc() is None:
             return "no tcmalloc found (apt install libtcmalloc-minimal4, or set TUNEGATE_BENCH_TCMALLOC)"
         if self.spec["kind"] == "tunegate" and self.spec.get("quantization"):
             from tunegate.config import BaseSection
@@ -57,7 +57,7 @@ def catalogue() -> list[Contestant]:
         Contestant(
             "TRL tuned",
             {"kind": "trl", "dtype": "float32", "trl": {"bf16": bf16, "gradient_checkpointing": False}},
-            preload=True,
+            tcmalloc="where found",
             quick=False,
             needs=trl,
         ),
@@ -68,18 +68,18 @@ def catalogue() -> list[Contestant]:
                 "dtype": "float32",
                 "trl": {"bf16": bf16, "gradient_checkpointing": False, "packing": True},
             },
-            preload=True,
+            tcmalloc="where found",
             quick=False,
             needs=trl,
         ),
         Contestant("TRL as shipped", {"kind": "trl", "dtype": "float32"}, quick=False, needs=trl),
         Contestant(f"PEFT {own}", {"kind": "peft", "dtype": own}, needs=peft),
         Contestant(f"PEFT {other}", {"kind": "peft", "dtype": other}, quick=False, needs=peft),
-        Contestant(f"PEFT {own} + tcmalloc", {"kind": "peft", "dtype": own}, preload=True, needs=peft),
+        Contestant(f"PEFT {own} + tcmalloc", {"kind": "peft", "dtype": own}, tcmalloc="needed", needs=peft),
         Contestant(
-            "PEFT bitsandbytes NF4 + tcmalloc",
+            "PEFT bitsandbytes NF4",
             {"kind": "peft", "dtype": own, "quantization": "nf4"},
-            preload=True,
+            tcmalloc="where found",
             quick=False,
             needs=(*peft, "bitsandbytes"),
         ),
@@ -123,4 +123,5 @@ def measure(contestant: Contestant, common_spec: dict[str, Any], steps: tuple[in
     an hour (bf16 on a CPU without bf16 instructions) is given up."""
     train = {**common_spec.get("train", {}), **contestant.train}
     spec = {**common_spec, **contestant.spec, "train": train, "steps": steps[contestant.slow]}
-    return common.run_worker(spec, preload=common.tcmalloc() if contestant.preload else None, timeout=900)
+    preload = None if contestant.tcmalloc == "no" else common.tcmalloc()
+    return common.run_worker(spec, preload=preload, timeout=900)
