@@ -134,7 +134,9 @@ def clip_and_scale_(gradients: list[Tensor], scale: float, max_norm: float | Non
 
 def _clip_twin(gradients: list[Tensor], scale: float, max_norm: float | None) -> float:
     torch._foreach_mul_(gradients, scale)
-    squares = [float(gradient.double().square().sum()) for gradient in gradients]
+    # Blocks that torch sums on one thread, so that here too the sum is the same on any number of them.
+    blocks = [block for gradient in gradients for block in gradient.flatten().split(16384)]
+    squares = [float(block.double().square().sum()) for block in blocks]
     norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.sqrt(sum(squares))
     if max_norm is not None:
         ratio = max_norm / (norm + 1e-6)

@@ -3,8 +3,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 
+#include <atomic>
+#include <new>
 #include <utility>
 
+#include "pool.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -79,6 +82,16 @@ void vector_function(int which, uintptr_t x, uintptr_t out, int64_t count) {
   active().vector_function(which, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(out), count);
 }
 
+// For tests of the pool: the sum of i * inner + j over tasks within tasks; task `failing` throws.
+int64_t nested_tasks(int64_t outer, int64_t inner, int64_t failing) {
+  std::atomic<int64_t> sum{0};
+  parallel(outer, [&](int64_t i) {
+    if (i == failing) throw std::bad_alloc();
+    parallel(inner, [&](int64_t j) { sum += i * inner + j; });
+  });
+  return sum;
+}
+
 }  // namespace
 
 void bind_elementwise(nb::module_& m) {
@@ -89,5 +102,6 @@ void bind_elementwise(nb::module_& m) {
   m.def("gated", &gated, Free());
   m.def("gated_backward", &gated_backward, Free());
   m.def("dropout", &dropout, Free());
+  m.def("_test_nested_tasks", &nested_tasks, Free());
   m.def("_test_vector_function", &vector_function, Free());
 }

@@ -6,9 +6,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -40,17 +42,25 @@ struct Pool {
   void* context = nullptr;
   int64_t tasks = 0;
   std::atomic<int64_t> next{0};
+  std::exception_ptr failure;  // the first that a task threw; under mutex
   std::vector<std::thread> workers;
 };
 
 Pool* pool = nullptr;  // leaked on purpose: workers may outlive static destructors
 std::mutex caller_mutex;
-int wanted = 1;
+std::atomic<int> wanted{1};
 thread_local int my_index = 0;
 thread_local bool inside = false;
 
+// A task may throw, for want of memory: the others are then dropped and the caller rethrows when all threads are out.
 void take_tasks(Pool& own) {
-  for (int64_t i; (i = own.next.fetch_add(1, std::memory_order_relaxed)) < own.tasks;) own.task(own.context, i);
+  try {
+    for (int64_t i; (i = own.next.fetch_add(1, std::memory_order_relaxed)) < own.tasks;) own.task(own.context, i);
+  } catch (...) {
+    own.next.store(own.tasks, std::memory_order_relaxed);
+    std::lock_guard<std::mutex> lock(own.mutex);
+    if (!own.failure) own.failure = std::current_exception();
+  }
 }
 
 // A worker that wakes too late finds the job closed: the caller never waits for a thread that has not begun.
@@ -81,12 +91,11 @@ void forget_after_fork() {
   my_index = 0;
 }
 
+// At load, not with the pool: a fork during the first job must find it.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
+
 Pool& ready_pool(int workers) {
-  if (!pool) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
-    (void)registered;
-    pool = new Pool;
-  }
+  if (!pool) pool = new Pool;
   while (int(pool->workers.size()) < workers)
     pool->workers.emplace_back(work, pool, int(pool->workers.size()) + 1);
   return *pool;
@@ -119,7 +128,7 @@ void* scratch(int64_t bytes, int slot) {
 }
 
 void run_parallel(int64_t tasks, Task task, void* context) {
-  int workers = int(std::min<int64_t>(wanted, tasks)) - 1;
+  int workers = int(std::min<int64_t>(threads(), tasks)) - 1;
   if (workers <= 0 || inside) {
     for (int64_t i = 0; i < tasks; i++) task(context, i);
     return;
@@ -144,13 +153,15 @@ void run_parallel(int64_t tasks, Task task, void* context) {
   inside = false;
   std::unique_lock<std::mutex> lock(own.mutex);
   own.open = false;
-  if (own.active.load(std::memory_order_relaxed) == 0) return;
-  lock.unlock();
-  for (int spin = 0; spin < kSpins && own.active.load(std::memory_order_acquire); spin++) pause();
-  lock.lock();
-  own.caller_sleeps = true;
-  own.left.wait(lock, [&] { return own.active.load(std::memory_order_relaxed) == 0; });
-  own.caller_sleeps = false;
+  if (own.active.load(std::memory_order_relaxed)) {
+    lock.unlock();
+    for (int spin = 0; spin < kSpins && own.active.load(std::memory_order_acquire); spin++) pause();
+    lock.lock();
+    own.caller_sleeps = true;
+    own.left.wait(lock, [&] { return own.active.load(std::memory_order_relaxed) == 0; });
+    own.caller_sleeps = false;
+  }
+  if (own.failure) std::rethrow_exception(std::exchange(own.failure, nullptr));
 }
 
 }  // namespace tunegate
