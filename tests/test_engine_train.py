@@ -24,6 +24,7 @@ from tunegate.engine.runner import Runner
 from tunegate.engine.schedule import StepPlan
 from tunegate.engine.train import mean_loss
 from tunegate.errors import InputError, TunegateError
+from tunegate.kernels.adamw import FusedAdamW
 
 # --- what must be invisible -----------------------------------------------------------------------------------------
 
@@ -92,9 +93,18 @@ def test_dropout_is_on_in_steps_and_off_in_evaluations(tmp_path: Path) -> None:
 
 def test_training_leaves_the_model_in_eval_mode(tmp_path: Path) -> None:
     job = Job(tmp_path / "a", section(gradient_checkpointing=True, epochs=0.2))
+    before = {m: vars(m).get("forward") for m in job.runner.model.modules()}
     job.run()
     assert not any(m.training for m in job.runner.model.modules())
-    assert not any("forward" in vars(m) for m in job.runner.model.modules())
+    assert all(vars(m).get("forward") is before.get(m) for m in job.runner.model.modules())
+    assert job.runner.fused is None or not job.runner.fused.recompute
+
+
+def unfuse(job: Job) -> None:
+    """Back to the model's own layers."""
+    if job.runner.fused is not None:
+        job.runner.fused.remove()
+        job.runner.fused = None
 
 
 def test_layers_are_recomputed_when_asked(tmp_path: Path) -> None:
@@ -102,6 +112,7 @@ def test_layers_are_recomputed_when_asked(tmp_path: Path) -> None:
     for flag in (False, True):
         job = Job(tmp_path / str(flag), section(gradient_checkpointing=flag, max_steps=1))
         job.scores = [1.0]
+        unfuse(job)
         counted: list[int] = []
         job.runner.model.model.layers[0].mlp.register_forward_pre_hook(lambda *a, counted=counted: counted.append(1))
         job.run()
@@ -113,6 +124,7 @@ def test_a_model_without_decoder_layers_to_recompute_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(tmp_path / "a", section(gradient_checkpointing=True))
+    unfuse(job)
     monkeypatch.setattr("transformers.modeling_layers.GradientCheckpointingLayer", nn.Bilinear)
     with pytest.raises(InputError, match="does not support gradient checkpointing"):
         job.run()
@@ -227,14 +239,14 @@ def test_a_step_by_hand(tmp_path: Path) -> None:
 
 def test_clipping_bounds_what_the_optimizer_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
-    plain = torch.optim.AdamW.step
+    plain = FusedAdamW.step
 
-    def spy(self: torch.optim.AdamW, *args: Any) -> Any:
+    def spy(self: FusedAdamW, *args: Any) -> Any:
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         seen.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads)))
         return plain(self, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    monkeypatch.setattr(FusedAdamW, "step", spy)
     clipped = Job(tmp_path / "a", section(epochs=0.4, clip=0.01))
     clipped.run()
     assert seen == pytest.approx([0.01] * len(seen), rel=1e-3)

@@ -233,6 +233,8 @@ def _training_mode(runner: Runner, injection: Injection, settings: TrainSection)
         finally:
             for layer in layers:
                 del layer.forward
+            if runner.fused is not None:
+                runner.fused.recompute = False
 
 
 def _recomputable(runner: Runner) -> Sequence[nn.Module]:
