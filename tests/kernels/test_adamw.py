@@ -108,7 +108,9 @@ def test_closure_frozen_and_strided_gradients():
         parameter.grad = gradient
         return 2.5
 
+    version = parameter._version
     assert ours.step(closure) == 2.5
+    assert parameter._version > version  # what was computed from the old values can tell
     theirs.step()
     torch.testing.assert_close(parameter, other)
     assert torch.equal(frozen, torch.ones(3))
@@ -118,6 +120,13 @@ def test_wrong_inputs_are_named():
     for bad in (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, 3).t()):
         with pytest.raises(ValueError, match="contiguous fp32"):
             FusedAdamW([bad.requires_grad_()])
+    parameter = torch.zeros(4, requires_grad=True)
+    optimizer = FusedAdamW([parameter])
+    parameter.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.state[parameter]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="4 elements"):
+        optimizer.step()
     with pytest.raises(ValueError, match="amsgrad"):
         FusedAdamW([torch.zeros(2)], amsgrad=True)
     with pytest.raises(ValueError, match="contiguous"):

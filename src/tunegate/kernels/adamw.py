@@ -53,60 +53,65 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        native_work, twin_work = _Work(), _Work()
+        work = [
+            _ready(parameter, self.state[parameter], index)
+            for index, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        groups = [
+            (float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
+            for group in self.param_groups
+        ]
         lib = native.library()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    usable = lib is not None and native.usable(parameter)
-                    (native_work if usable else twin_work).add(parameter, self.state[parameter], group)
-        if lib is not None and native_work.tensors:
-            native_work.run_native(lib)
-        twin_work.run_twin()
+        if lib is not None and all(parts[0].is_cpu for parts in work):
+            addresses = [(*[t.data_ptr() for t in tensors], tensors[0].numel(), index) for *tensors, index in work]
+            lib.adamw(addresses, groups)
+            torch.autograd.graph.increment_version([parts[0] for parts in work])  # as an in-place operation does
+        else:
+            _step_twin(work, groups)
         return loss
 
 
-class _Work:
-    """What one step updates: tensors, and the distinct hyperparameters (lr, beta1, beta2, eps, decay, step)."""
+# parameter, gradient, exp_avg, exp_avg_sq, step, index of the group
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
 
-    def __init__(self) -> None:
-        self.tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
-        self.hyper: dict[tuple[float, float, float, float, float, float], int] = {}
 
-    def add(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.layout != torch.strided or gradient.dtype != torch.float32:
-            raise ValueError(f"FusedAdamW takes dense fp32 gradients, got {gradient.layout}, {gradient.dtype}")
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        key = (float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], float(state["step"]))
-        index = self.hyper.setdefault(key, len(self.hyper))
-        first, second = state["exp_avg"], state["exp_avg_sq"]
-        if not (first.is_contiguous() and second.is_contiguous() and first.dtype == second.dtype == torch.float32):
-            raise ValueError("the loaded optimizer state must be contiguous fp32 tensors, like the parameters")
-        self.tensors.append((parameter, gradient.contiguous(), first, second, index))
+def _ready(parameter: Tensor, state: dict[str, Any], index: int) -> _Parts:
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    gradient, first, second, step = parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+    assert gradient is not None
+    if gradient.dtype is not torch.float32 or gradient.layout is not torch.strided:
+        raise ValueError(f"FusedAdamW takes dense fp32 gradients, got {gradient.layout}, {gradient.dtype}")
+    count = parameter.numel()
+    for tensor, expected in ((first, count), (second, count), (step, 1)):
+        if tensor.numel() != expected or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"optimizer state must be contiguous fp32 tensors of {expected} elements, got {tensor.dtype} "
+                f"{tuple(tensor.shape)}, strides {tensor.stride()}; was it loaded for other parameters?"
+            )
+    return parameter, gradient.contiguous(), first, second, step, index
 
-    def run_native(self, lib: Any) -> None:
-        pointers = [(p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), i) for p, g, m, v, i in self.tensors]
-        lib.adamw(pointers, [p.numel() for p, *_ in self.tensors], list(self.hyper))
 
-    def run_twin(self) -> None:
-        for (lr, beta1, beta2, eps, decay, step), index in self.hyper.items():
-            own: list[Any] = [t for t in self.tensors if t[4] == index]
-            parameters, gradients, firsts, seconds = ([t[k] for t in own] for k in range(4))
-            torch._foreach_mul_(parameters, 1 - lr * decay)
-            torch._foreach_lerp_(firsts, gradients, 1 - beta1)
-            torch._foreach_mul_(seconds, beta2)
-            torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
-            denominators = torch._foreach_sqrt(seconds)
-            torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
-            torch._foreach_add_(denominators, eps)
-            torch._foreach_addcdiv_(parameters, firsts, denominators, -lr / (1 - beta1**step))
+def _step_twin(work: list[_Parts], groups: list[tuple[float, ...]]) -> None:
+    batches: dict[tuple[int, float], list[_Parts]] = {}
+    for parts in work:
+        parts[4].add_(1)
+        batches.setdefault((parts[5], float(parts[4])), []).append(parts)
+    for (index, step), batch in batches.items():
+        lr, beta1, beta2, eps, decay = groups[index]
+        parameters, gradients, firsts, seconds, _, _ = map(list[Any], zip(*batch, strict=True))
+        torch._foreach_mul_(parameters, 1 - lr * decay)
+        torch._foreach_lerp_(firsts, gradients, 1 - beta1)
+        torch._foreach_mul_(seconds, beta2)
+        torch._foreach_addcmul_(seconds, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(seconds)
+        torch._foreach_div_(denominators, math.sqrt(1 - beta2**step))
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_addcdiv_(parameters, firsts, denominators, -lr / (1 - beta1**step))
 
 
 @torch.no_grad()

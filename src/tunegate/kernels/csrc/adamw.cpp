@@ -6,7 +6,9 @@
 namespace tunegate::TUNEGATE_LEVEL {
 namespace {
 
-typedef double vdouble __attribute__((vector_size(W * 8)));
+// Half as many lanes, so that a vector of doubles is one register.
+typedef float vnarrow __attribute__((vector_size(W * 2)));
+typedef double vdouble __attribute__((vector_size(W * 4)));
 
 // body(tensor, begin, end) for each piece of a tensor that a task of the row holds.
 template <typename F>
@@ -48,9 +50,46 @@ inline Moment advance(Moment at, vfloat g, const AdamwGroup& by) {
   return at;
 }
 
-inline vdouble squared(vfloat v) {
-  vdouble wide = __builtin_convertvector(v, vdouble);
-  return wide * wide;
+// The sum of squares in fp64, in four chains.
+struct Squares {
+  vdouble low[2] = {}, high[2] = {};
+  void add(vfloat v, int chain) {
+    vnarrow halves[2];
+    memcpy(halves, &v, sizeof v);
+    vdouble first = __builtin_convertvector(halves[0], vdouble), second = __builtin_convertvector(halves[1], vdouble);
+    low[chain] += first * first;
+    high[chain] += second * second;
+  }
+  double total() const {
+    vdouble all = (low[0] + low[1]) + (high[0] + high[1]);
+    double lanes[W / 2], sum = 0;
+    memcpy(lanes, &all, sizeof lanes);
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+template <bool writes>
+void squares_of(const TensorRow& row, float* const* gradients, float scale, double* partials) {
+  for_tasks(row, [&](int64_t task) {
+    Squares squares;
+    for_pieces(row, task, [&](int64_t index, int64_t i, int64_t end) {
+      float* g = gradients[index];
+      for (; i + 2 * W <= end; i += 2 * W)
+        for (int k = 0; k < 2; k++) {
+          vfloat v = load(g + i + k * W) * scale;
+          squares.add(v, k);
+          if constexpr (writes) store(g + i + k * W, v);
+        }
+      for (; i < end; i += W) {
+        int64_t n = min_of(W, end - i);
+        vfloat v = load_part(g + i, n) * scale;
+        squares.add(v, 0);
+        if constexpr (writes) store_part(g + i, v, n);
+      }
+    });
+    partials[task] = squares.total();
+  });
 }
 
 }  // namespace
@@ -79,26 +118,7 @@ void adamw(TensorRow row, const AdamwTensor* tensors, const AdamwGroup* groups) 
 }
 
 void gradient_squares(TensorRow row, float* const* gradients, float scale, bool writes, double* partials) {
-  for_tasks(row, [&](int64_t task) {
-    vdouble squares{};
-    for_pieces(row, task, [&](int64_t index, int64_t i, int64_t end) {
-      float* g = gradients[index];
-      for (; i + W <= end; i += W) {
-        vfloat v = load(g + i) * scale;
-        squares += squared(v);
-        if (writes) store(g + i, v);
-      }
-      if (i < end) {
-        vfloat v = load_part(g + i, end - i) * scale;
-        squares += squared(v);
-        if (writes) store_part(g + i, v, end - i);
-      }
-    });
-    double lanes[W], sum = 0;
-    memcpy(lanes, &squares, sizeof lanes);
-    for (double lane : lanes) sum += lane;
-    partials[task] = sum;
-  });
+  writes ? squares_of<true>(row, gradients, scale, partials) : squares_of<false>(row, gradients, scale, partials);
 }
 
 void scale_gradients(TensorRow row, float* const* gradients, float scale, float coefficient) {

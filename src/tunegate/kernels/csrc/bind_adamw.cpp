@@ -24,18 +24,29 @@ std::vector<int64_t> starts_of(const std::vector<int64_t>& counts) {
   return starts;
 }
 
-// tensors: (parameter, gradient, first moment, second moment, group); groups: (lr, beta1, beta2, eps, decay, step).
-void adamw(const std::vector<std::array<int64_t, 5>>& tensors, const std::vector<int64_t>& counts,
-           const std::vector<std::array<double, 6>>& groups) {
+AdamwGroup at_step(const std::array<double, 5>& group, double step) {
+  const auto& [lr, beta1, beta2, eps, decay] = group;
+  return {float(1 - lr * decay), float(lr / (1 - std::pow(beta1, step))), float(1 - beta1), float(beta2),
+          float(1 - beta2), float(eps), float(1 / std::sqrt(1 - std::pow(beta2, step)))};
+}
+
+// tensors: addresses of parameter, gradient, exp_avg, exp_avg_sq and step, the number of elements, the group's index.
+// groups: lr, beta1, beta2, eps, weight decay. Each step is counted up here; tensors may differ in theirs.
+void adamw(const std::vector<std::array<int64_t, 7>>& tensors, const std::vector<std::array<double, 5>>& groups) {
   nb::gil_scoped_release free;
   std::vector<AdamwTensor> each;
-  for (const auto& t : tensors)
-    each.push_back({reinterpret_cast<float*>(t[0]), reinterpret_cast<const float*>(t[1]),
-                    reinterpret_cast<float*>(t[2]), reinterpret_cast<float*>(t[3]), t[4]});
   std::vector<AdamwGroup> by;
-  for (const auto& [lr, beta1, beta2, eps, decay, step] : groups)
-    by.push_back({float(1 - lr * decay), float(lr / (1 - std::pow(beta1, step))), float(1 - beta1), float(beta2),
-                  float(1 - beta2), float(eps), float(1 / std::sqrt(1 - std::pow(beta2, step)))});
+  std::vector<int64_t> counts;
+  int64_t last_group = -1;
+  float last_step = 0;
+  for (const auto& [parameter, gradient, first, second, step_address, count, group] : tensors) {
+    float step = *reinterpret_cast<float*>(step_address) += 1;
+    if (group != last_group || step != last_step) by.push_back(at_step(groups[size_t(group)], step));
+    last_group = group, last_step = step;
+    counts.push_back(count);
+    each.push_back({reinterpret_cast<float*>(parameter), reinterpret_cast<const float*>(gradient),
+                    reinterpret_cast<float*>(first), reinterpret_cast<float*>(second), int64_t(by.size()) - 1});
+  }
   std::vector<int64_t> starts = starts_of(counts);
   active().adamw({starts.data(), int64_t(each.size())}, each.data(), by.data());
 }
