@@ -160,11 +160,9 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     tokens, repetitions = (256, 3) if arguments.quick else (1024, 15)
     level, _ = native.describe()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, {level}, {arguments.threads} threads, "
-        f"{tokens} tokens, {arguments.dtype}"
-    )
+    software = f"Python {platform.python_version()}, torch {torch.__version__}, {level}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {software}")
+    print(f"{arguments.threads} threads, {tokens} tokens, {arguments.dtype}")
     families: list[Runs] = [optimizers()]
     for width, inner in [(576, 1536)] if arguments.quick else [(576, 1536), (2048, 8192)]:
         for make, size in ((norms, width), (ropes, width), (gates, inner), (dropouts, width)):
