@@ -336,7 +336,7 @@ class _NanGradient(torch.autograd.Function):
 
 
 def test_many_row_ids_are_cut_short() -> None:
-    error = module._not_finite("loss", math.inf, TrainState(step=6), tuple(f"f:{n}" for n in range(20)))
+    error = module.not_finite_error("loss", math.inf, TrainState(step=6), tuple(f"f:{n}" for n in range(20)))
     assert "the loss is inf at step 7" in str(error)
     assert "f:11 and 8 more" in str(error) and "f:12" not in str(error)
 

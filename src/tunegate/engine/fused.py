@@ -10,7 +10,9 @@ caller proves the result on a few tokens before using it.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context, Projections, Saved
 from tunegate.engine.fused_shape import Shape, recognise, resolve
 from tunegate.engine.workspace import Lease, Workspace
-from tunegate.kernels import Plan, native, varlen
+from tunegate.kernels import native, varlen
 
 _SEED_STRIDE = 64  # dropout seeds of one layer lie closer together than this
 
@@ -32,12 +34,6 @@ class PassState:
 
     lease: Lease
     seed: int | None = None
-    rows: varlen.Rows | None = None
-
-    def rows_of(self, plan: Plan) -> varlen.Rows:
-        if self.rows is None:
-            self.rows = varlen.Rows(plan.starts, plan.layout.prefix, plan.skipped)
-        return self.rows
 
 
 class FusedLayers:
@@ -49,7 +45,9 @@ class FusedLayers:
         self.shapes: dict[nn.Module, Shape] = {}
         self._reasons: Counter[str] = Counter()
         self._pool: list[Workspace] = []
-        self._scratch, self._temporary = Workspace(), Workspace()
+        self._scratch = Workspace()
+        self.temporary = Workspace()  # for a forward pass that is thrown away within one layer
+        self.count = 0
         layers = getattr(backbone, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             self._reasons["the model has no list of decoder layers"] += 1
@@ -72,6 +70,15 @@ class FusedLayers:
         for layer in self.shapes:
             if isinstance(layer.__dict__.get("forward"), _Forward):
                 del layer.forward
+
+    @contextlib.contextmanager
+    def removed(self) -> Iterator[None]:
+        """The layers' own forward inside."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self.install()
 
     def describe(self) -> str:
         """One line: how many layers are fused at which level, and why others are not."""
@@ -97,23 +104,18 @@ class FusedLayers:
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
         attention: Any = _Passing(attention_pass, index)
         if wants_grad:
-            attention = _Trained(state.rows_of(attention_pass.plan), self._scratch)
+            attention = _Trained(attention_pass.plan.rows, self._scratch)
         context = Context(self.shapes[layer], projections, cos, sin, seed, attention, self._scratch)
         if wants_grad:
             return _Layer.apply(x, self, context, state.lease, *parameters)[None]
         out = torch.empty_like(x)
-        with self._scratch.scope(), self._temporary.scope():
-            fused_layer.forward(context, x, out, self._temporary, saving=False)
+        with self._scratch.scope(), self.temporary.scope():
+            fused_layer.forward(context, x, out, self.temporary, saving=False)
         return out[None]
 
     def reserved(self) -> int:
         """Bytes of activation memory held from the system, apart from passes still alive."""
-        return sum(space.reserved() for space in (*self._pool, self._scratch, self._temporary))
-
-    @property
-    def temporary(self) -> Workspace:
-        """Memory of a forward pass that is thrown away within one layer."""
-        return self._temporary
+        return sum(space.reserved() for space in (*self._pool, self._scratch, self.temporary))
 
 
 class _Forward:

@@ -87,15 +87,15 @@ def train(
 
     :class:`InputError` before the first step if a row cannot be trained on; :class:`Interrupted` when stopped.
     """
-    _check_rows(runner, rows)
+    check_rows(runner, rows)
     parameters = injection.parameters()
     optimizer = make_optimizer(parameters, settings)
     plan = StepPlan(rows, settings)
     state = _resume(folder, key, parameters, optimizer, hooks)
     with _training_mode(runner, injection, settings):
         _loop(runner, parameters, optimizer, plan, state, settings, folder, key, hooks)
-    _drop_old_best(folder, state)  # again: a process may have been killed between checkpoint and drop
-    load_parameters(parameters, _read_best(folder, state.best_step))
+    drop_old_best(folder, state)  # again: a process may have been killed between checkpoint and drop
+    load_parameters(parameters, read_best(folder, state.best_step))
     return TrainResult(state, plan.total, plan.epochs_done(state.step))
 
 
@@ -113,9 +113,9 @@ def _loop(
     saved = state.step
     while True:
         if plan.is_evaluation(state.step) and state.evaluated != state.step:
-            _evaluate(state, parameters, settings, folder, hooks)
+            evaluate_adapter(state, parameters, settings, folder, hooks)
             save_checkpoint(folder / "checkpoints", key, state, parameters, optimizer)
-            _drop_old_best(folder, state)
+            drop_old_best(folder, state)
             saved = state.step
         if state.step >= plan.total or state.stopped_early:
             break
@@ -141,7 +141,7 @@ def _loop(
         )  # fmt: skip
 
 
-def _check_rows(runner: Runner, rows: Sequence[Rendered]) -> None:
+def check_rows(runner: Runner, rows: Sequence[Rendered]) -> None:
     if not rows:
         raise InputError("there are no rows to train on", where="data.train")
     silent = [row.row_id for row in rows if row.n_targets == 0]
@@ -159,7 +159,7 @@ def _step(
     settings: TrainSection,
 ) -> tuple[float, float]:
     """One optimizer step; returns mean loss over its target tokens and the gradient norm before clipping."""
-    torch.manual_seed(_step_seed(settings.seed, state.step))
+    torch.manual_seed(step_seed(settings.seed, state.step))
     batches = split_batches(
         rows, settings.tokens_per_batch, share_prefix=settings.share_prefix and runner.shares_prefix
     )
@@ -169,14 +169,14 @@ def _step(
         loss = runner.loss_sum(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise _not_finite("loss", value, state, batch.row_ids)
+            raise not_finite_error("loss", value, state, batch.row_ids)
         total += value
         loss.backward()
         del loss  # the last reference to the pass: its memory is free for the next batch
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = clip_and_scale_(gradients, 1.0 / targets, settings.clip or None)
     if not math.isfinite(norm):
-        raise _not_finite("gradient", norm, state, tuple(row.row_id for row in rows))
+        raise not_finite_error("gradient", norm, state, tuple(row.row_id for row in rows))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.tokens += sum(batch.row_tokens for batch in batches)
@@ -185,7 +185,7 @@ def _step(
     return total / targets, norm
 
 
-def _not_finite(what: str, value: float, state: TrainState, row_ids: tuple[str, ...]) -> TunegateError:
+def not_finite_error(what: str, value: float, state: TrainState, row_ids: tuple[str, ...]) -> TunegateError:
     shown = ", ".join(row_ids[:12]) + (f" and {len(row_ids) - 12} more" if len(row_ids) > 12 else "")
     return TunegateError(
         f"the {what} is {value} at step {state.step + 1}",
@@ -195,7 +195,7 @@ def _not_finite(what: str, value: float, state: TrainState, row_ids: tuple[str, 
     )
 
 
-def _step_seed(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(blake3(f"{seed}/{step}".encode()).digest(length=8), "little") >> 1
 
 
@@ -259,7 +259,7 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _evaluate(
+def evaluate_adapter(
     state: TrainState, parameters: dict[str, nn.Parameter], settings: TrainSection, folder: Path, hooks: Hooks
 ) -> None:
     score, record = hooks.evaluate(state.step)
@@ -282,7 +282,7 @@ def _save_best(folder: Path, step: int, parameters: dict[str, nn.Parameter]) -> 
     save_tensors(_best_folder(folder, step) / ADAPTER_FILE, {name: p.detach() for name, p in parameters.items()})
 
 
-def _read_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
+def read_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
     path = _best_folder(folder, step) / ADAPTER_FILE
     try:
         return load_file(path)
@@ -295,7 +295,7 @@ def _read_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _drop_old_best(folder: Path, state: TrainState) -> None:
+def drop_old_best(folder: Path, state: TrainState) -> None:
     """Only once a checkpoint that points to the new best is on disk may the old best go."""
     for old in folder.glob("best-*"):
         if old != _best_folder(folder, state.best_step):

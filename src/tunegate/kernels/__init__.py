@@ -1,7 +1,8 @@
 """Compute kernels, each beside its plain PyTorch twin, and the one place that picks between them.
 
-Callers import :func:`attention`, :func:`decode_attention` and :func:`linear_cross_entropy` from here. Today every
-call runs the PyTorch twin; a faster kernel is added beside its twin and chosen here, nowhere else.
+Callers import :func:`attention`, :func:`decode_attention` and :func:`linear_cross_entropy` from here; the fused layers
+call the families' own modules. Each function runs its C++ kernel where :mod:`~tunegate.kernels.native` has one for the
+tensors at hand, and its twin otherwise.
 """
 
 from tunegate.kernels.attention import DecodeStore, Layout, Plan, attention, decode_attention, similar_lengths

@@ -130,8 +130,8 @@ def clip_and_scale_(gradients: list[Tensor], scale: float, max_norm: float | Non
             )
     if not gradients:
         return 0.0
-    lib = native.library()
-    if lib is None or not native.usable(*gradients):
+    lib = native.library_for(*gradients)
+    if lib is None:
         return _clip_twin(gradients, scale, max_norm)
     norm: float = lib.clip_and_scale([g.data_ptr() for g in gradients], [g.numel() for g in gradients], scale, max_norm)
     return norm

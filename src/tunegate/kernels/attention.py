@@ -83,9 +83,10 @@ class Plan:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     @cached_property
-    def starts(self) -> Tensor:
-        """(rows + 1,) int64 on the CPU: where each row begins, and where the last one ends."""
-        return torch.tensor([*self.layout.starts, self.layout.tokens])
+    def rows(self) -> varlen.Rows:
+        """What the native kernels need."""
+        starts = torch.tensor([*self.layout.starts, self.layout.tokens])
+        return varlen.Rows(starts, self.layout.prefix, self.skipped)
 
     @cached_property
     def _grouped(self) -> list[list[int]]:
@@ -203,14 +204,21 @@ def _native_attention(
     """Through the op where a gradient may be asked for; its bookkeeping costs as much as some short rows."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, _ = varlen.varlen_attention(
-            query, key, value, plan.starts, plan.layout.prefix, plan.skipped, scale, window or -1, softcap or 0.0
+            query,
+            key,
+            value,
+            plan.rows.starts,
+            plan.rows.prefix,
+            plan.rows.skipped,
+            scale,
+            window or -1,
+            softcap or 0.0,
         )
         return out
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    rows = varlen.Rows(plan.starts, plan.layout.prefix, plan.skipped)
-    varlen.attention_forward(query, key, value, rows, varlen.Options(scale, window, softcap), out=out, lse=lse)
+    varlen.attention_forward(query, key, value, plan.rows, varlen.Options(scale, window, softcap), out=out, lse=lse)
     return out
 
 

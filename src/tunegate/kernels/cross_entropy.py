@@ -95,8 +95,8 @@ def softmax_gradient_(
         raise ValueError(f"losses must be dense fp32 ({rows},), got {losses.dtype} {tuple(losses.shape)}")
     if not _in_range(labels, columns):
         raise ValueError(f"a label is outside 0..{columns - 1}")
-    lib = native.library()
-    if lib is not None and native.usable(logits):
+    lib = native.library_for(logits)
+    if lib is not None:
         block = (logits.data_ptr(), rows, columns, logits.stride(0), 0, labels.data_ptr(), scale, softcap or 0.0)
         lib.loss_gradient(block, losses.data_ptr())
         return
@@ -174,7 +174,7 @@ def _plain_head(hidden: Tensor, head: Head) -> nn.Linear | None:
     if torch.is_autocast_enabled("cpu") or hidden.stride(1) != 1 or module.weight.stride(1) != 1:
         return None
     tensors = (hidden, module.weight, module.bias)
-    return module if native.library() is not None and native.usable(*tensors) else None
+    return module if native.library_for(*tensors) is not None else None
 
 
 def _linear_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor | None:

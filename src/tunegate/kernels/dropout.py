@@ -53,8 +53,8 @@ def _run(x: Tensor, out: Tensor, rate: float, seed: int, row_offset: int, adds: 
     if not 0 <= seed <= _ALL or row_offset < 0:
         raise ValueError(f"seed must be in [0, 2^64) and row_offset not negative, got {seed} and {row_offset}")
     scale = 65536 / (65536 - threshold)
-    lib = native.library()
-    if lib is None or not native.usable(x):
+    lib = native.library_for(x)
+    if lib is None:
         mask = kept_mask(*x.shape, rate=rate, seed=seed, row_offset=row_offset).to(x.device)
         kept = torch.where(mask, x.float() * scale, 0.0)
         out.copy_(out.float() + kept if adds else kept)

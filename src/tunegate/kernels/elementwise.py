@@ -1,4 +1,4 @@
-"""What the row-wise kernels share: the checks before an address is handed over.
+"""What the row-wise kernels share: the checks and the shape before an address is handed over.
 
 A kernel gets a base address, a shape and a row stride, and trusts them. So shapes, dtypes and strides are checked
 here, for the native call and for its twin alike. It computes nothing.
@@ -32,6 +32,11 @@ def check_vector(name: str, tensor: Tensor, length: int) -> None:
             f"{name} must be a contiguous ({length},) tensor in fp32 or bf16, "
             f"got {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}"
         )
+
+
+def flattened(x: Tensor) -> Tensor:
+    """x (..., columns) as a contiguous (rows, columns), for the stand-alone operators."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def rows(tensor: Tensor | None) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunegate.kernels import native
-from tunegate.kernels.elementwise import check_rows, rows
+from tunegate.kernels.elementwise import check_rows, flattened, rows
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -26,8 +26,8 @@ def gated(gate: Tensor, up: Tensor, out: Tensor, activation: str) -> None:
     check_rows("gate", gate, gate)
     check_rows("up", up, gate)
     check_rows("out", out, gate, written=True)
-    lib = native.library()
-    if lib is None or not native.usable(gate):
+    lib = native.library_for(gate)
+    if lib is None:
         out.copy_(_value_and_slope(gate.float(), activation)[0] * up.float())
         return
     lib.gated(tuple(gate.shape), gate.dtype == torch.bfloat16, rows(gate), rows(up), rows(out), number)
@@ -46,8 +46,8 @@ def gated_backward(
         check_rows(name, tensor, gate)
     for name, tensor in (("grad_gate", grad_gate), ("grad_up", grad_up)):
         check_rows(name, tensor, gate, written=True)
-    lib = native.library()
-    if lib is None or not native.usable(gate):
+    lib = native.library_for(gate)
+    if lib is None:
         value, slope = _value_and_slope(gate.float(), activation)
         grad = grad_out.float()
         to_gate, to_up = grad * up.float() * slope, grad * value
@@ -88,22 +88,18 @@ def _value_and_slope(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("tunegate::gated", mutates_args=())
 def gated_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up for (..., I), as a new contiguous tensor."""
-    flat = _flat(gate)
+    flat = flattened(gate)
     out = torch.empty_like(flat)
-    gated(flat, _flat(up), out, activation)
+    gated(flat, flattened(up), out, activation)
     return out.view(gate.shape)
 
 
 @torch.library.custom_op("tunegate::gated_backward", mutates_args=())
 def _backward_op(grad_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    flat = _flat(gate)
+    flat = flattened(gate)
     grad_gate, grad_up = torch.empty_like(flat), torch.empty_like(flat)
-    gated_backward(_flat(grad_out), flat, _flat(up), grad_gate, grad_up, activation)
+    gated_backward(flattened(grad_out), flat, flattened(up), grad_gate, grad_up, activation)
     return grad_gate.view(gate.shape), grad_up.view(gate.shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 @gated_op.register_fake

@@ -113,20 +113,24 @@ def multiply(*products: Product) -> None:
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The fp32 matrix (n, k) of an NF4 weight."""
-    size = weight.shape[0] * weight.shape[1]
-    codes = torch.stack((weight.codes >> 4, weight.codes & 15), dim=1).reshape(-1)[:size].long()
-    values = torch.tensor(NF4_VALUES, device=codes.device)[codes]
-    return (values * _scales(weight).repeat_interleave(BLOCK)[:size]).reshape(weight.shape)
+    rows, columns = weight.shape
+    return dequantize_range(weight, 0, rows * columns).view(rows, columns)
 
 
-def _scales(weight: QuantizedWeight) -> Tensor:
-    """The fp32 scale of each block."""
+def dequantize_range(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
+    """The flat elements begin..end of an NF4 weight in fp32."""
+    codes = weight.codes[begin // 2 : (end + 1) // 2]
+    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
+    first, last = begin // BLOCK, -(-end // BLOCK)
     if weight.absmax is not None:
-        return weight.absmax
-    assert weight.absmax_codes is not None and weight.nested_code is not None and weight.nested_absmax is not None
-    blocks = weight.absmax_codes.numel()
-    outer = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[:blocks]
-    return weight.nested_code[weight.absmax_codes.long()] * outer + weight.offset
+        scales = weight.absmax[first:last]
+    else:
+        assert weight.absmax_codes is not None and weight.nested_code is not None and weight.nested_absmax is not None
+        blocks = torch.arange(first, last, device=codes.device)
+        nested = weight.nested_absmax[blocks // NESTED_BLOCK]
+        scales = weight.nested_code[weight.absmax_codes[first:last].long()] * nested + weight.offset
+    each = scales.repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
+    return torch.tensor(NF4_VALUES, device=codes.device)[codes] * each
 
 
 def _multiply_twin(product: Product) -> None:

@@ -47,6 +47,11 @@ def library() -> ModuleType | None:
     return module
 
 
+def library_for(*tensors: Tensor | None) -> ModuleType | None:
+    """The compiled kernels if they take these tensors, or None."""
+    return library() if usable(*tensors) else None
+
+
 def describe() -> tuple[str, str]:
     """(level, reason): the instruction-set level in use, or ``twins``."""
     module, reason = _load()

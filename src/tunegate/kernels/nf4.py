@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunegate.kernels import native
-from tunegate.kernels.linear import BLOCK, NESTED_BLOCK, NF4_VALUES, Product, QuantizedWeight, Term, multiply
+from tunegate.kernels.linear import (
+    BLOCK,
+    NESTED_BLOCK,
+    NF4_VALUES,
+    Product,
+    QuantizedWeight,
+    Term,
+    dequantize_range,
+    multiply,
+)
 
 _POINTS = 65536
 _LEAST_ABSMAX = 1e-38
@@ -71,12 +80,6 @@ def _nearest_code() -> Tensor:
     return torch.searchsorted((code[1:] + code[:-1]) * 0.5, points).to(torch.uint8)
 
 
-def _native_for(*tensors: Tensor) -> Any:
-    """The compiled module if it takes these dense tensors, or None."""
-    lib = native.library()
-    return lib if lib is not None and native.usable(*tensors) else None
-
-
 @torch.no_grad()
 def quantize(weight: Tensor, *, double: bool = True) -> NF4Weight:
     """NF4 codes and scales of a finite (n, k) matrix in fp32, bf16 or fp16.
@@ -89,7 +92,7 @@ def quantize(weight: Tensor, *, double: bool = True) -> NF4Weight:
     if flat.dtype not in native.KERNEL_DTYPES:
         flat = flat.float()
     n = flat.numel()
-    lib = _native_for(flat)
+    lib = native.library_for(flat)
     if lib is not None:
         codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty(-(-n // BLOCK))
@@ -139,7 +142,7 @@ def _quantize_scales(weight: NF4Weight) -> None:
     assert absmax is not None
     weight.offset = _mean(absmax)
     blocks = absmax.numel()
-    lib = _native_for(absmax)
+    lib = native.library_for(absmax)
     if lib is not None:
         weight.absmax_codes = torch.empty(blocks, dtype=torch.uint8)
         weight.nested_absmax = torch.empty(-(-blocks // NESTED_BLOCK))
@@ -178,29 +181,13 @@ def dequantize_rows(weight: NF4Weight, start: int, stop: int, out: Tensor) -> Te
     if out.shape != (stop - start, columns) or not out.is_contiguous():
         raise ValueError(f"out must be dense and {(stop - start, columns)}, got {tuple(out.shape)}, {out.stride()}")
     begin, end = start * columns, stop * columns
-    lib = _native_for(out) if weight.codes.device.type == "cpu" else None
+    lib = native.library_for(out) if weight.codes.device.type == "cpu" else None
     if lib is not None:
         parts = (weight.codes, weight.absmax, weight.absmax_codes, weight.nested_code, weight.nested_absmax)
         view = (*map(native.address, parts), weight.offset)
         lib.nf4_dequantize(view, begin, end, out.data_ptr(), out.dtype == torch.float32)
         return out
-    return out.copy_(_dequantize_twin(weight, begin, end).view(out.shape))
-
-
-def _dequantize_twin(weight: NF4Weight, begin: int, end: int) -> Tensor:
-    """The flat elements begin..end in fp32."""
-    codes = weight.codes[begin // 2 : (end + 1) // 2]
-    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
-    first, last = begin // BLOCK, -(-end // BLOCK)
-    if weight.absmax is not None:
-        scales = weight.absmax[first:last]
-    else:
-        assert weight.absmax_codes is not None and weight.nested_code is not None and weight.nested_absmax is not None
-        blocks = torch.arange(first, last, device=codes.device)
-        nested = weight.nested_absmax[blocks // NESTED_BLOCK]
-        scales = weight.nested_code[weight.absmax_codes[first:last].long()] * nested + weight.offset
-    each = scales.repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
-    return torch.tensor(NF4_VALUES, device=codes.device)[codes] * each
+    return out.copy_(dequantize_range(weight, begin, end).view(out.shape))
 
 
 @torch.library.custom_op("tunegate::nf4_dequantize", mutates_args=())
@@ -280,7 +267,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
         even = self.codes.numel() * 2 == self.in_features * self.out_features
-        if not autocast and even and _native_for(x) is not None:
+        if not autocast and even and native.library_for(x) is not None:
             out: Tensor = _Multiply.apply(x, self.quantized, self.bias)
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tunegate.kernels import native
-from tunegate.kernels.elementwise import check_rows, check_vector, rows
+from tunegate.kernels.elementwise import check_rows, check_vector, flattened, rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse_rms: Tensor, *, offset: float = 0.0) -> None:
@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse_rms: Te
     check_rows("x", x, x)
     check_rows("out", out, x, written=True)
     _check_weight(x, weight, inverse_rms)
-    lib = native.library()
-    if lib is None or not native.usable(x, weight):
+    lib = native.library_for(x, weight)
+    if lib is None:
         _norm_twin(x, weight, eps, out, inverse_rms, offset)
         return
     lib.rms_norm(
@@ -68,8 +68,8 @@ def rms_norm_backward(
     if add is not None:
         check_rows("add", add, x)
     _check_weight(x, weight, inverse_rms)
-    lib = native.library()
-    if lib is None or not native.usable(x, weight):
+    lib = native.library_for(x, weight)
+    if lib is None:
         _backward_twin(grad_out, x, weight, inverse_rms, out, offset, add)
         return
     lib.rms_norm_backward(
@@ -112,7 +112,7 @@ def _backward_twin(
 @torch.library.custom_op("tunegate::rms_norm", mutates_args=())
 def rms_norm_op(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """Norm of x (..., H) as a new contiguous tensor; differentiable in x only."""
-    flat = _flat(x)
+    flat = flattened(x)
     out = torch.empty_like(flat)
     rms_norm(flat, weight, eps, out, x.new_empty(len(flat), dtype=torch.float32), offset=offset)
     return out.view(x.shape)
@@ -120,15 +120,11 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 @torch.library.custom_op("tunegate::rms_norm_backward", mutates_args=())
 def _backward_op(grad_out: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    flat = _flat(x)
+    flat = flattened(x)
     out, inverse_rms = torch.empty_like(flat), x.new_empty(len(flat), dtype=torch.float32)
     rms_norm(flat, weight, eps, out, inverse_rms, offset=offset)  # recomputed: cheaper than keeping it for the graph
-    rms_norm_backward(_flat(grad_out), flat, weight, inverse_rms, out, offset=offset)
+    rms_norm_backward(flattened(grad_out), flat, weight, inverse_rms, out, offset=offset)
     return out.view(x.shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 @rms_norm_op.register_fake

@@ -25,8 +25,8 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> None
     cos, sin: (T, R) fp32 or bf16, R even and at most D, any row stride. fp32 inside, rounded once.
     """
     _check(x, cos, sin)
-    lib = native.library()
-    if lib is None or not native.usable(x, cos):
+    lib = native.library_for(x, cos)
+    if lib is None:
         _twin(x, cos, sin, inverse)
         return
     lib.rope(

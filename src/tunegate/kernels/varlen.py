@@ -68,10 +68,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the native kernels take these: present, fp32 or bf16 throughout, dims multiples of 8 up to 256."""
     dims = (q.shape[-1], v.shape[-1])
     return (
-        native.usable(q, k, v)
+        native.library_for(q, k, v) is not None
         and q.dtype == k.dtype == v.dtype
         and all(d % 8 == 0 and 0 < d <= LARGEST_DIM for d in dims)
-        and native.library() is not None
     )
 
 

@@ -21,6 +21,7 @@ devices.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -75,7 +76,7 @@ def train(
     """Train ``injection`` with TRL and leave the best adapter in it. Hooks are called as by the native loop."""
     check_backend(settings, str(runner.device))
     _check_bases(injection)
-    native._check_rows(runner, rows)
+    native.check_rows(runner, rows)
     model = _with_peft(_plain_copy(runner), injection)
     return fit(model, runner, injection, rows, settings, folder, hooks)
 
@@ -108,10 +109,9 @@ def _is_plain(layer: nn.Module) -> bool:
 def _plain_copy(runner: Runner) -> Any:
     """The runner's model without adapter and with its own attention, around the same tensors."""
     tensors = itertools.chain(runner.model.parameters(), runner.model.buffers())
-    model = copy.deepcopy(runner.model, {id(tensor): tensor for tensor in tensors})
+    with runner.fused.removed() if runner.fused is not None else contextlib.nullcontext():
+        model = copy.deepcopy(runner.model, {id(tensor): tensor for tensor in tensors})
     remove(model)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)  # a fused forward put on this one object
     if runner.path == "packed":
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     return model
@@ -200,8 +200,8 @@ class _Job:
         )  # fmt: skip
         if plan.is_evaluation(state.step):
             load_parameters(self.ours, {n: p.detach() for n, p in peft_parameters(self.model).items()})
-            native._evaluate(state, self.ours, self.settings, self.folder, self.hooks)
-            native._drop_old_best(self.folder, state)
+            native.evaluate_adapter(state, self.ours, self.settings, self.folder, self.hooks)
+            native.drop_old_best(self.folder, state)
         elif self.hooks.stop():
             raise native.Interrupted(
                 f"stopped after step {state.step} of {plan.total}; `backend: {self.settings.backend}` keeps no "
@@ -255,7 +255,7 @@ def fit(
     finally:
         model.eval()
         shutil.rmtree(folder / "trl", ignore_errors=True)
-    load_parameters(job.ours, native._read_best(folder, job.state.best_step))
+    load_parameters(job.ours, native.read_best(folder, job.state.best_step))
     return TrainResult(job.state, plan.total, plan.epochs_done(job.state.step))
 
 
@@ -287,14 +287,14 @@ def _make_trainer(job: _Job, optimizer: torch.optim.Optimizer, schedule: Any) ->
             return DataLoader(_Steps(job.plan, settings.tokens_per_batch), batch_size=None, shuffle=False)
 
         def training_step(self, model: Any, inputs: dict[str, Any], _items: Any = None) -> Tensor:
-            torch.manual_seed(native._step_seed(settings.seed, job.state.step))
+            torch.manual_seed(native.step_seed(settings.seed, job.state.step))
             rows, batches = inputs["rows"], inputs["batches"]
             targets = sum(row.n_targets for row in rows)
             losses = [super(StepTrainer, self).training_step(model, batch, targets) for batch in batches]
             total = torch.stack(losses).sum()
             job.loss = float(total)
             if not math.isfinite(job.loss):
-                raise native._not_finite("loss", job.loss, job.state, tuple(row.row_id for row in rows))
+                raise native.not_finite_error("loss", job.loss, job.state, tuple(row.row_id for row in rows))
             job.state.tokens += sum(len(row) for row in rows)
             job.state.computed_tokens += sum(batch["input_ids"].numel() for batch in batches)
             job.state.target_tokens += targets
@@ -309,7 +309,7 @@ def _make_trainer(job: _Job, optimizer: torch.optim.Optimizer, schedule: Any) ->
             job.norm = float(norm)
             if not math.isfinite(job.norm):
                 names = tuple(row.row_id for row in job.plan.rows(job.state.step))
-                raise native._not_finite("gradient", job.norm, job.state, names)
+                raise native.not_finite_error("gradient", job.norm, job.state, names)
             return norm
 
         def floating_point_ops(self, _inputs: Any) -> int:

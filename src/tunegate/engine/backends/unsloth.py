@@ -44,7 +44,7 @@ def train(
             where="train.rank_pattern, train.alpha_pattern",
             fix="leave them out, or set `backend: native` or `trl`",
         )
-    native._check_rows(runner, rows)
+    native.check_rows(runner, rows)
     model = _fast_model(_folder_of(runner), injection, settings, max(len(row) for row in rows), runner)
     load_parameters(peft_parameters(model), {n: p.detach() for n, p in injection.parameters().items()})
     return fit(model, runner, injection, rows, settings, folder, hooks)
