@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "am
 
 class Skipped(Exception):
     """A measurement that cannot be taken here, with the reason."""
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repetitions: int, *, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each of ``runs``, one after the other in every repetition; the first ``warm_up`` fill buffers and do
+    not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(warm_up + repetitions):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repetition >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from common import interleaved
 from torch import Tensor
 
 from tunegate.kernels import Layout, Plan, attention, native, varlen
@@ -57,18 +57,6 @@ def contestants(length: int, tokens: int, dtype: torch.dtype) -> dict[str, Calla
     return {name: step_of(run, tensors, seen) for name, run in (("own", own), ("twin", twin), ("padded", padded))}
 
 
-def measure(steps: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repetition:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(found) for name, found in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three lengths, three repetitions")
@@ -86,7 +74,8 @@ def main() -> None:
         if options.quick and length not in (55, 512, 2048):
             continue
         steps = contestants(length, tokens, getattr(torch, options.dtype))
-        times = measure(steps, 3 if options.quick else 9)
+        found = interleaved(steps, 3 if options.quick else 9)
+        times = {name: 1e3 * median(seconds) for name, seconds in found.items()}
         # 7 products of 2 * DIM per visible pair: two forward, five backward
         rate = 14 * DIM * HEADS * tokens * (length + 1) / 2 / times["own"] / 1e6
         twin, padded = times["twin"] / times["own"], times["padded"] / times["own"]

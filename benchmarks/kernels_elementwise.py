@@ -16,11 +16,11 @@ import argparse
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
+from common import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -139,17 +139,6 @@ def optimizers() -> Runs:
     }
 
 
-def measure(runs: Runs, repetitions: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repetition >= 2:  # the first ones fill buffers
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="256 tokens, the small width, 3 repetitions")
@@ -170,7 +159,7 @@ def main() -> None:
     results = []
     for runs in families:
         own = None
-        for name, times in measure(runs, repetitions).items():
+        for name, times in interleaved(runs, repetitions, warm_up=2).items():
             typical, best = 1e3 * median(times), 1e3 * min(times)
             own = typical if name.endswith(": kernel") or own is None else own
             ratio = "" if name.endswith(": kernel") else f"  {typical / own:5.1f} x the kernel"

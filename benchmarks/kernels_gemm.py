@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import common
 import torch
 from torch import Tensor
 
@@ -32,12 +31,6 @@ ROWS = (1, 16, 64, 256, 1024, 4096)
 RANK = 16
 TOKENS = 2048
 LARGEST = 4e10  # operations of the largest product that is timed
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def random_nf4(n: int, k: int) -> QuantizedWeight:
@@ -118,7 +111,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", help="default: 1 and all")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    machine = {"processor": processor(), "level": native.describe()[0], "torch": torch.__version__}
+    machine = {"processor": common.machine()["cpu"], "level": native.describe()[0], "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     results = []
     for threads in options.threads or sorted({1, torch.get_num_threads()}):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from common import interleaved
 from torch import nn
 
 from tunegate.kernels import native
@@ -61,17 +61,6 @@ def contestants(rows: int, chunks: tuple[int, ...]) -> dict[str, Callable[[], ob
     return runs
 
 
-def measure(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repetition:  # the first fills buffers
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="64 rows, 3 repetitions")
@@ -83,7 +72,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {level}, {arguments.threads} threads")
     print(f"{rows} targets, hidden {HIDDEN}, vocabulary {VOCABULARY}, fp32")
     results = []
-    for name, times in measure(contestants(rows, (rows, 150, 64)), repetitions).items():
+    for name, times in interleaved(contestants(rows, (rows, 150, 64)), repetitions).items():
         milliseconds = [1e3 * t for t in (median(times), min(times))]
         print(f"{name:30} median {milliseconds[0]:8.2f} ms  best {milliseconds[1]:8.2f}")
         results.append({"name": name, "median_ms": milliseconds[0], "best_ms": milliseconds[1]})

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable
 from importlib import import_module
 from statistics import median
 from typing import Any
 
 import torch
+from common import interleaved
 
 from tunegate.kernels import native, nf4
 
@@ -47,16 +47,6 @@ def contestants(size: int, dtype: torch.dtype, double: bool) -> dict[str, Callab
     return runs
 
 
-def measure(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repetitions):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a 2048 x 2048 weight, 3 repetitions")
@@ -69,7 +59,7 @@ def main() -> None:
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         for double in (False, True):
-            for name, times in measure(contestants(size, dtype, double), repetitions).items():
+            for name, times in interleaved(contestants(size, dtype, double), repetitions).items():
                 rate = [2 * size * size / t / 1e9 for t in (median(times), min(times))]
                 kind = f"{str(dtype).removeprefix('torch.')}, {'double' if double else 'single'}"
                 print(f"{kind:18} {name:26} median {rate[0]:6.2f} GB/s  best {rate[1]:6.2f}")

@@ -17,50 +17,13 @@ constexpr int64_t kPanel = kVectors * W;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-typedef float quad __attribute__((vector_size(16)));
-typedef uint32_t quad_bits __attribute__((vector_size(16)));
-typedef uint16_t quad_half __attribute__((vector_size(8)));
-
-inline quad load4(const float* p) {
-  quad v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-inline quad load4(const bf16* p) {
-  quad_half h;
-  memcpy(&h, p, sizeof h);
-  quad_bits wide = __builtin_convertvector(h, quad_bits) << 16;
-  return (quad)wide;
-}
-inline void store4(float* p, quad v) { memcpy(p, &v, sizeof v); }
-inline void store4(bf16* p, quad v) {
-  for (int i = 0; i < 4; i++) set(p + i, v[i]);
-}
-inline void transpose4(quad& a, quad& b, quad& c, quad& d) {
-  quad low_ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), low_cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  quad high_ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), high_cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(low_ab, low_cd, 0, 1, 4, 5);
-  b = __builtin_shufflevector(low_ab, low_cd, 2, 3, 6, 7);
-  c = __builtin_shufflevector(high_ab, high_cd, 0, 1, 4, 5);
-  d = __builtin_shufflevector(high_ab, high_cd, 2, 3, 6, 7);
-}
-
-// e^x for x <= 0, relative error below 3e-7; 0 below -87 and at -inf, NaN for NaN.
+// e^x for x below about 88, as exact as vexp; 0 below -87 and at -inf, NaN for NaN.
 inline vfloat exp_down(vfloat x) {
   const vfloat low = splat(-87.0f);
   vint under = (vint)(x < low);
   vfloat kept = select(under, low, x);
-  vfloat shifted = kept * 1.44269504f + 12582912.0f;
-  vint n = (vint)shifted - 0x4b400000;
-  vfloat whole = shifted - 12582912.0f;
-  vfloat r = kept - whole * 0.693145751953125f;
-  r = r - whole * 1.428606765330187e-06f;
-  vfloat p = splat(1.3981999507e-3f);
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  vint n;
+  vfloat p = exp_parts(kept, &n);
   vfloat result = p * (vfloat)((n + 127) << 23);
   return (vfloat)(~under & (vint)result);
 }

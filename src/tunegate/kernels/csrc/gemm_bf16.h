@@ -48,8 +48,8 @@ inline const bf16* read_row_bf16(const GemmTerm& t, int64_t row, int64_t column,
 inline void transpose_pairs(const bf16* const* from, bf16* to) {
   for (int i = 0; i < 16; i += 4)
     for (int j = 0; j < 16; j += 4) {
-      v4 a = load4((const float*)(from[j] + 2 * i)), b = load4((const float*)(from[j + 1] + 2 * i));
-      v4 c = load4((const float*)(from[j + 2] + 2 * i)), d = load4((const float*)(from[j + 3] + 2 * i));
+      quad a = load4((const float*)(from[j] + 2 * i)), b = load4((const float*)(from[j + 1] + 2 * i));
+      quad c = load4((const float*)(from[j + 2] + 2 * i)), d = load4((const float*)(from[j + 3] + 2 * i));
       transpose4(a, b, c, d);
       float* out = (float*)(to + i * 32 + 2 * j);
       store4(out, a), store4(out + 16, b), store4(out + 32, c), store4(out + 48, d);

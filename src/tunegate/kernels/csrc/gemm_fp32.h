@@ -44,12 +44,12 @@ inline void pack_sliver_mk(const T* x, int64_t stride, int64_t rows, int64_t kc,
     int r = 0;
 #pragma GCC unroll 4
     for (; r + 4 <= MR; r += 4) {
-      v4 a = load4(row[r] + k), b = load4(row[r + 1] + k), c = load4(row[r + 2] + k), d = load4(row[r + 3] + k);
+      quad a = load4(row[r] + k), b = load4(row[r + 1] + k), c = load4(row[r + 2] + k), d = load4(row[r + 3] + k);
       transpose4(a, b, c, d);
       store4(out + r, a), store4(out + MR + r, b), store4(out + 2 * MR + r, c), store4(out + 3 * MR + r, d);
     }
-    v4 a = load4(row[r] + k), b = load4(row[r + 1] + k);  // MR is 4 i + 2
-    v4 low = __builtin_shufflevector(a, b, 0, 4, 1, 5), high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    quad a = load4(row[r] + k), b = load4(row[r + 1] + k);  // MR is 4 i + 2
+    quad low = __builtin_shufflevector(a, b, 0, 4, 1, 5), high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
     memcpy(out + r, &low, 8), memcpy(out + MR + r, (const char*)&low + 8, 8);
     memcpy(out + 2 * MR + r, &high, 8), memcpy(out + 3 * MR + r, (const char*)&high + 8, 8);
   }

@@ -5,6 +5,7 @@
 #pragma once
 #include "gemm.h"
 #include "level.h"
+#include "nf4.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,31 +19,6 @@ constexpr int MR = W == 16 ? 14 : 6;  // rows of the microkernel: MR * 2 accumul
 constexpr int PACK = 64;             // columns that are packed together
 constexpr int CHUNK = 64;            // k that are decoded together
 
-typedef float v4 __attribute__((vector_size(16)));
-typedef uint16_t h4 __attribute__((vector_size(8)));
-typedef uint32_t u4 __attribute__((vector_size(16)));
-
-inline v4 load4(const float* p) {
-  v4 v;
-  memcpy(&v, p, 16);
-  return v;
-}
-inline v4 load4(const bf16* p) {
-  h4 h;
-  memcpy(&h, p, 8);
-  return (v4)(__builtin_convertvector(h, u4) << 16);
-}
-inline void store4(float* p, v4 v) { memcpy(p, &v, 16); }
-
-inline void transpose4(v4& a, v4& b, v4& c, v4& d) {
-  v4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  v4 cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  b = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  c = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-}
-
 // n values to fp32.
 template <typename T>
 inline void widen(const T* from, int64_t n, float* to) {
@@ -50,13 +26,6 @@ inline void widen(const T* from, int64_t n, float* to) {
   for (; i + W <= n; i += W) store(to + i, load(from + i));
   for (; i < n; i++) to[i] = to_float(from[i]);
 }
-
-// The sixteen values of NF4 (Dettmers et al. 2023, QLoRA, appendix E; bitsandbytes' constants).
-alignas(64) constexpr float kNf4Values[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 inline float block_scale(const GemmTerm& t, int64_t block) {
   if (t.absmax) return t.absmax[block];
@@ -137,7 +106,7 @@ inline void pack_panel_nk(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, 
     int64_t k = 0;
     for (; k + 4 <= width; k += 4)
       for (int r = 0; r < NR; r += 4) {
-        v4 a = load4(rows[r] + k), b = load4(rows[r + 1] + k), d = load4(rows[r + 2] + k), e = load4(rows[r + 3] + k);
+        quad a = load4(rows[r] + k), b = load4(rows[r + 1] + k), d = load4(rows[r + 2] + k), e = load4(rows[r + 3] + k);
         transpose4(a, b, d, e);
         store4(out + k * NR + r, a), store4(out + (k + 1) * NR + r, b);
         store4(out + (k + 2) * NR + r, d), store4(out + (k + 3) * NR + r, e);

@@ -105,16 +105,42 @@ inline float largest(vfloat v) {
   return lanes[0];
 }
 
-// e^x, relative error below 1.2e-7 (2 ulp) on [-87.3, 88.7]; 0 below that and +inf above. NaN gives NaN.
+// Four lanes: what transposes and columns of four are made of, at every level.
+typedef float quad __attribute__((vector_size(16)));
+typedef uint32_t quad_bits __attribute__((vector_size(16)));
+typedef uint16_t quad_half __attribute__((vector_size(8)));
+
+inline quad load4(const float* p) {
+  quad v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline quad load4(const bf16* p) {
+  quad_half h;
+  memcpy(&h, p, sizeof h);
+  return (quad)(__builtin_convertvector(h, quad_bits) << 16);
+}
+inline void store4(float* p, quad v) { memcpy(p, &v, sizeof v); }
+inline void store4(bf16* p, quad v) {
+  for (int i = 0; i < 4; i++) set(p + i, v[i]);
+}
+inline void transpose4(quad& a, quad& b, quad& c, quad& d) {
+  quad low_ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), low_cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  quad high_ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), high_cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  a = __builtin_shufflevector(low_ab, low_cd, 0, 1, 4, 5);
+  b = __builtin_shufflevector(low_ab, low_cd, 2, 3, 6, 7);
+  c = __builtin_shufflevector(high_ab, high_cd, 0, 1, 4, 5);
+  d = __builtin_shufflevector(high_ab, high_cd, 2, 3, 6, 7);
+}
+
+// e^x = p 2^n for x in [-87.4, 88.8]: p in [0.7, 1.5] is returned.
 // Range reduction x = n ln2 + r with a two-part ln2 (Cody & Waite), then the minimax polynomial of degree 6 on
 // |r| <= ln2 / 2, its own error 4e-9.
-inline vfloat vexp(vfloat x) {
-  const vfloat low = splat(-87.33654f), high = splat(88.72283f);
-  vfloat kept = vmin(vmax(x, low), high);
-  vfloat shifted = kept * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
+inline vfloat exp_parts(vfloat x, vint* exponent) {
+  vfloat shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer
   vint n = (vint)shifted - 0x4b400000;
   vfloat whole = shifted - 12582912.0f;
-  vfloat r = kept - whole * 0.693145751953125f;
+  vfloat r = x - whole * 0.693145751953125f;
   r = r - whole * 1.428606765330187e-06f;
   vfloat p = splat(1.3814598788e-3f);
   p = p * r + 8.3687165752e-3f;
@@ -122,6 +148,16 @@ inline vfloat vexp(vfloat x) {
   p = p * r + 1.6666521132e-01f;
   p = p * r + 4.9999994040e-01f;
   p = p * r * r + r + 1.0f;
+  *exponent = n;
+  return p;
+}
+
+// e^x, relative error below 1.2e-7 (2 ulp) on [-87.3, 88.7]; 0 below that and +inf above. NaN gives NaN.
+inline vfloat vexp(vfloat x) {
+  const vfloat low = splat(-87.33654f), high = splat(88.72283f);
+  vfloat kept = vmin(vmax(x, low), high);
+  vint n;
+  vfloat p = exp_parts(kept, &n);
   vint half = n >> 1;  // two factors, so that 2^128 does not overflow on the way
   vfloat result = p * (vfloat)((half + 127) << 23) * (vfloat)((n - half + 127) << 23);
   result = select((vint)(x < low), splat(0.0f), result);

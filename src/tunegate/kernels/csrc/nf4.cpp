@@ -14,25 +14,6 @@ constexpr int64_t kBlock = 64, kNestedBlock = 256;
 constexpr int64_t kTask = 256;          // blocks: 16384 elements
 constexpr float kLeastAbsmax = 1e-38f;  // bitsandbytes' floor before it divides
 
-alignas(64) const float kValues[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
-
 // Through memory: keeps a product rounded by itself, where the compiler would contract it into a multiply-add.
 inline float rounded(float x) {
   asm("" : "+m"(x));
@@ -42,7 +23,7 @@ inline float rounded(float x) {
 // The number of midpoints between neighbouring values that x lies above: the nearest value, the lower one in a tie.
 inline vint nearest(vfloat x) {
   vint above = {};
-  for (int i = 0; i < 15; i++) above -= (vint)(x > (kValues[i] + kValues[i + 1]) / 2);
+  for (int i = 0; i < 15; i++) above -= (vint)(x > (kNf4Values[i] + kNf4Values[i + 1]) / 2);
   return above;
 }
 
@@ -86,7 +67,7 @@ void quantize_rest(const T* x, int64_t n, uint8_t* codes, float* absmax) {
   for (int64_t i = 0; i < n; i++) {
     float x_scaled = to_float(x[i]) / most;
     values[i] = 0;
-    for (int v = 0; v < 15; v++) values[i] += x_scaled > (kValues[v] + kValues[v + 1]) / 2;
+    for (int v = 0; v < 15; v++) values[i] += x_scaled > (kNf4Values[v] + kNf4Values[v + 1]) / 2;
   }
   values[n] = 7;  // the code of 0, where n is odd
   pack(values, (n + 1) / 2, codes);
@@ -110,7 +91,7 @@ inline float scale_of(const Nf4View& w, int64_t block) {
 
 template <typename T>
 inline void fill_table(float scale, T* table) {
-  for (int i = 0; i < 16; i += W) store(table + i, load(kValues + i) * scale);
+  for (int i = 0; i < 16; i += W) store(table + i, load(kNf4Values + i) * scale);
 }
 
 template <typename T>
@@ -152,8 +133,8 @@ inline void dequantize_block(const uint8_t* packed, float scale, bf16* out) {
 // A table of 16 four-byte values as two permutes and a choice by the code's top bit.
 inline void dequantize_block(const uint8_t* packed, float scale, float* out) {
   __m256 factor = _mm256_set1_ps(scale);
-  __m256 below = _mm256_mul_ps(_mm256_load_ps(kValues), factor);
-  __m256 above = _mm256_mul_ps(_mm256_load_ps(kValues + 8), factor);
+  __m256 below = _mm256_mul_ps(_mm256_load_ps(kNf4Values), factor);
+  __m256 above = _mm256_mul_ps(_mm256_load_ps(kNf4Values + 8), factor);
   for (int half = 0; half < 2; half++) {
     __m128i codes[2];
     codes_of(packed + 16 * half, codes, codes + 1);
