@@ -179,6 +179,8 @@ def test_loss_and_every_gradient_equal_pefts(family: str, dora: bool) -> None:
 def test_an_nf4_base_equals_peft_on_its_dequantized_weights(family: str, dora: bool) -> None:
     pair, rows = make_pair(family, dora, nf4=True), sample_rows()
     assert pair.runner.path == "packed"
+    plain = Runner(build(family))
+    assert pair.runner.path_reason == plain.path_reason  # fused where the plain base is
     same(pair.ours(make_batch(rows)), pair.reference(rows))
 
 

@@ -143,6 +143,7 @@ def _read(layer: Any) -> Shape:
     if head_norms:
         expected |= {"self_attn.q_norm", "self_attn.k_norm"}
     base_names = {_plain(name) for name, _ in layer.named_parameters()}
+    base_names |= {_plain(name) for name, _ in layer.named_buffers() if name.endswith(".codes")}  # quantized weights
     if base_names != expected:
         raise ValueError(f"unknown parameters {sorted(base_names ^ expected)}")
     if not getattr(attention, "is_causal", True):
