@@ -17,7 +17,7 @@ not read other formats than safetensors and moves nothing to a device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tunegate.errors import InputError, Problem
 from tunegate.kernels.nf4 import NF4Linear, quantize
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
+from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry, tensors_of
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROUTERS = ("router", "mlp.gate", "block_sparse_moe.gate")
 _OTHER_DTYPE = "choose the base's 16-bit checkpoint; 8-bit weights need scales that are not read here"
 
@@ -61,11 +61,11 @@ def load_quantized(
     ``keep`` names further layers (or endings of their paths) to leave as they are; ``double`` quantizes the scales
     too. :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, and NaN or infinity.
     """
-    model = _on_meta(config, dtype, trust_remote_code)
+    model = on_meta(config, dtype, trust_remote_code)
     jobs, problems = _plan(folder, model)
     if problems:
         raise InputError(problems)
-    names = _quantizable(model, tuple(keep))
+    names = quantizable(model, tuple(keep))
     if not names:
         raise InputError(
             f"{type(model).__name__} has no linear layer to quantize",
@@ -86,7 +86,7 @@ def load_quantized(
     return Streamed(model, tuple(sorted(names)), sum(held.values()))
 
 
-def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -95,34 +95,43 @@ def _on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 def _plan(folder: Path, model: Any) -> tuple[list[_Job], list[Problem]]:
     """Which tensor of which file goes where, in file order, and everything wrong with it."""
+    files, state = tensors_of(folder), model.state_dict()
+    names = checkpoint_names(folder, model, files)
+    jobs = [
+        _Job(path, entry, names[entry.name])
+        for path, entries in files.items()
+        for entry in sorted(entries, key=lambda e: e.start)
+        if entry.name in names
+    ]
+    problems = [p for j in jobs for p in _entry_problems(j.path, j.entry, tuple(state[j.name].shape))]
+    stored, tied = {job.name for job in jobs}, _tied_names(model)
+    return [job for job in jobs if tied.get(job.name) not in stored], problems  # stored under both names: read once
+
+
+def checkpoint_names(folder: Path, model: Any, files: Mapping[Path, list[TensorEntry]]) -> dict[str, str]:
+    """Name in the files -> name in ``model``'s state, for every tensor that the model takes. Others are left out, as
+    transformers leaves them out. :class:`InputError` if the architecture rearranges tensors while loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters: list[Any] = [m for m in mapping if not isinstance(m, WeightRenaming)]
-    state = model.state_dict()
-    jobs, problems, rearranged = [], [], []
-    for path, entries in tensors_of(folder).items():
-        for entry in sorted(entries, key=lambda e: e.start):
-            name, converter = rename_source_key(entry.name, renamings, converters, model.base_model_prefix, state)
-            if converter is not None:
-                rearranged.append(entry.name)
-            elif name in state:  # others are not the model's: transformers leaves them out too
-                jobs.append(_Job(path, entry, name))
-                problems += _entry_problems(path, entry, tuple(state[name].shape))
-    stored, tied = {job.name for job in jobs}, _tied_names(model)
-    jobs = [job for job in jobs if tied.get(job.name) not in stored]  # stored under both names: read once
+    state, names, rearranged = model.state_dict(), {}, []
+    for entry in (e for entries in files.values() for e in entries):
+        name, converter = rename_source_key(entry.name, renamings, converters, model.base_model_prefix, state)
+        if converter is not None:
+            rearranged.append(entry.name)
+        elif name in state:
+            names[entry.name] = name
     if rearranged:
-        problems.append(
-            Problem(
-                f"{type(model).__name__} rearranges tensors while loading, and quantizing on the way does not",
-                str(folder),
-                got=f"{len(rearranged)} tensors, such as {rearranged[0]!r}",
-                fix="set `base.quantization: none`",
-            )
+        raise InputError(
+            f"{type(model).__name__} rearranges tensors while loading; they cannot be worked on one by one",
+            where=str(folder),
+            got=f"{len(rearranged)} tensors, such as {rearranged[0]!r}",
+            fix="train it with `base.quantization: none`, and serve its adapters unmerged",
         )
-    return jobs, problems
+    return names
 
 
 def _entry_problems(path: Path, entry: TensorEntry, shape: tuple[int, ...]) -> list[Problem]:
@@ -146,7 +155,7 @@ def _missing(folder: Path, missing: list[str]) -> Problem:
     )
 
 
-def _quantizable(model: Any, keep: tuple[str, ...]) -> set[str]:
+def quantizable(model: Any, keep: tuple[str, ...]) -> set[str]:
     """Paths of the linear layers to quantize."""
     head, tied = model.get_output_embeddings(), set(_tied_names(model))
     endings = (*ROUTERS, *keep)
@@ -168,15 +177,15 @@ def _read_ahead(jobs: list[_Job], passing: set[str]) -> Iterator[tuple[_Job, Ten
 
     Tensors in ``passing`` are gone when the next one is asked for: they share two buffers, in turn.
     """
-    largest = max((j.entry.end - j.entry.start for j in jobs if j.name in passing), default=0)
+    largest = max((size_of(j.entry) for j in jobs if j.name in passing), default=0)
     ring = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
     files: dict[Path, int] = {}
 
     def read(number: int) -> Tensor:
         job = jobs[number]
-        size = job.entry.end - job.entry.start
+        size = size_of(job.entry)
         buffer = ring[number % 2][:size] if job.name in passing else torch.empty(size, dtype=torch.uint8)
-        _fill(files[job.path], job, buffer)
+        fill(files[job.path], job.entry, buffer, job.path)
         return buffer.view(DTYPES[job.entry.dtype]).view(job.entry.shape)
 
     try:
@@ -194,16 +203,6 @@ def _read_ahead(jobs: list[_Job], passing: set[str]) -> Iterator[tuple[_Job, Ten
     finally:
         for descriptor in files.values():
             os.close(descriptor)
-
-
-def _fill(descriptor: int, job: _Job, buffer: Tensor) -> None:
-    """Read the job's bytes into ``buffer`` (bytes,) uint8."""
-    view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
-    while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], job.entry.start + done)
-        if got == 0:
-            raise InputError("the file became shorter while it was read", where=str(job.path), fix="fetch it again")
-        done += got
 
 
 def _place(model: Any, job: _Job, tensor: Tensor, dtype: torch.dtype, names: set[str], double: bool) -> None:
