@@ -1,7 +1,7 @@
 """What adapters add to one weight matrix, in fp32, alone or combined.
 
 LoRA adds ``s B A`` (Hu et al. 2021). DoRA replaces W by ``(m / n) (W + s B A)`` with n the row norms of that sum (Liu
-et al. 2024); its delta is the difference to W. Several adapters combine as weighted deltas: ``linear`` sums them, ``ties``
+et al. 2024); its delta is the difference to W. Several adapters combine as weighted deltas: ``linear`` sums, ``ties``
 trims each to its largest values, elects a sign per element and averages what agrees (Yadav et al. 2023, arXiv
 2306.01708), ``dare_linear`` and ``dare_ties`` first drop values at random and scale up the rest (Yu et al. 2023, arXiv
 2311.03099). The formulas are those of PEFT's ``merge_utils``, applied to whole deltas and not to the factors apart.

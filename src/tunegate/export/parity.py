@@ -9,7 +9,7 @@ What is compared is what was asked: a few prompts show that weights arrived, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 

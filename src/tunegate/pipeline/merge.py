@@ -7,7 +7,7 @@ in memory at a time. A mixture of several adapters has no model to be compared w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class MergeRequest:
     seed: int = 0
     base: str | None = None
     onto: str = "trained"
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     allow_base_mismatch: bool = False
 
 
