@@ -218,7 +218,7 @@ class _Layer(torch.autograd.Function):
             )
         context, x = ctx.context, ctx.x
         grad_out = grad_outputs[0].contiguous()
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         with context.scratch.scope(), ctx.owner.temporary.scope():
             saved = ctx.saved
             if saved is None:
