@@ -282,7 +282,7 @@ AdapterLayer = LoRALinear | DoRALinear
 
 
 def _times_transpose(layer: nn.Module, a: Tensor) -> Tensor:
-    """``W A^T`` in fp32, (out, r). The kernels read W as it is stored; else 16 bits are widened a few rows at a time."""
+    """``W A^T`` in fp32, (out, r). The kernels read W as it is stored; else 16 bits are widened some rows at a time."""
     quantized = getattr(layer, "quantized", None)
     stored = quantized if isinstance(quantized, QuantizedWeight) else base_weight(layer)
     parts = (a, stored.codes if isinstance(stored, QuantizedWeight) else stored)

@@ -296,7 +296,7 @@ def _branch_backward(
 
 
 def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor | None) -> list[Tensor]:
-    """d x into ``grad_x`` (T, H; None: not needed); returns adapters' gradients in the order of ``Projections.all()``."""
+    """d x into ``grad_x`` (T, H; None: not needed); returns adapter gradients in the order of ``Projections.all()``."""
     shape, groups, take, dtype = c.shape, c.projections, c.scratch.take, s.x.dtype
     tokens, hidden = s.x.shape
     with c.scratch.scope():
