@@ -16,6 +16,7 @@ and onto cards. It computes nothing on weights: see ``nf4``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -110,11 +111,13 @@ class Recipe:
         return {"format": self.format, "block": self.block, "double": self.double}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Recipe:
-        """The recipe that :meth:`to_json` wrote; ValueError for other keys or values."""
-        if set(value) != {"format", "block", "double"}:
-            raise ValueError(f"not a recipe: keys {sorted(value)}; expected block, double, format")
-        return cls(**value)
+    def from_json(cls, value: Mapping[str, Any]) -> Recipe:
+        """The recipe in an object with ``format``, ``block`` and ``double``, whatever else it holds; ValueError if one
+        is missing or does not exist."""
+        missing = [key for key in ("format", "block", "double") if key not in value]
+        if missing:
+            raise ValueError(f"not a recipe: {', '.join(missing)} missing")
+        return cls(value["format"], value["block"], value["double"])
 
     @property
     def bits_per_parameter(self) -> float:

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from tunegate.kernels import native
 from tunegate.kernels.formats import NESTED_BLOCK, Recipe, table
-from tunegate.kernels.linear import Product, QuantizedWeight, Term, dequantize_range, multiply
+from tunegate.kernels.linear import QuantizedWeight, dequantize_range
+from tunegate.kernels.stored import FrozenProduct
 
 _POINTS = 65536
 _LEAST_ABSMAX = 1e-38
@@ -188,26 +189,6 @@ def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype
     return codes.new_empty((rows, columns), dtype=dtype)
 
 
-class _Multiply(torch.autograd.Function):
-    """``x W^T + bias`` for a frozen 4-bit W; backward gives x's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        flat = x.reshape(-1, weight.shape[1]).contiguous()
-        out = x.new_empty(flat.shape[0], weight.shape[0])
-        multiply(Product(out, [Term(flat, weight)], bias=bias))
-        return out.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.weight.shape
-        flat = grads[0].reshape(-1, rows).contiguous()
-        out = flat.new_empty(flat.shape[0], columns)
-        multiply(Product(out, [Term(flat, ctx.weight, w_is_kn=True)]))
-        return out.view(*grads[0].shape[:-1], columns), None, None
-
-
 class QuantizedLinear(nn.Module):
     """A frozen linear layer with a 4-bit weight; (..., in) to (..., out) in the input's dtype.
 
@@ -258,7 +239,7 @@ class QuantizedLinear(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         even = self.codes.numel() * 2 == self.in_features * self.out_features
         if not autocast and even and native.library_for(x) is not None:
-            out: Tensor = _Multiply.apply(x, self.quantized, self.bias)
+            out: Tensor = FrozenProduct.apply(x, self.quantized, self.bias)
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)
@@ -269,11 +250,12 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {bits}"
 
 
-def layers_to_quantize(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
-    """Names of the ``nn.Linear`` layers of a model (on any device, meta too) that are quantized.
+def quantize_linears(model: nn.Module, skip: Iterable[str] = (), recipe: Recipe = Recipe()) -> list[str]:  # noqa: B008
+    """Replace every ``nn.Linear`` of a model in place, one by one; returns the names of the replaced layers.
 
-    Left out: the output head (``get_output_embeddings()``, if the model has it), any layer whose weight another module
-    shares (tied embeddings), and layers whose name is or ends with one of ``skip``, such as ``"lm_head"``.
+    Kept: the output head (``get_output_embeddings()``, if the model has it), any layer whose weight another module
+    shares (tied embeddings), and layers whose name ends with one of ``skip``, such as ``"lm_head"``. Peak memory is
+    the model plus one quantized layer, if nothing else refers to the weights.
     """
     endings = tuple(skip)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -281,20 +263,12 @@ def layers_to_quantize(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return [
+    chosen = [
         name
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and owners[id(module.weight)] == 1
         if not any(name == ending or name.endswith(f".{ending}") for ending in endings)
     ]
-
-
-def quantize_linears(model: nn.Module, skip: Iterable[str] = (), recipe: Recipe = Recipe()) -> list[str]:  # noqa: B008
-    """Replace the layers of :func:`layers_to_quantize` in place, one by one; returns their names.
-
-    Peak memory is the model plus one quantized layer, if nothing else refers to the weights.
-    """
-    chosen = layers_to_quantize(model, skip)
     for name in chosen:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
