@@ -218,10 +218,18 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight's parts, not copied."""
-        shape = (self.out_features, self.in_features)
-        nested = (self.absmax_codes, self.nested_code, self.nested_absmax)
-        kind = (self.offset, self.format, self.block, self.dtype)
-        return QuantizedWeight(self.codes, shape, self.absmax, *nested, *kind)
+        return QuantizedWeight(
+            codes=self.codes,
+            shape=(self.out_features, self.in_features),
+            absmax=self.absmax,
+            absmax_codes=self.absmax_codes,
+            nested_code=self.nested_code,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            format=self.format,
+            block=self.block,
+            dtype=self.dtype,
+        )
 
     def dequantize(self) -> Tensor:
         return dequantize(self.quantized)

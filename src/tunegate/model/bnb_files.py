@@ -147,16 +147,18 @@ def unpack(stored: StoredWeight, get_tensor: Callable[[str], Tensor]) -> Quantiz
     values = _part(tensors, stored, "quant_map", 16)
     if not torch.allclose(values, table(stored.format).values, rtol=0, atol=1e-4):  # rounded in old files
         raise _misfit(f"{stored.name}.quant_map", f"the sixteen values of {stored.format}", values.tolist())
-    kind = {"format": stored.format, "block": block, "dtype": dtype}
+    made = QuantizedWeight(codes, shape, format=stored.format, block=block, dtype=dtype)
     if not stored.double:
-        return QuantizedWeight(codes, shape, _part(tensors, stored, "absmax", blocks), **kind)
+        made.absmax = _part(tensors, stored, "absmax", blocks)
+        return made
     scales = tensors[f"{stored.name}.absmax"].contiguous().view(-1)
     if scales.dtype != torch.uint8 or scales.numel() != blocks:
         raise _misfit(f"{stored.name}.absmax", f"{blocks} uint8", f"{scales.numel()} {scales.dtype}")
-    nested_code = _part(tensors, stored, "nested_quant_map", 256)
-    nested_absmax = _part(tensors, stored, "nested_absmax", -(-blocks // NESTED_BLOCK))
-    offset = float(state["nested_offset"])
-    return QuantizedWeight(codes, shape, None, scales, nested_code, nested_absmax, offset, **kind)
+    made.absmax_codes = scales
+    made.nested_code = _part(tensors, stored, "nested_quant_map", 256)
+    made.nested_absmax = _part(tensors, stored, "nested_absmax", -(-blocks // NESTED_BLOCK))
+    made.offset = float(state["nested_offset"])
+    return made
 
 
 def _misfit(where: str, expected: str, got: object) -> InputError:
