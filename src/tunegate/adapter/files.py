@@ -35,14 +35,14 @@ _PREFIX = "base_model.model."
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _tensor_name(path: str, parameter: str) -> str:
+def tensor_name(path: str, parameter: str) -> str:
     """PEFT gives A and B a ``.weight`` because they are layers there; the magnitude is a bare vector."""
     return f"{_PREFIX}{path}.{parameter}" + ("" if parameter == "lora_magnitude_vector" else ".weight")
 
 
 def _parameters(injection: Injection) -> dict[str, nn.Parameter]:
     found = {
-        _tensor_name(path, name): parameter
+        tensor_name(path, name): parameter
         for path, layer in injection.modules.items()
         for name, parameter in layer.adapter_parameters().items()
     }
@@ -107,6 +107,17 @@ def load_adapter(model: nn.Module, folder: Path | str, *, allow_untrained: bool 
 
     :class:`InputError` names every key, tensor and module that is wrong, and leaves the model as it was.
     """
+    spec, state = checked_state(model, folder, allow_untrained=allow_untrained)
+    injection = inject(model, spec, seed=seed, strict=False)
+    load_state(injection, state)
+    return injection
+
+
+def checked_state(
+    model: nn.Module, folder: Path | str, *, allow_untrained: bool = False
+) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """The adapter in ``folder`` as spec and fp32 tensors by file name, checked against the plain ``model``, which may
+    be on the meta device. :class:`InputError` names everything that is wrong."""
     folder = Path(folder)
     spec = read_spec(folder)
     targets, problems = find_targets(model, spec, strict=False)
@@ -123,9 +134,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, allow_untrained: bool 
         problems += _untrained(state, where)
     if problems:
         raise InputError(problems)
-    injection = inject(model, spec, seed=seed, strict=False)
-    load_state(injection, state)
-    return injection
+    return spec, state
 
 
 def read_spec(folder: Path | str) -> AdapterSpec:
@@ -187,10 +196,10 @@ def _expected(targets: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, 
     for path, layer in targets.items():
         sizes, rank = features(layer), spec.rank_for(path)
         assert sizes is not None  # find_targets returns only layers that have sizes
-        shapes[_tensor_name(path, "lora_A")] = (rank, sizes[0])
-        shapes[_tensor_name(path, "lora_B")] = (sizes[1], rank)
+        shapes[tensor_name(path, "lora_A")] = (rank, sizes[0])
+        shapes[tensor_name(path, "lora_B")] = (sizes[1], rank)
         if spec.use_dora:
-            shapes[_tensor_name(path, "lora_magnitude_vector")] = (sizes[1],)
+            shapes[tensor_name(path, "lora_magnitude_vector")] = (sizes[1],)
     return shapes
 
 

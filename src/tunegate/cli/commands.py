@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -27,6 +27,7 @@ __all__ = [
     "eval",
     "gate",
     "init",
+    "merge",
     "quantize",
     "run",
     "show",
@@ -113,6 +114,30 @@ def gate(arguments: argparse.Namespace, console: Console) -> int:
     _print_decision(decision, console)
     console.result({"run": str(folder), "decision": asdict(decision)})
     return 0 if decision.verdict == SHIP else 1
+
+
+def merge(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.pipeline.merge import merge as run_merge
+    from tunegate.pipeline.merge import request_of
+
+    request = request_of(
+        arguments.adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
+        arguments.base, arguments.onto,
+    )  # fmt: skip
+    report = run_merge(replace(request, allow_base_mismatch=arguments.allow_base_mismatch), console)
+    console.text(f"merged    {report['changed']} of {report['modules']} adapted tensors changed, {report['onto']}")
+    parity = report["parity"]
+    if isinstance(parity, dict):
+        console.text(
+            f"parity    mean KL {parity['mean_kl']:.2g} nats (from the base it is {parity['moved']:.2g}), the same top "
+            f"token at {parity['agreement']:.1%} of {parity['positions']} positions, "
+            f"{parity['same_answers']:.0%} of {parity['prompts']} answers equal"
+        )
+    else:
+        console.text(f"parity    {parity}")
+    console.text(f"model     {escape(str(arguments.out))}")
+    console.result(report)
+    return 0
 
 
 # --- show --------------------------------------------------------------------------------------------------------

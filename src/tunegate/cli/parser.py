@@ -80,9 +80,34 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("gate", parents=[task], help="judge the run again from its records and its stored policy")
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
+    _add_merge(commands, common)
     _add_quantize(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
+
+
+def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
+    merge = commands.add_parser(
+        "merge",
+        parents=[common],
+        help="merge an adapter into its base, with proof that it is the same model",
+        description="Streams the base's shards, adds the adapter in fp32, stores the base's dtype. Fails and leaves "
+        "nothing where the merged model does not answer as the adapter on its base does.",
+    )
+    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder; several are mixed")
+    merge.add_argument(
+        "-o", "--out", required=True, metavar="FOLDER", help="where the merged model goes; must not exist"
+    )
+    merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each adapter; default 1")
+    merge.add_argument("--method", default="linear", help="linear, ties, dare_linear or dare_ties; default linear")
+    merge.add_argument("--density", type=float, default=1.0, help="share of values that ties and dare keep; default 1")
+    merge.add_argument("--seed", type=int, default=0, help="of dare's random choice")
+    merge.add_argument("--base", help="default: the base that the adapter's card names")
+    merge.add_argument(
+        "--onto", choices=("trained", "original"), default="trained",
+        help="after training on NF4: the dequantized weights that the adapter saw, or the original ones",
+    )  # fmt: skip
+    merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
 
 
 def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -50,6 +50,8 @@ def quantize(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _result(done: Done, recipe: str, kept: list[str]) -> dict[str, Any]:
+    from tunegate.model.quantize import mean_errors
+
     return {
         "written": str(done.folder),
         "recipe": recipe,
@@ -66,20 +68,9 @@ def _tensors(done: Done) -> dict[str, Any]:
     return {name: {form: asdict(e) for form, e in errors.items()} for name, errors in done.errors.items()}
 
 
-def mean_errors(errors: Mapping[str, Mapping[str, Error]]) -> dict[str, Error]:
-    """Format -> the plain mean of each measure over tensors."""
-    from tunegate.model.quantize import Error
-
-    formats = list(next(iter(errors.values()), {}))
-    found = {}
-    for form in formats:
-        rows = [row[form] for row in errors.values()]
-        columns = zip(*((e.rmse, e.relative, e.cosine) for e in rows), strict=True)
-        found[form] = Error(*(sum(column) / len(rows) for column in columns))
-    return found
-
-
 def _print(done: Done, recipe: str, kept: int, console: Console) -> None:
+    from tunegate.model.quantize import mean_errors
+
     if done.errors:
         kinds: dict[str, dict[str, Mapping[str, Error]]] = {}
         for name, row in done.errors.items():

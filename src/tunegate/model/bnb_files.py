@@ -32,6 +32,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MOST_STATE_BYTES = 1 << 16
+_FOUR_BIT = "bitsandbytes 4-bit"
 _ORIGINAL = (
     "name the original 16-bit checkpoint (its id usually stands on this one's page); `tunegate quantize` or "
     "`base.quantization: nf4` make 4 bits of it"
@@ -235,34 +236,45 @@ def quantization_config(recipe: Recipe, kept: Sequence[str], compute_dtype: torc
     }
 
 
+def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
+    """What config.json alone tells: a quantization that is not read here (bitsandbytes 8-bit, GPTQ, AWQ, FP8, ...)."""
+    said = _said(config)
+    kind = _kind_said(said) if said else ""
+    if kind in ("", _FOUR_BIT):
+        return []
+    return [_refused(kind, where, f"quantization_config {json.dumps(said, default=str)[:120]}")]
+
+
 def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry], where: str) -> bool:
     """Whether a checkpoint holds bitsandbytes 4-bit weights; False where it is not quantized at all.
 
     ``config`` is config.json, ``entries`` all tensors, ``where`` names the folder in errors. :class:`InputError` for
-    every other kind of quantization (bitsandbytes 8-bit, GPTQ, AWQ, FP8, ...), from what the config says and from the
-    tensors themselves.
+    every other kind of quantization, from what the config says and from the tensors themselves.
     """
-    text = config.get("text_config")
-    said = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    kind = _kind_said(said) if said else _kind_seen(entries)
+    problems = config_problems(config, where)
     holds = any(_STATE in entry.name for entry in entries)
-    if kind not in ("", "bitsandbytes 4-bit"):
-        raise InputError(
-            f"the base is quantized already, as {kind}, which is not read here",
-            where=where,
-            expected="16- or 32-bit weights, or bitsandbytes 4-bit (nf4, fp4)",
-            got=f"quantization_config {json.dumps(said, default=str)[:120]}" if said else _seen(entries),
-            fix=_ORIGINAL,
-        )
-    if kind and not holds:
-        raise InputError(
-            "config.json says that the weights are bitsandbytes 4-bit, and none is",
-            where=where,
-            expected=f"tensors named ...{_STATE}nf4",
-            got=f"{len(entries)} tensors without",
-            fix="remove `quantization_config` from config.json if these are the full weights, or fetch the base again",
-        )
+    marked = [e for e in entries if _mark(e)]
+    if not problems and not holds and marked:
+        found = f"{len(marked)} tensors such as {marked[0].name!r} ({marked[0].dtype})"
+        problems = [_refused(_mark(marked[0]), where, found)]
+    if not problems and _said(config) and not holds:
+        what = "config.json says that the weights are bitsandbytes 4-bit, and none is"
+        fix = "remove `quantization_config` from config.json if these are the full weights, or fetch the base again"
+        got = f"{len(entries)} tensors without"
+        problems = [Problem(what, where, f"tensors named ...{_STATE}nf4", got, fix)]
+    if problems:
+        raise InputError(problems)
     return holds
+
+
+def _refused(kind: str, where: str, got: str) -> Problem:
+    what = f"the base is quantized already, as {kind}, which is not read here"
+    return Problem(what, where, "16- or 32-bit weights, or bitsandbytes 4-bit (nf4, fp4)", got, _ORIGINAL)
+
+
+def _said(config: Mapping[str, Any]) -> object:
+    text = config.get("text_config")
+    return config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
 
 
 def _kind_said(said: object) -> str:
@@ -274,20 +286,12 @@ def _kind_said(said: object) -> str:
         if said.get("load_in_8bit") or said.get("_load_in_8bit"):
             return "bitsandbytes 8-bit"
         if said.get("load_in_4bit") or said.get("_load_in_4bit"):
-            return "bitsandbytes 4-bit"
+            return _FOUR_BIT
     return {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "": "something unknown"}.get(method, repr(method))
 
 
-def _kind_seen(entries: Sequence[TensorEntry]) -> str:
-    for entry in entries:
-        for mark, kind in _MARKS.items():
-            if entry.name.endswith(mark):
-                return kind
-        if entry.dtype.startswith("F8"):
-            return "FP8"
-    return ""
-
-
-def _seen(entries: Sequence[TensorEntry]) -> str:
-    kinds = [e for e in entries if e.dtype.startswith("F8") or any(e.name.endswith(mark) for mark in _MARKS)]
-    return f"{len(kinds)} tensors such as {kinds[0].name!r} ({kinds[0].dtype})" if kinds else "no such tensors"
+def _mark(entry: TensorEntry) -> str:
+    """The kind of quantization that a tensor gives away, or nothing."""
+    if entry.dtype.startswith("F8"):
+        return "FP8"
+    return next((kind for mark, kind in _MARKS.items() if entry.name.endswith(mark)), "")

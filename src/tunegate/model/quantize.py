@@ -355,6 +355,17 @@ def error_of(weight: Tensor, made: QuantizedWeight) -> Error:
     return Error((square / n) ** 0.5, relative, cosine)
 
 
+def mean_errors(errors: Mapping[str, Mapping[str, Error]]) -> dict[str, Error]:
+    """Format -> the plain mean of each measure over tensors."""
+    formats = list(next(iter(errors.values()), {}))
+    found = {}
+    for form in formats:
+        rows = [row[form] for row in errors.values()]
+        columns = zip(*((e.rmse, e.relative, e.cosine) for e in rows), strict=True)
+        found[form] = Error(*(sum(column) / len(rows) for column in columns))
+    return found
+
+
 def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.sum(a * b, dtype=torch.float64))
 

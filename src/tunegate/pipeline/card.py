@@ -153,15 +153,20 @@ def load_card(folder: Path) -> AdapterCard:
     return card
 
 
+def check_complete(folder: Path) -> None:
+    """:class:`InputError` unless every file of the adapter is there and as its manifest says."""
+    problems = _problems(folder)
+    if problems:
+        raise InputError(problems)
+
+
 def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False) -> AdapterCard:
     """The card of a complete adapter folder that belongs to ``base``.
 
     :class:`InputError` if a file is missing or changed since it was published, or if the adapter was made for
     another base (unless ``allow_base_mismatch``) or renders prompts differently.
     """
-    problems = _problems(folder)
-    if problems:
-        raise InputError(problems)
+    check_complete(folder)
     card = load_card(folder)
     made_for, here = card.base["fingerprint"]["total"], base.fingerprint.total
     if card.adapter["hash"] != adapter_hash(folder):

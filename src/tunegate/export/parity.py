@@ -1,0 +1,111 @@
+"""Whether two models are the same: their next-token distributions and greedy answers on the same prompts.
+
+The first model answers every prompt greedily. Both are then read on prompt and answer: per position the divergence
+KL(first || second) in nats and whether the most likely token is the same, and per prompt whether the second one's own
+greedy answer is the first one's. The models are held one after the other, not side by side.
+
+What is compared is what was asked: a few prompts show that weights arrived, not that two models agree everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunegate.data.pack import make_batch
+from tunegate.data.types import Rendered
+from tunegate.engine.generate import Generation, Sampling, generate
+from tunegate.engine.runner import Runner, evaluating
+from tunegate.errors import TunegateError
+
+POSITIONS = 32  # positions of a row whose distributions are kept, counted from its end
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Above ``mean_kl`` (nats a position) or below ``agreement`` (share of positions) two models are not the same."""
+
+    mean_kl: float = 0.01
+    agreement: float = 0.95
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One model on every prompt: log-probabilities (positions, vocabulary) fp32 a row, and its greedy answers."""
+
+    rows: tuple[tuple[int, ...], ...]
+    log_probs: tuple[Tensor, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """KL in nats. ``moved`` is the mean KL between the plain base and the first model, where it was measured."""
+
+    prompts: int
+    positions: int
+    mean_kl: float
+    max_kl: float
+    agreement: float
+    same_answers: float
+    moved: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read(
+    runner: Runner, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int,
+    rows: Sequence[Sequence[int]] | None = None,
+) -> Reading:  # fmt: skip
+    """``runner``'s answers to ``prompts`` and its distributions on ``rows`` (default: prompts with those answers)."""
+    sampling = Sampling(new_tokens, tuple(stop_ids))
+    found: list[Generation] = generate(runner, prompts, sampling)
+    answers = tuple(g.ids for g in found)
+    wanted = [(*p, *a) for p, a in zip(prompts, answers, strict=True)] if rows is None else [tuple(r) for r in rows]
+    return Reading(tuple(wanted), tuple(_log_probs(runner, row) for row in wanted), answers)
+
+
+@torch.no_grad()
+def _log_probs(runner: Runner, row: Sequence[int]) -> Tensor:
+    batch = make_batch([Rendered("parity", tuple(row), (False,) * (len(row) - 1) + (True,))], share_prefix=False)
+    with evaluating(runner.model):
+        hidden = runner.hidden(batch)[-POSITIONS:]
+        return torch.log_softmax(runner.head.logits(hidden), -1).cpu()
+
+
+def compare(first: Reading, second: Reading, base: Reading | None = None) -> Parity:
+    """``second`` (and ``base``) must have read the rows of ``first``."""
+    kls = torch.cat([_kl(a, b) for a, b in zip(first.log_probs, second.log_probs, strict=True)])
+    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(first.log_probs, second.log_probs, strict=True)])
+    equal = [a == b for a, b in zip(first.answers, second.answers, strict=True)]
+    moved = None
+    if base is not None:
+        moved = float(torch.cat([_kl(a, b) for a, b in zip(first.log_probs, base.log_probs, strict=True)]).mean())
+    return Parity(
+        prompts=len(first.rows), positions=len(kls), mean_kl=float(kls.mean()), max_kl=float(kls.max()),
+        agreement=float(same.float().mean()), same_answers=sum(equal) / len(equal), moved=moved,
+    )  # fmt: skip
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) per position of two tensors of log-probabilities."""
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+def require(parity: Parity, limits: Limits, what: str, where: str) -> None:
+    """:class:`TunegateError` unless ``parity`` is within ``limits``."""
+    within = parity.mean_kl <= limits.mean_kl and parity.agreement >= limits.agreement
+    if not within:
+        raise TunegateError(
+            f"{what} is not the adapter on its base; nothing was kept",
+            where=where,
+            expected=f"mean KL at most {limits.mean_kl:g} nats, the same top token at {limits.agreement:.0%} or more",
+            got=f"{parity.mean_kl:.4g} nats (largest {parity.max_kl:.4g}), {parity.agreement:.1%} of "
+            f"{parity.positions} positions",
+            fix="store it in fp32, merge onto the base it was trained on, or serve it unmerged",
+        )

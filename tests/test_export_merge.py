@@ -1,0 +1,297 @@
+"""Merging: the numbers of PEFT, the layout of the base, resumed without a trace, nothing left where parity fails."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import merge_utils
+from safetensors.torch import load_file, save_file
+
+from task import call, write_task
+from tiny import tiny_base
+from tunegate.errors import InputError, TunegateError
+from tunegate.export import deltas
+from tunegate.export.deltas import Mix, Update
+from tunegate.export.merge import PROGRESS, discard, finish, plan_merge, write_merged
+from tunegate.files import hash_file, read_json
+from tunegate.kernels.nf4 import dequantize, quantize
+from tunegate.model.loading import load_model
+
+ONE = Mix("linear", (1.0,))
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+}
+
+
+def peft_adapter(base: Path, out: Path, seed: int = 0, **settings: Any) -> Path:
+    """A PEFT folder with random factors on ``base``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
+        model = get_peft_model(load_model(base, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise if parameter.ndim == 2 else parameter * (1 + noise))
+        model.save_pretrained(out)
+    return out
+
+
+def merged(base: Path, adapters: list[Path], out: Path, mix: Mix = ONE, **settings: Any) -> Path:
+    plan = plan_merge(base, adapters, out, mix, **settings)
+    write_merged(plan)
+    return finish(plan, {})
+
+
+def shards(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2"])
+def test_weights_are_pefts(family: str, kind: str, tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", family)
+    settings = KINDS[kind] if family != "gpt2" or kind != "patterns" else {"rank_pattern": {"c_fc": 2}}
+    if family == "phi3" and kind == "patterns":
+        settings = {"rank_pattern": {"qkv_proj": 2}}
+    adapter = peft_adapter(base, tmp_path / "adapter", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), adapter).merge_and_unload()
+    theirs, ours = peft.state_dict(), shards(merged(base, [adapter], tmp_path / "out"))
+    before = shards(base)
+    assert set(ours) == set(before)
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
+    assert changed and all(name.endswith(".weight") for name in changed)
+    for name in ours:
+        key = name if name in theirs else f"transformer.{name}"
+        torch.testing.assert_close(ours[name], theirs[key], rtol=2e-5, atol=2e-6, msg=name)
+    assert load_model(tmp_path / "out", dtype=torch.float32) is not None
+
+
+def test_shards_keep_their_layout_and_dtype(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "qwen3")
+    model = load_model(base, dtype=torch.bfloat16)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="20KB")
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    out = merged(base, [adapter], tmp_path / "out")
+    names = sorted(p.name for p in base.glob("*.safetensors"))
+    assert len(names) > 2 and names == sorted(p.name for p in out.glob("*.safetensors"))
+    for name in names:
+        ours, theirs = load_file(out / name), load_file(base / name)
+        assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+    assert read_json(out / "model.safetensors.index.json")["weight_map"] == dict(
+        sorted(read_json(base / "model.safetensors.index.json")["weight_map"].items())
+    )
+
+
+# --- several adapters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_mixtures_are_pefts_formulas_on_whole_deltas(method: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(12, 8, generator=generator)
+    updates = [
+        Update(torch.randn(3, 8, generator=generator), torch.randn(12, 3, generator=generator), 0.5 + n)
+        for n in range(3)
+    ]
+    weights = (0.5, 1.0, -0.25) if method == "linear" else (0.5, 1.0, 0.75)
+    ours = deltas.combined(weight, updates, Mix(method, weights, density=0.4), "w")
+    tasks = [u.scale * u.b @ u.a for u in updates]
+    if method == "linear":
+        theirs = merge_utils.task_arithmetic(tasks, torch.tensor(weights))
+    else:
+        theirs = merge_utils.ties(tasks, torch.tensor(weights), density=0.4)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_dare_keeps_the_expectation_and_is_seeded() -> None:
+    weight = torch.zeros(40, 50)
+    update = Update(torch.ones(1, 50), torch.ones(40, 1), 1.0)
+    made = [deltas.combined(weight, [update], Mix("dare_linear", (1.0,), 0.3, seed), "w") for seed in (0, 0, 1)]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+    assert made[0].unique().tolist() == pytest.approx([0.0, 1 / 0.3])
+    kept = (made[0] != 0).float().mean()
+    assert abs(float(kept) - 0.3) < 0.05  # 2,000 draws: a standard deviation of 0.01
+
+
+def test_an_adapter_without_a_module_adds_nothing_there(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    wide = peft_adapter(base, tmp_path / "wide")
+    narrow = tmp_path / "narrow"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.normal_()
+    model.save_pretrained(narrow)
+    alone = shards(merged(base, [wide], tmp_path / "one"))
+    both = shards(merged(base, [wide, narrow], tmp_path / "two", Mix("linear", (1.0, 1.0))))
+    differ = {n for n in alone if not torch.equal(alone[n], both[n])}
+    assert differ == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+# --- quantized bases --------------------------------------------------------------------------------------------
+
+
+def test_onto_the_weights_that_a_qlora_adapter_saw(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    recipe = {"format": "nf4", "block": 64, "double": True, "keep": ["down_proj"]}
+    ours = shards(merged(base, [adapter], tmp_path / "out", recipe=recipe))
+    plain, original = shards(merged(base, [adapter], tmp_path / "plain")), shards(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    added = plain[name] - original[name]
+    seen = dequantize(quantize(original[name]))
+    torch.testing.assert_close(ours[name], seen + added, rtol=1e-5, atol=1e-6)
+    kept = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(ours[kept], plain[kept])
+    assert torch.equal(ours["model.norm.weight"], original["model.norm.weight"])
+
+
+# --- stopped, damaged, refused ------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def sharded(tmp_path: Path) -> tuple[Path, Path]:
+    base = tiny_base(tmp_path / "base", "llama")
+    model = load_model(base, dtype=torch.float32)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="30KB")
+    return base, peft_adapter(base, tmp_path / "adapter")
+
+
+def test_a_merge_that_was_cut_off_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    base, adapter = sharded(tmp_path)
+    whole = merged(base, [adapter], tmp_path / "whole")
+    plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    files = list(plan.files)
+    size = sum(e.end - e.start for e in plan.files[files[0]])
+    seen: list[int] = []
+
+    def stop(count: int) -> None:
+        seen.append(count)
+        if sum(seen) > size:
+            raise Stop
+
+    with pytest.raises(Stop):
+        write_merged(plan, stop)
+    assert not plan.out.exists() and list(read_json(plan.partial / PROGRESS)["shards"]) == [files[0].name]
+    first = plan.partial / files[0].name
+    stamp = first.stat().st_mtime_ns
+    again = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    write_merged(again)
+    assert first.stat().st_mtime_ns == stamp  # not written again
+    out = finish(again, {})
+    for path in whole.glob("*"):
+        if path.name != "merge.json":
+            assert hash_file(path) == hash_file(out / path.name), path.name
+    assert not (out / PROGRESS).exists() and not plan.partial.exists()
+
+
+def test_a_damaged_or_foreign_shard_is_not_kept(tmp_path: Path) -> None:
+    base, adapter = sharded(tmp_path)
+    plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    write_merged(plan)
+    victim = plan.partial / list(plan.files)[-1].name  # a shard with adapted weights
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    whole = merged(base, [adapter], tmp_path / "whole")
+    out = finish(plan, {}) if write_merged(plan) else None
+    assert out is not None and hash_file(out / victim.name) == hash_file(whole / victim.name)
+    other = plan_merge(base, [adapter], tmp_path / "third", Mix("linear", (0.5,)))
+    shutil.copytree(whole, other.partial)
+    write_merged(other)
+    assert hash_file(other.partial / victim.name) != hash_file(whole / victim.name)
+    discard(other)
+    assert not other.partial.exists()
+
+
+def test_a_change_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    path = base / "model.safetensors"
+    save_file({k: v.bfloat16() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in tensors:
+        if "lora_B" in name and "layers.0.mlp.up_proj" in name:
+            tensors[name] *= 1e-9
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    with pytest.raises(TunegateError, match="1 adapted tensors came out as they were"):
+        write_merged(plan)
+    assert not plan.out.exists()
+
+
+def test_wrong_requests_are_told_together(tmp_path: Path, tiny_llama: Path) -> None:
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter")
+    with pytest.raises(InputError) as caught:
+        plan_merge(tiny_llama, [adapter], tmp_path, Mix("tie", (1.0, 2.0), 0.0))
+    text = str(caught.value)
+    assert all(part in text for part in ("ties", "one weight for each adapter", "not a share", "the output exists"))
+    with pytest.raises(InputError, match="wrong shape"):
+        plan_merge(tiny_base(tmp_path / "other", "mistral", hidden_size=64), [adapter], tmp_path / "out", ONE)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    task = write_task(tmp_path_factory.mktemp("merge"), tiny_llama)
+    said = call("run", task, "--set", f"base.quantization={request.param}")
+    assert said.code == 0, said.err
+    (found,) = (task.parent / "runs" / "task").glob("run-*/adapter")
+    return found
+
+
+def test_the_command_merges_with_proof(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    said = call("merge", run, "-o", out)
+    assert said.code == 0, said.err
+    report = read_json(out / "merge.json")
+    assert report["changed"] == report["modules"] == 14 and report["verified"]
+    parity = report["parity"]
+    assert parity["mean_kl"] < 1e-6 and parity["agreement"] == parity["same_answers"] == 1.0
+    assert parity["moved"] > 100 * parity["mean_kl"]
+    assert call("merge", run, "-o", out).code == 2  # exists
+
+
+def test_a_merge_without_parity_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    from tunegate.cli.console import Console
+    from tunegate.export.parity import Limits
+    from tunegate.pipeline.merge import merge, request_of
+
+    request = request_of([str(run)], str(tmp_path / "out"), None, "linear", 1.0, 0, None, "trained")
+    with pytest.raises(TunegateError, match="not the adapter on its base"):
+        merge(replace(request, limits=Limits(mean_kl=-1.0)), Console(json_only=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    other = tiny_base(tmp_path / "other", "llama", seed=5)
+    said = call("merge", run, "-o", tmp_path / "out", "--base", other)
+    assert said.code == 2 and "another base" in said.err and not (tmp_path / "out").exists()
+    said = call("merge", run, "-o", tmp_path / "out", "--base", other, "--allow-base-mismatch")
+    assert said.code == 0 and read_json(tmp_path / "out" / "merge.json")["base_mismatch_allowed"]
