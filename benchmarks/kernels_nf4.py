@@ -22,6 +22,7 @@ import torch
 from common import interleaved
 
 from tunegate.kernels import native, nf4
+from tunegate.kernels.formats import Recipe
 
 
 def bitsandbytes() -> Any:
@@ -33,9 +34,10 @@ def bitsandbytes() -> Any:
 
 def contestants(size: int, dtype: torch.dtype, double: bool) -> dict[str, Callable[[], object]]:
     weight = (torch.randn(size, size) * 0.02).to(dtype)
-    made, out = nf4.quantize(weight, double=double), torch.empty_like(weight)
+    recipe = Recipe(double=double)
+    made, out = nf4.quantize(weight, recipe), torch.empty_like(weight)
     runs: dict[str, Callable[[], object]] = {
-        "quantize": lambda: nf4.quantize(weight, double=double),
+        "quantize": lambda: nf4.quantize(weight, recipe),
         "dequantize": lambda: nf4.dequantize(made, out),
     }
     peer = bitsandbytes()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tiny import tiny_base
 from tunegate.errors import InputError, TunegateError
@@ -168,6 +170,22 @@ def test_a_tensor_in_two_shards_is_refused(folder):
     assert any("is also in" in f for f in texts(folder))
 
 
+def test_a_base_in_another_quantization_is_refused_by_its_config_or_its_tensors(folder):
+    path = folder / "config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps({**plain, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (problem,) = texts(folder)
+    assert "quantized already, as GPTQ" in problem and "16-bit checkpoint" in problem
+    path.write_text(json.dumps(plain))
+    assert texts(folder) == []
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    scaled = tensors | {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+    (problem,) = texts(folder)
+    assert "as FP8" in problem and name in problem
+
+
 def test_the_packaged_name_offline_without_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path))
     monkeypatch.delenv("TUNEGATE_PACKAGED_WHEEL", raising=False)
@@ -298,6 +316,10 @@ def hub(cache, folder, monkeypatch):
         "org/bin": bin_only,
         "org/adapter": {"adapter_config.json": b"{}"},
         "org/remote": {**content, **remote},
+        "org/awq": {
+            **content,
+            "config.json": b'{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}',
+        },
     }
     handler = type("Handler", (Hub,), {"repos": repos, "asked": [], "tokens": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -332,6 +354,12 @@ def test_a_pickle_only_repository_is_refused_without_fetching_the_pickle(hub):
     with pytest.raises(InputError, match="no safetensors weights"):
         resolve_base("org/bin")
     assert not any(".bin" in path for path in hub.asked)
+
+
+def test_another_quantization_is_refused_before_the_weights_are_fetched(hub):
+    with pytest.raises(InputError, match="quantized already, as AWQ"):
+        resolve_base("org/awq")
+    assert not any("safetensors" in path for path in hub.asked)
 
 
 def test_remote_code_is_refused_before_the_weights_are_fetched(hub):

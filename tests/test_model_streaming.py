@@ -17,7 +17,7 @@ from torch import nn
 from tiny import FAMILIES, tiny_base
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError
-from tunegate.kernels.nf4 import NF4Linear, quantize_linears
+from tunegate.kernels.nf4 import QuantizedLinear, quantize_linears
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
 from tunegate.model.loading import load_model
 
@@ -43,7 +43,7 @@ def test_streaming_equals_quantizing_the_loaded_model(family, tmp_path):
     streamed = load_model(folder, dtype=torch.float32, recipe=RECIPE)
     loaded = load_model(folder, dtype=torch.float32)
     names = quantize_linears(loaded)
-    assert names and names == [n for n, m in streamed.named_modules() if isinstance(m, NF4Linear)]
+    assert names and names == [n for n, m in streamed.named_modules() if isinstance(m, QuantizedLinear)]
     assert torch.equal(logits(streamed), logits(loaded))
     assert not streamed.training and not any(p.requires_grad for p in streamed.parameters())
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunegate.kernels import native
+from tunegate.kernels.formats import NF4_VALUES
 from tunegate.kernels.linear import (
-    NF4_VALUES,
     Product,
     QuantizedWeight,
     Term,

@@ -13,6 +13,7 @@ from tunegate import records
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.doctor import doctor
+from tunegate.cli.quantize import quantize
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
 from tunegate.files import read_json, write_text
@@ -27,6 +28,7 @@ __all__ = [
     "gate",
     "init",
     "merge",
+    "quantize",
     "run",
     "show",
     "train",

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import tunegate
+from tunegate.cli.quantize import size
 
 EPILOG = """\
 A task is one YAML file; base, data and task are required, the rest has defaults:
@@ -80,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
     _add_merge(commands, common)
+    _add_quantize(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
 
@@ -121,3 +123,33 @@ def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
     check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
     check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
+
+
+def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        parents=[common],
+        help="write a base as a 4-bit checkpoint",
+        description="Quantize the linear layers of a base, tensor by tensor, into bitsandbytes' 4-bit safetensors, "
+        "which tunegate, transformers and vLLM load. Norms, embeddings, the output head and routers are kept.",
+    )
+    quantize.add_argument("base", metavar="BASE", help="packaged name, local folder or hub id")
+    quantize.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    quantize.add_argument("--revision", help="of a hub id: branch, tag or commit")
+    quantize.add_argument("--format", choices=("nf4", "fp4"), default="nf4", help="default: nf4")
+    quantize.add_argument("--block", type=int, default=64, metavar="N", help="32 to 4096, a power of 2 (default: 64)")
+    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+    quantize.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAMES",
+        help="further layers to keep: paths or endings, by comma",
+    )
+    quantize.add_argument(
+        "--compare", action="store_true", help="measure the error of nf4, fp4 and int4 on each weight"
+    )
+    quantize.add_argument("--report", metavar="FILE", help="write the error of each weight as JSON")
+    quantize.add_argument(
+        "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"
+    )

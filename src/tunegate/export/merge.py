@@ -31,6 +31,7 @@ from tunegate.adapter.layers import is_conv1d
 from tunegate.errors import InputError, Problem, TunegateError, nearest
 from tunegate.export.deltas import METHODS, Mix, Update, combined, delta
 from tunegate.files import explain_os_error, flush_folder, hash_file, hash_json, read_json, write_json
+from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import dequantize, quantize
 from tunegate.model.shards import DTYPES, ShardWriter, fill, size_of
 from tunegate.model.streaming import checkpoint_names, on_meta, quantizable
@@ -229,7 +230,7 @@ def _write_shard(
                 weight = data.view(DTYPES[entry.dtype]).view(entry.shape)
                 if entry.name in plan.seen:
                     assert plan.recipe is not None
-                    weight.copy_(dequantize(quantize(weight, double=plan.recipe["double"]), dtype=torch.float32))
+                    weight.copy_(dequantize(quantize(weight, Recipe.from_json(plan.recipe)), dtype=torch.float32))
                 if path is not None and _add(plan, path, weight):
                     changed.append(entry.name)
             writer.write(entry.name, data)

@@ -2,11 +2,11 @@
 
 :func:`multiply` computes ``out = column_scale * (alpha * sum of x @ w) + bias + add`` for each :class:`Product`, in
 fp32, and rounds to ``out``'s dtype once. A base layer with its adapter is one product of two terms (``x W^T + h B^T``);
-query, key and value are three products of one call. Weights may be fp32, bf16 or NF4 whatever the activations are:
+query, key and value are three products of one call. Weights may be fp32, bf16 or 4-bit whatever the activations are:
 they are widened in pieces on their way through the cache. Results are the same bytes on any number of threads.
 
-Beside it: :func:`dequantize`, the plain twin of the kernels' NF4 reading, and :func:`lora_linear`, a stand-alone
-LoRA layer as a torch operator. Quantizing lives elsewhere, and nothing here allocates except the operator.
+Beside it: :func:`dequantize`, the plain twin of the kernels' reading of 4-bit weights, and :func:`lora_linear`, a
+stand-alone LoRA layer as a torch operator. Quantizing lives elsewhere, and nothing here allocates except the operator.
 """
 
 from __future__ import annotations
@@ -18,40 +18,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tunegate.kernels import native
+from tunegate.kernels.formats import BLOCK, NESTED_BLOCK, Recipe, table
 
 MOST_TERMS = 8
-BLOCK = 64  # weights that share a scale
-NESTED_BLOCK = 256  # scales that share a scale of scales
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_NF4 = 2
+_QUANTIZED = 2
 
 
 @dataclass(slots=True)
 class QuantizedWeight:
-    """An NF4 matrix in bitsandbytes' layout (Dettmers et al. 2023, QLoRA).
+    """A 4-bit matrix in bitsandbytes' layout (Dettmers et al. 2023, QLoRA).
 
-    ``codes`` uint8 (n * k / 2,): two codes a byte, the first in the high nibble, flat over the rows of ``shape``.
-    Blocks of 64 along the flat index share a scale: ``absmax`` fp32 (blocks,), or doubly quantized
+    ``codes`` uint8 (ceil(n * k / 2),): two codes a byte, the first in the high nibble, flat over the rows of
+    ``shape``. Blocks of ``block`` along the flat index share a scale: ``absmax`` fp32 (blocks,), or doubly quantized
     ``nested_code[absmax_codes[b]] * nested_absmax[b // 256] + offset`` with ``absmax_codes`` uint8 (blocks,),
-    ``nested_code`` fp32 (256,) and ``nested_absmax`` fp32 (ceil(blocks / 256),).
+    ``nested_code`` fp32 (256,) and ``nested_absmax`` fp32 (ceil(blocks / 256),). ``format`` names the sixteen values
+    (see ``formats``); ``dtype`` is the type the matrix had, and has again when it is dequantized.
     """
 
     codes: Tensor
@@ -61,6 +43,31 @@ class QuantizedWeight:
     nested_code: Tensor | None = None
     nested_absmax: Tensor | None = None
     offset: float = 0.0
+    format: str = "nf4"
+    block: int = BLOCK
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.numel // self.block)
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.format, self.block, self.absmax is None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales; the 8-bit map, one for all weights, is not counted."""
+        parts = (self.codes, self.absmax, self.absmax_codes, self.nested_absmax)
+        return sum(p.numel() * p.element_size() for p in parts if p is not None)
+
+    def bits_per_parameter(self) -> float:
+        """Bits stored per element, scales included."""
+        return 8 * self.nbytes / max(1, self.numel)
 
 
 @dataclass(slots=True)
@@ -112,16 +119,16 @@ def multiply(*products: Product) -> None:
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """The fp32 matrix (n, k) of an NF4 weight."""
+    """The fp32 matrix (n, k) of a 4-bit weight."""
     rows, columns = weight.shape
     return dequantize_range(weight, 0, rows * columns).view(rows, columns)
 
 
 def dequantize_range(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
-    """The flat elements begin..end of an NF4 weight in fp32."""
+    """The flat elements begin..end of a 4-bit weight in fp32."""
     codes = weight.codes[begin // 2 : (end + 1) // 2]
     codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
-    first, last = begin // BLOCK, -(-end // BLOCK)
+    first, last = begin // weight.block, -(-end // weight.block)
     if weight.absmax is not None:
         scales = weight.absmax[first:last]
     else:
@@ -129,8 +136,8 @@ def dequantize_range(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
         blocks = torch.arange(first, last, device=codes.device)
         nested = weight.nested_absmax[blocks // NESTED_BLOCK]
         scales = weight.nested_code[weight.absmax_codes[first:last].long()] * nested + weight.offset
-    each = scales.repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
-    return torch.tensor(NF4_VALUES, device=codes.device)[codes] * each
+    each = scales.repeat_interleave(weight.block)[begin - first * weight.block :][: end - begin]
+    return table(weight.format).values.to(codes.device)[codes] * each
 
 
 def _multiply_twin(product: Product) -> None:
@@ -205,7 +212,7 @@ def _flatten_term(term: Term, m: int, n: int) -> tuple[int | float, ...]:
     tail: tuple[int | float, ...] = ()
     if isinstance(w, QuantizedWeight):
         w_rows, w_columns = w.shape
-        w_at, w_stride, w_type = w.codes.data_ptr(), w_columns, _NF4
+        w_at, w_stride, w_type = w.codes.data_ptr(), w_columns, _QUANTIZED
         tail = _flatten_scales(w)
     else:
         w_rows, w_columns, w_stride, w_type = _matrix(w, "w")
@@ -221,22 +228,22 @@ def _flatten_term(term: Term, m: int, n: int) -> tuple[int | float, ...]:
 
 
 def _flatten_scales(w: QuantizedWeight) -> tuple[int | float, ...]:
-    weights = w.shape[0] * w.shape[1]
-    blocks = -(-weights // BLOCK)
+    weights, blocks = w.numel, w.blocks
     if w.codes.dtype != torch.uint8 or w.codes.numel() != (weights + 1) // 2 or not w.codes.is_contiguous():
         raise ValueError(
             f"codes are {w.codes.dtype} of {w.codes.numel()}; expected contiguous uint8 of {(weights + 1) // 2} "
             f"for shape {w.shape}"
         )
+    head = (table(w.format).values.data_ptr(), w.block.bit_length() - 1)
     if w.absmax is not None:
         _vector(w.absmax, blocks, "absmax", (torch.float32,))
-        return (w.absmax.data_ptr(), 0, 0, 0, 0.0)
+        return (*head, w.absmax.data_ptr(), 0, 0, 0, 0.0)
     if w.absmax_codes is None or w.nested_code is None or w.nested_absmax is None:
-        raise ValueError("an NF4 weight has neither absmax nor all of absmax_codes, nested_code and nested_absmax")
+        raise ValueError("a 4-bit weight has neither absmax nor all of absmax_codes, nested_code and nested_absmax")
     _vector(w.absmax_codes.view(-1), blocks, "absmax_codes", (torch.uint8,))
     _vector(w.nested_code, 256, "nested_code", (torch.float32,))
     _vector(w.nested_absmax, -(-blocks // NESTED_BLOCK), "nested_absmax", (torch.float32,))
-    return (0, w.absmax_codes.data_ptr(), w.nested_code.data_ptr(), w.nested_absmax.data_ptr(), w.offset)
+    return (*head, 0, w.absmax_codes.data_ptr(), w.nested_code.data_ptr(), w.nested_absmax.data_ptr(), w.offset)
 
 
 def lora_linear_twin(

@@ -1,22 +1,22 @@
-"""NF4 weights, bit for bit in bitsandbytes' format, and the linear layer that computes from them.
+"""4-bit weights, bit for bit in bitsandbytes' format, and the linear layer that computes from them.
 
-QLoRA (Dettmers et al. 2023, arXiv 2305.14314): blocks of 64 along the flat index are divided by their largest
-magnitude and each element becomes the nearest of 16 values (the quantiles of a normal distribution), the lower one in
-a tie; two codes a byte, the first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit
-codes of a dynamic map in blocks of 256: 4.127 bits a parameter instead of 4.5.
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314): blocks along the flat index (64 elements by default) are divided by
+their largest magnitude and each element becomes the nearest of 16 values, the lower one in a tie; two codes a byte,
+the first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit codes of a dynamic map
+in blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values
+(NF4, FP4 or INT4), the block size and whether the scales are quantized.
 
 bitsandbytes' rules on CPUs that the format alone does not fix: a full block is multiplied by the fp32 reciprocal of
 its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536 points from
--1 to 1, not to the value itself; a block of 256 equal scales gets code 0. The mean is ``torch.mean``'s, taken on one
-thread.
+-1 to 1, not to the value itself; a block of 256 equal scales gets code 0; FP4's second zero stands for what is just
+above zero. The mean is ``torch.mean``'s, taken on one thread.
 
-It does not train the weight, quantize activations, or know other block sizes and types (FP4, 8 bits).
+It does not train the weight, quantize activations, or know 8-bit weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,34 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tunegate.kernels import native
-from tunegate.kernels.linear import (
-    BLOCK,
-    NESTED_BLOCK,
-    NF4_VALUES,
-    QuantizedWeight,
-    dequantize_range,
-)
+from tunegate.kernels.formats import NESTED_BLOCK, Recipe, table
+from tunegate.kernels.linear import QuantizedWeight, dequantize_range
 from tunegate.kernels.stored import FrozenProduct
 
 _POINTS = 65536
 _LEAST_ABSMAX = 1e-38
 _MEAN_CHUNK = 32768  # torch sums longer tensors on several threads, with other roundings for each number of them
-
-
-@dataclass(slots=True)
-class NF4Weight(QuantizedWeight):
-    """A quantized matrix; ``dtype`` is the type it had, and has again after :func:`dequantize`."""
-
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def bits_per_parameter(self) -> float:
-        """Bits stored per element, scales included; the 8-bit map, one for all weights, is not counted."""
-        parts = (self.codes, self.absmax, self.absmax_codes, self.nested_absmax)
-        return 8 * sum(p.numel() * p.element_size() for p in parts if p is not None) / max(1, self.numel)
 
 
 @cache
@@ -79,13 +58,18 @@ def _nearest_code() -> Tensor:
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, *, double: bool = True) -> NF4Weight:
-    """NF4 codes and scales of a finite (n, k) matrix in fp32, bf16 or fp16.
+def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # noqa: B008 (frozen)
+    """Codes and scales of a finite (n, k) matrix in fp32, bf16 or fp16; fp64 is rounded to fp32 first.
 
-    Temporary memory: nothing beyond the result, on the kernels' path. Raises ValueError for NaN and infinity.
+    Temporary memory: nothing beyond the result for fp32 and bf16 on the kernels' path. Raises ValueError for NaN and
+    infinity.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"NF4 takes a floating-point matrix, got {weight.dtype} of shape {tuple(weight.shape)}")
+        raise ValueError(f"4-bit formats take a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}")
+    if weight.element_size() == 1:
+        raise ValueError(f"{weight.dtype} values mean nothing without their scales; give the weight in 16 or 32 bits")
+    if weight.dtype == torch.float64:
+        weight = weight.float()
     flat = weight.detach().contiguous().view(-1)
     if flat.dtype not in native.KERNEL_DTYPES:
         flat = flat.float()
@@ -93,32 +77,37 @@ def quantize(weight: Tensor, *, double: bool = True) -> NF4Weight:
     lib = native.library_for(flat)
     if lib is not None:
         codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-n // BLOCK))
-        lib.nf4_quantize(flat.data_ptr(), flat.dtype == torch.float32, n, codes.data_ptr(), absmax.data_ptr())
+        absmax = torch.empty(-(-n // recipe.block))
+        values = table(recipe.format)
+        rank_is_code = torch.equal(values.order, torch.arange(16, dtype=torch.uint8))
+        form = (values.bounds.data_ptr(), 0 if rank_is_code else values.order.data_ptr(), recipe.block)
+        lib.nf4_quantize(flat.data_ptr(), flat.dtype == torch.float32, n, form, codes.data_ptr(), absmax.data_ptr())
     else:
-        codes, absmax = _quantize_twin(flat)
+        codes, absmax = _quantize_twin(flat, recipe)
     if not torch.isfinite(absmax).all():
-        raise ValueError("the weight holds NaN or infinity, which NF4 cannot store; check the model's files")
-    made = NF4Weight(codes, (weight.shape[0], weight.shape[1]), absmax, dtype=weight.dtype)
-    if double and absmax.numel():
+        raise ValueError("the weight holds NaN or infinity, which 4 bits cannot store; check the model's files")
+    shape = (weight.shape[0], weight.shape[1])
+    made = QuantizedWeight(codes, shape, absmax, format=recipe.format, block=recipe.block, dtype=weight.dtype)
+    if recipe.double and absmax.numel():
         _quantize_scales(made)
     return made
 
 
-def _quantize_twin(flat: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_twin(flat: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """(codes, absmax) in plain PyTorch."""
-    values = flat.float()
+    values, block = flat.float(), recipe.block
     n = values.numel()
-    full = n // BLOCK * BLOCK
-    table = torch.tensor(NF4_VALUES, device=flat.device)
-    blocks = values[:full].view(-1, BLOCK)
+    full = n // block * block
+    blocks = values[:full].view(-1, block)
     absmax = blocks.abs().amax(1) if full else values.new_empty(0)
     scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST_ABSMAX))[:, None]).view(-1)
     if full < n:
         last = values[full:].abs().max().clamp(min=_LEAST_ABSMAX)
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, values[full:] / last])
-    codes = torch.bucketize(F.pad(scaled, (0, n % 2)), (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    form = table(recipe.format)
+    ranks = torch.bucketize(F.pad(scaled, (0, n % 2)), form.bounds.to(flat.device))
+    codes = form.order.to(flat.device)[ranks]
     return codes[::2] << 4 | codes[1::2], absmax
 
 
@@ -134,7 +123,7 @@ def _mean(absmax: Tensor) -> float:
         torch.set_num_threads(threads)
 
 
-def _quantize_scales(weight: NF4Weight) -> None:
+def _quantize_scales(weight: QuantizedWeight) -> None:
     """Replace the fp32 scales by 8-bit codes."""
     absmax = weight.absmax
     assert absmax is not None
@@ -164,14 +153,14 @@ def _quantize_scales_twin(scales: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[: scales.numel()], largest
 
 
-def dequantize(weight: NF4Weight, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(weight: QuantizedWeight, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The (n, k) matrix ``value[code] * scale``, rounded once from fp32 to ``dtype`` (default: the weight's own)."""
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.codes.device)
     return dequantize_rows(weight, 0, weight.shape[0], out)
 
 
-def dequantize_rows(weight: NF4Weight, start: int, stop: int, out: Tensor) -> Tensor:
+def dequantize_rows(weight: QuantizedWeight, start: int, stop: int, out: Tensor) -> Tensor:
     """Rows start..stop into ``out`` (stop - start, k), dense, of any floating-point dtype. Returns ``out``."""
     rows, columns = weight.shape
     if not 0 <= start <= stop <= rows:
@@ -181,8 +170,9 @@ def dequantize_rows(weight: NF4Weight, start: int, stop: int, out: Tensor) -> Te
     begin, end = start * columns, stop * columns
     lib = native.library_for(out) if weight.codes.device.type == "cpu" else None
     if lib is not None:
-        parts = (weight.codes, weight.absmax, weight.absmax_codes, weight.nested_code, weight.nested_absmax)
-        view = (*map(native.address, parts), weight.offset)
+        scales = (weight.absmax, weight.absmax_codes, weight.nested_code, weight.nested_absmax)
+        values = table(weight.format).values.data_ptr()
+        view = (weight.codes.data_ptr(), values, weight.block, *map(native.address, scales), weight.offset)
         lib.nf4_dequantize(view, begin, end, out.data_ptr(), out.dtype == torch.float32)
         return out
     return out.copy_(dequantize_range(weight, begin, end).view(out.shape))
@@ -190,8 +180,8 @@ def dequantize_rows(weight: NF4Weight, start: int, stop: int, out: Tensor) -> Te
 
 @torch.library.custom_op("tunegate::nf4_dequantize", mutates_args=())
 def nf4_dequantize(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) in ``dtype`` from codes and fp32 scales (ceil(rows * columns / 64),); has no gradient."""
-    return dequantize(NF4Weight(codes.contiguous(), (rows, columns), absmax.float().contiguous(), dtype=dtype))
+    """(rows, columns) in ``dtype`` from NF4 codes and fp32 scales, one for 64; has no gradient."""
+    return dequantize(QuantizedWeight(codes.contiguous(), (rows, columns), absmax.float().contiguous(), dtype=dtype))
 
 
 @nf4_dequantize.register_fake
@@ -199,8 +189,8 @@ def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype
     return codes.new_empty((rows, columns), dtype=dtype)
 
 
-class NF4Linear(nn.Module):
-    """A frozen linear layer with an NF4 weight; (..., in) to (..., out) in the input's dtype.
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer with a 4-bit weight; (..., in) to (..., out) in the input's dtype.
 
     Gradients reach the input only. :meth:`dequantize` gives the weight, (out, in), in the dtype it had.
     """
@@ -212,35 +202,46 @@ class NF4Linear(nn.Module):
     nested_absmax: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.offset, self.dtype = weight.offset, weight.dtype
+        self.offset, self.dtype, self.format, self.block = weight.offset, weight.dtype, weight.format, weight.block
         for name in ("codes", "absmax", "absmax_codes", "nested_code", "nested_absmax"):
             self.register_buffer(name, getattr(weight, name))
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
-    def from_linear(cls, layer: nn.Linear, *, double: bool = True) -> NF4Linear:
+    def from_linear(cls, layer: nn.Linear, recipe: Recipe = Recipe()) -> QuantizedLinear:  # noqa: B008 (frozen)
         """Quantize a layer's weight; its bias stays as it is."""
-        return cls(quantize(layer.weight, double=double), layer.bias)
+        return cls(quantize(layer.weight, recipe), layer.bias)
 
     @property
-    def quantized(self) -> NF4Weight:
+    def quantized(self) -> QuantizedWeight:
         """The weight's parts, not copied."""
-        shape = (self.out_features, self.in_features)
-        nested = (self.absmax_codes, self.nested_code, self.nested_absmax)
-        return NF4Weight(self.codes, shape, self.absmax, *nested, self.offset, self.dtype)
+        return QuantizedWeight(
+            codes=self.codes,
+            shape=(self.out_features, self.in_features),
+            absmax=self.absmax,
+            absmax_codes=self.absmax_codes,
+            nested_code=self.nested_code,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            format=self.format,
+            block=self.block,
+            dtype=self.dtype,
+        )
 
     def dequantize(self) -> Tensor:
         return dequantize(self.quantized)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the buffers do not hold, for ``state_dict``."""
-        return {"offset": self.offset, "dtype": str(self.dtype).removeprefix("torch.")}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"offset": self.offset, "dtype": dtype, "format": self.format, "block": self.block}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.offset, self.dtype = float(state["offset"]), getattr(torch, state["dtype"])
+        self.format, self.block = state["format"], state["block"]
 
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -252,11 +253,12 @@ class NF4Linear(nn.Module):
         return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)
 
     def extra_repr(self) -> str:
-        bits = self.quantized.bits_per_parameter()
-        return f"in_features={self.in_features}, out_features={self.out_features}, {bits:.3f} bits per parameter"
+        weight = self.quantized
+        bits = f"{weight.recipe}, {weight.bits_per_parameter():.3f} bits per parameter"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bits}"
 
 
-def quantize_linears(model: nn.Module, skip: Iterable[str] = (), *, double: bool = True) -> list[str]:
+def quantize_linears(model: nn.Module, skip: Iterable[str] = (), recipe: Recipe = Recipe()) -> list[str]:  # noqa: B008
     """Replace every ``nn.Linear`` of a model in place, one by one; returns the names of the replaced layers.
 
     Kept: the output head (``get_output_embeddings()``, if the model has it), any layer whose weight another module
@@ -279,5 +281,5 @@ def quantize_linears(model: nn.Module, skip: Iterable[str] = (), *, double: bool
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer = getattr(owner, child)
-        setattr(owner, child, NF4Linear.from_linear(layer, double=double).train(layer.training))
+        setattr(owner, child, QuantizedLinear.from_linear(layer, recipe).train(layer.training))
     return chosen

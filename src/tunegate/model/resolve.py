@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunegate.errors import InputError, Problem, TunegateError, nearest
+from tunegate.errors import InputError, Problem, TunegateError, collecting, nearest
 from tunegate.model import packaged
 from tunegate.model.weights import inspect_weights, load_object
 
@@ -244,7 +244,15 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, report: Repor
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         if name in present:
             problems += _unreadable(folder / name)
-    return problems + inspect_weights(folder)[1]
+    found, damage = inspect_weights(folder)
+    problems += damage
+    if not problems:
+        from tunegate.model.bnb_files import stored_quantization
+
+        entries = [entry for part in found.values() for entry in part]
+        with collecting(problems):
+            stored_quantization(load_object(folder / "config.json"), entries, str(folder))
+    return problems
 
 
 def _unreadable(path: Path) -> list[Problem]:
@@ -256,6 +264,8 @@ def _unreadable(path: Path) -> list[Problem]:
 
 
 def _config_problems(folder: Path, trust_remote_code: bool, report: Report) -> list[Problem]:
+    from tunegate.model.bnb_files import config_problems
+
     path = folder / "config.json"
     if not path.is_file():
         is_adapter = (folder / "adapter_config.json").is_file()
@@ -274,9 +284,10 @@ def _config_problems(folder: Path, trust_remote_code: bool, report: Report) -> l
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         return [Problem("no model_type", str(path), "a name such as 'llama'", repr(model_type))]
+    problems = config_problems(config, str(path))
     if config.get("auto_map"):
-        return _remote_code(path, config, model_type, trust_remote_code, report)
-    return []
+        problems += _remote_code(path, config, model_type, trust_remote_code, report)
+    return problems
 
 
 def _remote_code(

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.errors import InputError, Problem
-from tunegate.kernels.nf4 import NF4Linear, quantize
+from tunegate.kernels.formats import BLOCK, Recipe
+from tunegate.kernels.nf4 import QuantizedLinear, quantize
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry, tensors_of
@@ -211,7 +212,7 @@ def _place(model: Any, job: _Job, tensor: Tensor, dtype: torch.dtype, names: set
     module, parent = model.get_submodule(path), model.get_submodule(parent_path)
     if path in names and kind == "weight":
         try:
-            layer = NF4Linear(quantize(tensor, double=double))
+            layer = QuantizedLinear(quantize(tensor, Recipe("nf4", BLOCK, double)))
         except ValueError as error:
             raise InputError(str(error), where=f"{job.path}: {job.entry.name}") from None
         layer.bias = module.bias  # on the meta device until its turn comes, or here already

@@ -13,7 +13,7 @@ from typing import Any
 from tunegate.config import BaseSection, Config
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError
-from tunegate.kernels.linear import BLOCK
+from tunegate.kernels.formats import BLOCK
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
 from tunegate.model.loading import choose_dtype, load_tokenizer
 from tunegate.model.resolve import ResolvedBase, resolve_base

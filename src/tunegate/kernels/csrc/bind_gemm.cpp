@@ -48,7 +48,9 @@ tunegate::GemmTerm read_term(Reader& reader) {
   t.w_type = int32_t(reader.integer());
   t.w_is_kn = reader.integer() != 0;
   t.k = reader.integer();
-  if (t.w_type != tunegate::kNf4) return t;
+  if (t.w_type != tunegate::kQuantized) return t;
+  t.values = reader.pointer<const float>();
+  t.block_shift = int32_t(reader.integer());
   t.absmax = reader.pointer<const float>();
   t.absmax_codes = reader.pointer<const uint8_t>();
   t.nested_code = reader.pointer<const float>();

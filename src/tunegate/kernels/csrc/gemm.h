@@ -4,18 +4,21 @@
 
 namespace tunegate {
 
-enum GemmType : int32_t { kFp32 = 0, kBf16 = 1, kNf4 = 2 };
+enum GemmType : int32_t { kFp32 = 0, kBf16 = 1, kQuantized = 2 };
 
 // One summand x @ w.T; strides count elements between rows.
 struct GemmTerm {
   const void* x;  // (m, k), or (k, m) if x_is_km
-  const void* w;  // (n, k), or (k, n) if w_is_kn; for kNf4 the codes, two a byte, high nibble first
-  int64_t x_stride, w_stride;  // kNf4: w_stride is the row length of the quantized matrix
+  const void* w;  // (n, k), or (k, n) if w_is_kn; for kQuantized the codes, two a byte, high nibble first
+  int64_t x_stride, w_stride;  // kQuantized: w_stride is the row length of the quantized matrix
   int64_t k;
   int32_t x_type, w_type;
   bool x_is_km, w_is_kn;
-  // kNf4, blocks of 64 codes: the scale of block b is absmax[b], or if absmax is null
+  // kQuantized: code c stands for values[c], 2^block_shift codes share a scale; the scale of block b is absmax[b], or
+  // if absmax is null
   // nested_code[absmax_codes[b]] * nested_absmax[b / 256] + offset.
+  const float* values;
+  int32_t block_shift;
   const float* absmax;
   const uint8_t* absmax_codes;
   const float* nested_code;

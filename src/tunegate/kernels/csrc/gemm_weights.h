@@ -1,11 +1,10 @@
 // Reading weights as fp32, whatever they are stored as, and laying them out for the fp32 microkernel.
 //
-// A packed panel holds NR columns of the product (rows of an (n, k) weight): for each k, NR consecutive floats. NF4
-// and bf16 are decoded in pieces that stay in the first-level cache; no decoded copy of a matrix ever exists.
+// A packed panel holds NR columns of the product (rows of an (n, k) weight): for each k, NR consecutive floats. 4-bit
+// and bf16 weights are decoded in pieces that stay in the first-level cache; no decoded copy of a matrix ever exists.
 #pragma once
 #include "gemm.h"
 #include "level.h"
-#include "nf4.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -32,51 +31,72 @@ inline float block_scale(const GemmTerm& t, int64_t block) {
   return t.nested_code[t.absmax_codes[block]] * t.nested_absmax[block >> 8] + t.offset;
 }
 
-// 16 codes of 8 bytes times scale.
-inline void decode16(const uint8_t* codes, float scale, float* to) {
+// The sixteen values of a format in registers, and 16 codes of 8 bytes as values times scale.
 #if defined(__AVX512F__)
+struct Values {
+  __m512 all;
+  explicit Values(const float* values) : all(_mm512_loadu_ps(values)) {}
+};
+
+inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
   __m128i bytes = _mm_loadl_epi64((const __m128i*)codes), low_bits = _mm_set1_epi8(15);
   __m128i order = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_bits), _mm_and_si128(bytes, low_bits));
   const __mmask16 all = 0xffff;  // the forms without a mask draw a false warning from GCC 12
-  __m512 values = _mm512_maskz_permutexvar_ps(all, _mm512_maskz_cvtepu8_epi32(all, order), _mm512_load_ps(kNf4Values));
-  _mm512_storeu_ps(to, _mm512_mul_ps(values, _mm512_set1_ps(scale)));
+  __m512 found = _mm512_maskz_permutexvar_ps(all, _mm512_maskz_cvtepu8_epi32(all, order), values.all);
+  _mm512_storeu_ps(to, _mm512_mul_ps(found, _mm512_set1_ps(scale)));
+}
 #elif defined(__AVX2__)
+struct Values {
+  __m256 below, above;
+  explicit Values(const float* values) : below(_mm256_loadu_ps(values)), above(_mm256_loadu_ps(values + 8)) {}
+};
+
+inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
   __m128i bytes = _mm_loadl_epi64((const __m128i*)codes), low_bits = _mm_set1_epi8(15);
   __m128i order = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), low_bits), _mm_and_si128(bytes, low_bits));
-  __m256 negative = _mm256_load_ps(kNf4Values), positive = _mm256_load_ps(kNf4Values + 8);
   __m256 factor = _mm256_set1_ps(scale);
   for (int half = 0; half < 2; half++) {
     __m256i index = _mm256_cvtepu8_epi32(half ? _mm_srli_si128(order, 8) : order);
-    __m256 values = _mm256_blendv_ps(_mm256_permutevar8x32_ps(negative, index),
-                                     _mm256_permutevar8x32_ps(positive, index),
-                                     _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-    _mm256_storeu_ps(to + 8 * half, _mm256_mul_ps(values, factor));
+    __m256 found = _mm256_blendv_ps(_mm256_permutevar8x32_ps(values.below, index),
+                                    _mm256_permutevar8x32_ps(values.above, index),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    _mm256_storeu_ps(to + 8 * half, _mm256_mul_ps(found, factor));
   }
-#else
-  for (int i = 0; i < 8; i++) {
-    to[2 * i] = kNf4Values[codes[i] >> 4] * scale;
-    to[2 * i + 1] = kNf4Values[codes[i] & 15] * scale;
-  }
-#endif
 }
+#else
+struct Values {
+  float all[16];
+  explicit Values(const float* values) { memcpy(all, values, sizeof all); }
+};
+
+inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = values.all[codes[i] >> 4] * scale;
+    to[2 * i + 1] = values.all[codes[i] & 15] * scale;
+  }
+}
+#endif
 
 // n values of a quantized matrix from its flat index `at`.
 inline void decode(const GemmTerm& t, int64_t at, int64_t n, float* to) {
   const uint8_t* codes = (const uint8_t*)t.w;
-  for (; n >= 64 && (at & 63) == 0; at += 64, to += 64, n -= 64) {
-    float scale = block_scale(t, at >> 6);
-    for (int i = 0; i < 64; i += 16) decode16(codes + ((at + i) >> 1), scale, to + i);
+  const Values values(t.values);
+  const int shift = t.block_shift;
+  for (; shift >= 6 && n >= 64 && (at & 63) == 0; at += 64, to += 64, n -= 64) {
+    float scale = block_scale(t, at >> shift);
+    for (int i = 0; i < 64; i += 16) decode16(values, codes + ((at + i) >> 1), scale, to + i);
   }
+  const int64_t block = int64_t(1) << shift;
   while (n > 0) {
-    int64_t run = min_of(n, 64 - (at & 63));
-    float scale = block_scale(t, at >> 6);
+    int64_t run = min_of(n, block - (at & (block - 1)));
+    float scale = block_scale(t, at >> shift);
     int64_t i = 0;
     if ((at & 1) == 0)
-      for (; i + 16 <= run; i += 16) decode16(codes + ((at + i) >> 1), scale, to + i);
+      for (; i + 16 <= run; i += 16) decode16(values, codes + ((at + i) >> 1), scale, to + i);
     for (; i < run; i++) {
       int64_t flat = at + i;
       int code = flat & 1 ? codes[flat >> 1] & 15 : codes[flat >> 1] >> 4;
-      to[i] = kNf4Values[code] * scale;
+      to[i] = t.values[code] * scale;
     }
     at += run, to += run, n -= run;
   }
