@@ -164,12 +164,15 @@ def main() -> None:
     import torch
     from transformers import AutoConfig
 
+    from tunegate.kernels.formats import Recipe
     from tunegate.model.streaming import load_quantized
 
     drop_from_cache(args.folder)
     with Peak() as loading:
         began = time.perf_counter()
-        streamed = load_quantized(args.folder, AutoConfig.from_pretrained(args.folder), dtype=torch.float32)
+        streamed = load_quantized(
+            args.folder, AutoConfig.from_pretrained(args.folder), dtype=torch.float32, recipe=Recipe()
+        )
         seconds = time.perf_counter() - began
     found = {
         "machine": machine, "shape": shape, "checkpoint_bytes": size,

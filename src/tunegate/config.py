@@ -59,8 +59,11 @@ class BaseSection(Section):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
     template: str | None = Field(None, description="plain, chatml or Jinja text; default: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
-    quantization: Literal["none", "nf4"] = Field("none", description="nf4: 4 bits a weight while training (QLoRA)")
-    double_quantization: bool = Field(True, description="with nf4: scales in 8 bits too")
+    quantization: Literal["none", "nf4", "fp4", "int4"] = Field(
+        "none", description="nf4: 4 bits a weight while training (QLoRA); fp4 and int4 are less exact"
+    )
+    quantization_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights per scale")
+    double_quantization: bool = Field(True, description="scales in 8 bits too")
     keep_unquantized: tuple[str, ...] = Field((), description="layers to leave as they are, by name or path ending")
 
 

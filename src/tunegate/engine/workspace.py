@@ -33,7 +33,9 @@ def _new_block(size: int, folder: Path | None) -> tuple[Tensor, mmap.mmap]:
             os.posix_fallocate(handle.fileno(), 0, size)  # a full disk is an error here and not a signal later
             memory = mmap.mmap(handle.fileno(), size)
         return torch.frombuffer(memory, dtype=torch.uint8), memory
-    memory = mmap.mmap(-1, size)
+    # private: Python's default is shared memory, which rarely gets huge pages
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without transparent huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
