@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     init.add_argument("--metric", default="exact_match", help="primary metric, for example accuracy")
 
     _add_check(commands, common)
+    _add_plan(commands, common)
     run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
     run.add_argument(
         "--reopen-test",
@@ -96,3 +97,33 @@ def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
     check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
     check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
+
+
+def _add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
+    from tunegate.cli.plan import SIZES, size
+    from tunegate.plan.recommend import METHODS
+
+    plan = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="memory, time and money before a run, and what to choose",
+        description="Takes a task file with its real rows, or a model (--base, or its sizes) with --rows and --tokens.",
+    )
+    plan.add_argument("task", nargs="?", metavar="TASK", help="the task's YAML file")
+    plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    plan.add_argument("--probe", action="store_true", help="take three steps of the task here, and measure")
+    plan.add_argument("--base", help="packaged name, folder or hub id; only its config.json is read")
+    for name in SIZES:
+        plan.add_argument(
+            f"--{name.replace('_', '-')}", type=size, metavar="N", help="a size of the model, without --base"
+        )
+    plan.add_argument("--tied", action="store_true", help="head and embeddings are one tensor")
+    plan.add_argument("--rows", type=size, metavar="N", help="rows to train on")
+    plan.add_argument("--tokens", type=size, metavar="L", help="tokens of a row")
+    plan.add_argument("--epochs", type=float, default=3.0, metavar="N", help="default: 3")
+    plan.add_argument("--rank", type=_count, default=16, metavar="R", help="default: 16")
+    plan.add_argument("--batch-tokens", type=size, metavar="N", help="tokens in memory at once; default: 2048")
+    plan.add_argument("--method", action="append", choices=METHODS, help="what to choose from, preferred first")
+    plan.add_argument("--device", action="append", default=[], metavar="NAME", help="only these devices")
+    plan.add_argument("--prices", metavar="FILE", help="a table of devices and prices of your own (YAML)")
+    plan.add_argument("--published", action="store_true", help="predictions beside figures that others published")
