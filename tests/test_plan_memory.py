@@ -77,9 +77,8 @@ def test_the_replay_reserves_what_the_engine_reserves(
 ) -> None:
     """Small blocks, so that a tensor too many or too few is seen."""
     monkeypatch.setattr(workspace, "BLOCK_BYTES", 2 << 20)
-    model = tiny_model(family, hidden_size=128, intermediate_size=384, num_hidden_layers=3) if family != "gemma3" else (
-        tiny_model(family, hidden_size=128, intermediate_size=384)
-    )  # fmt: skip
+    sizes = {"hidden_size": 128, "intermediate_size": 384}
+    model = tiny_model(family, **sizes)
     runner = Runner(model.requires_grad_(False))
     assert runner.fused is not None
     runner.fused._pool.clear()
@@ -92,18 +91,12 @@ def test_the_replay_reserves_what_the_engine_reserves(
     rows = [Rendered(str(n), tuple(range(3, 303)), (False,) * 290 + (True,) * 10) for n in range(5)]
     batch = make_batch(rows, share_prefix=False)
     runner.loss_sum(batch).backward()
-    shape = shape_of_model(tiny_model(family, **_sizes(model)), family)
+    shape = shape_of_model(tiny_model(family, **sizes), family)
     p = PlanInputs(
         shape, shape.targets(spec), batch.layout.tokens, batch.n_targets, method="dora" if dora else "lora",
         dropout=dropout > 0, checkpointing="all" if recompute else "none",
     )  # fmt: skip
     assert planned_workspaces(p).reserved == runner.fused.reserved()
-
-
-def _sizes(model: Any) -> dict[str, Any]:
-    config = model.config
-    return {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-            **({} if config.model_type.startswith("gemma3") else {"num_hidden_layers": config.num_hidden_layers})}  # fmt: skip
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""How well three probed steps foretell a run: peak memory and training time, predicted and measured.
+
+    python benchmarks/plan_probe.py                 # every configuration, each in processes of its own
+    python benchmarks/plan_probe.py --only dora     # those whose name begins so
+
+For each configuration one process probes the task (``tunegate plan TASK --probe``), a second one trains it
+(``tunegate train TASK``) and reports its peak memory and the seconds of its steps. A third predicts once more after
+the run, from the calibration alone (``tunegate plan TASK``), which must come close to the run. The caches of bases are
+the user's own; calibration starts empty. Results go to docs/benchmarks/plan_probe.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+
+TICKETS = Path(__file__).resolve().parent.parent / "examples" / "support" / "tickets.jsonl"
+
+TASK = {
+    "base": {"name": "smollm2-135m-instruct"},
+    "data": {"train": str(TICKETS), "group_by": "customer",
+             "system": "Classify the customer's message. Answer with the intent name only."},
+    "task": {"metric": "accuracy", "max_new_tokens": 8, "prompts": []},
+}  # fmt: skip
+
+# name: train settings
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 24},
+    "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 12},
+    "lora r16, 1024 tokens, no shared prefix": {
+        "rank": 16, "tokens_per_step": 1024, "max_steps": 12, "share_prefix": False,
+    },
+    "lora r16, 2048 tokens, recomputed": {
+        "rank": 16, "tokens_per_step": 2048, "max_steps": 8, "gradient_checkpointing": True,
+    },
+    "lora r64, 2048 tokens in batches of 512": {
+        "rank": 64, "tokens_per_step": 2048, "tokens_per_batch": 512, "max_steps": 8,
+    },
+    "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 12},
+    "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 12},
+}  # fmt: skip
+
+
+def command(home: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON that ``tunegate ARGUMENTS`` prints, in a process of its own."""
+    environment = {**os.environ, "TUNEGATE_HOME": str(home), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tunegate.cli", *arguments, "--json"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"tunegate {' '.join(arguments)}: {done.stdout[-400:]} {done.stderr[-400:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    home = folder / "home"
+    home.mkdir()
+    own = Path(os.environ.get("TUNEGATE_HOME") or "~/.cache/tunegate").expanduser()
+    if (own / "bases").is_dir():
+        (home / "bases").symlink_to(own / "bases")
+    task = folder / "task.yaml"
+    train = {"epochs": 9.0, "eval_every": 10**6, "eval_items": 16, **settings}
+    task.write_text(json.dumps({**TASK, "train": train}), encoding="utf-8")
+    load = os.getloadavg()[0]
+    blind = command(home, "plan", str(task))["this_machine"]["predicted"]
+    probed = command(home, "plan", str(task), "--probe")["probe"]
+    run = command(home, "train", str(task))["training"]
+    after = command(home, "plan", str(task))["this_machine"]["predicted"]
+    return {
+        "settings": settings, "load": [round(load, 2), round(os.getloadavg()[0], 2)], "steps": run["steps"],
+        "bytes": {"formula": blind["bytes"], "probe": probed["bytes"], "after": after["bytes"],
+                  "measured": run["peak_rss_bytes"]},
+        "seconds": {"formula": blind["seconds"], "probe": probed["seconds"], "after": after["seconds"],
+                    "measured": run["seconds"]},
+        "tokens_per_second": run["tokens_per_second"],
+    }  # fmt: skip
+
+
+def error(found: dict[str, float], which: str) -> float:
+    return found[which] / found["measured"] - 1
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{one['bytes']['measured'] / 2**30:.2f}", f"{error(one['bytes'], 'formula'):+.1%}",
+         f"{error(one['bytes'], 'probe'):+.1%}", f"{one['seconds']['measured']:.1f}",
+         f"{error(one['seconds'], 'formula'):+.0%}", f"{error(one['seconds'], 'probe'):+.0%}",
+         f"{one['load'][0]:.1f}, {one['load'][1]:.1f}"]
+        for name, one in result["configurations"].items()
+    ]  # fmt: skip
+    header = ["configuration", "peak GiB", "formula", "probe", "train s", "formula", "probe", "load before, after"]
+    return "\n\n".join(["# plan: predicted and measured", common.describe(result["machine"]), common.table(header, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="configurations whose name begins so")
+    parser.add_argument("--output", type=Path, default=common.RESULTS)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"machine": common.machine(), "configurations": {}}
+    for name, settings in CONFIGURATIONS.items():
+        if args.only and not any(name.startswith(start) for start in args.only):
+            continue
+        with tempfile.TemporaryDirectory(prefix="tunegate-plan-") as folder:
+            found = measure(settings, Path(folder))
+        result["configurations"][name] = found
+        print(name, json.dumps(found), flush=True)
+    common.write("plan_probe", result, markdown(result), args.output)
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
