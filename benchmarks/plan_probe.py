@@ -33,10 +33,10 @@ TASK = {
 
 # name: train settings
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 24},
-    "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 12},
+    "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 16},
+    "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 8},
     "lora r16, 1024 tokens, no shared prefix": {
-        "rank": 16, "tokens_per_step": 1024, "max_steps": 12, "share_prefix": False,
+        "rank": 16, "tokens_per_step": 1024, "max_steps": 8, "share_prefix": False,
     },
     "lora r16, 2048 tokens, recomputed": {
         "rank": 16, "tokens_per_step": 2048, "max_steps": 8, "gradient_checkpointing": True,
@@ -44,8 +44,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lora r64, 2048 tokens in batches of 512": {
         "rank": 64, "tokens_per_step": 2048, "tokens_per_batch": 512, "max_steps": 8,
     },
-    "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 12},
-    "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 12},
+    "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 8},
+    "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 8},
 }  # fmt: skip
 
 
@@ -98,7 +98,9 @@ def markdown(result: dict[str, Any]) -> str:
         for name, one in result["configurations"].items()
     ]  # fmt: skip
     header = ["configuration", "peak GiB", "formula", "probe", "train s", "formula", "probe", "load before, after"]
-    return "\n\n".join(["# plan: predicted and measured", common.describe(result["machine"]), common.table(header, rows)])
+    return "\n\n".join(
+        ["# plan: predicted and measured", common.describe(result["machine"]), common.table(header, rows)]
+    )
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def inputs(tokens: int = 100, **more: Any) -> PlanInputs:
     return PlanInputs(SMALL, targets, tokens, tokens, **more)
 
 
-# --- the CPU engine ---------------------------------------------------------------------------------------------
+# --- the CPU engine ----------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.sampled_from([2, 4]), st.booleans()), max_size=40))
@@ -99,7 +99,7 @@ def test_the_replay_reserves_what_the_engine_reserves(
     assert planned_workspaces(p).reserved == runner.fused.reserved()
 
 
-# --- by hand --------------------------------------------------------------------------------------------------------
+# --- by hand -----------------------------------------------------------------------------------------------------
 
 
 def test_the_constants_of_double_quantization() -> None:

@@ -67,7 +67,8 @@ def test_chosen_layers_and_modules_are_counted_like_the_injection() -> None:
 
 
 @given(
-    layers=st.integers(1, 4), hidden=st.sampled_from([32, 64, 96]), groups=st.sampled_from([1, 2, 4]), per=st.sampled_from([1, 2, 4]),
+    layers=st.integers(1, 4), hidden=st.sampled_from([32, 64, 96]),
+    groups=st.sampled_from([1, 2, 4]), per=st.sampled_from([1, 2, 4]),
     dim=st.sampled_from([8, 16]), inner=st.integers(1, 200), vocab=st.integers(10, 500), tied=st.booleans(),
 )  # fmt: skip
 def test_the_formula_agrees_with_transformers(

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunegate.config import Config, TrainSection
 from tunegate.data.pack import SHORTEST_PREFIX, common_prefix, split_batches
 from tunegate.data.render import Renderer
@@ -34,9 +36,10 @@ from tunegate.pipeline.folders import is_done
 from tunegate.pipeline.prepare import Prepared, load_data
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import adapter_spec
+from tunegate.pipeline.steps import LOSS_ROWS
 from tunegate.plan import calibrate
-from tunegate.plan.devices import Device, available_memory, cpu_device, this_machine
-from tunegate.plan.memory import Evaluation, PlanInputs, estimate
+from tunegate.plan.devices import Device, available_memory, cpu_device, load_sheet, this_machine
+from tunegate.plan.memory import EVALUATION_ROWS, Evaluation, PlanInputs, estimate
 from tunegate.plan.recommend import fit_problem
 from tunegate.plan.shapes import ModelShape, shape_of_folder
 from tunegate.plan.time import Workload, answer_time, training_time
@@ -116,6 +119,7 @@ def describe(
     settings = config.task.train
     machine, device = this_machine(), choose_device(settings.device)
     cuda = device.startswith("cuda")
+    threads = settings.threads or torch.get_num_threads()
     batches = _batches(train, settings)
     answers = _answers(config, valid, test, len(batches.steps), prompts)
     method = "dora" if settings.method == "dora" else "lora"
@@ -131,22 +135,29 @@ def describe(
         checkpointing="all" if settings.gradient_checkpointing else "none",
         prefix=batches.prefix,
         data_tokens=sum(len(row) for row in (*train, *valid)),
-        evaluation=Evaluation(prompt=answers.prompt, new=answers.new, prefix=_prompt_prefix(train, prompts)),
-        threads=settings.threads or machine.cores,
+        evaluation=Evaluation(
+            rows=min(EVALUATION_ROWS, max(items for _, items, _ in answers.passes)),
+            prompt=answers.prompt,
+            new=answers.new,
+            prefix=_prompt_prefix(train, prompts),
+            loss_tokens=most_loss_tokens((train[:LOSS_ROWS], valid[:LOSS_ROWS]), settings),
+        ),
+        threads=threads,
     )
-    return TaskPlan(
-        inputs, batches.workload, max(len(row) for row in train), answers, _here(cuda, itemsize, settings.threads)
-    )
+    return TaskPlan(inputs, batches.workload, max(len(row) for row in train), answers, _here(cuda, itemsize, threads))
 
 
-def _here(cuda: bool, itemsize: int, threads: int | None) -> Device:
+def most_loss_tokens(parts: Sequence[Sequence[Rendered]], settings: TrainSection) -> int:
+    """The most computed tokens of a batch of any of ``parts``."""
+    batches = [b for rows in parts if rows for b in split_batches(rows, settings.tokens_per_batch,
+               share_prefix=settings.share_prefix)]  # fmt: skip
+    return max((batch.layout.tokens for batch in batches), default=0)
+
+
+def _here(cuda: bool, itemsize: int, threads: int) -> Device:
     """What the run computes on."""
     if not cuda:
         return cpu_device(this_machine(), itemsize, threads)
-    import torch
-
-    from tunegate.plan.devices import load_sheet
-
     name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
     plain = name.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "-").strip("-")
     known = [d for d in load_sheet().devices if d.kind == "cuda" and d.name.split("-")[0] in plain.split("-")]

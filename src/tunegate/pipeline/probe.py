@@ -23,7 +23,15 @@ from tunegate.data.pack import split_batches
 from tunegate.engine.schedule import StepPlan
 from tunegate.engine.train import Hooks, mean_loss, train
 from tunegate.errors import InputError
-from tunegate.pipeline.planning import Prediction, TaskPlan, check_fit, peak_rss, plan_prepared, predict
+from tunegate.pipeline.planning import (
+    Prediction,
+    TaskPlan,
+    check_fit,
+    most_loss_tokens,
+    peak_rss,
+    plan_prepared,
+    predict,
+)
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
@@ -115,7 +123,14 @@ def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering:
     warm_up = max(0.0, times[0] - taken[0][0] / rate)
     seconds = whole / rate + warm_up
     seen = dataclasses.replace(plan.inputs, tokens=max(t for _, t in taken))
-    seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens))
+    answered = prepared.valid_rows[:ITEMS]
+    assert seen.evaluation is not None
+    evaluation = dataclasses.replace(
+        seen.evaluation,
+        rows=min(seen.evaluation.rows, len(answered)),
+        loss_tokens=most_loss_tokens((answered,), prepared.config.task.train),
+    )
+    seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens), evaluation=evaluation)
     raw = predict(plan)
     more = max(0, raw.raw_bytes - estimate(seen).total)
     peak = peak_rss() + more

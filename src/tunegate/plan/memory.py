@@ -32,7 +32,7 @@ Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
 Phase = Literal["always", "loading", "training", "loss", "backward", "evaluation"]
 
-RUNTIME = 420e6  # Python, torch, transformers and tokenizers once imported, measured; see docs/plan.md
+RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
 FRAGMENTATION = 0.05  # of what comes and goes
 ROW_TOKEN = 48  # bytes of a rendered token: an id (a Python int and its pointer) and its target mark
@@ -43,12 +43,14 @@ EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Generated answers: ``rows`` side by side, ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens."""
+    """Generated answers: ``rows`` side by side, ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens.
+    ``loss_tokens`` are held at once where a loss is taken over rows without gradients."""
 
     rows: int = EVALUATION_ROWS
     prompt: int = 256
     new: int = 32
     prefix: int = 0
+    loss_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,8 @@ def workspaces(p: PlanInputs) -> Replay:
     if p.checkpointing == "offload":
         memory = _offloaded(p)
     if p.evaluation:
-        tokens = max(p.evaluation.prefix, p.evaluation.prompt * group_rows(p.evaluation))
+        e = p.evaluation
+        tokens = max(e.prefix, e.prompt * group_rows(e), e.loss_tokens)
         replay_evaluation(layer_pass(p, tokens, training=False), memory)
     return memory
 

@@ -32,7 +32,8 @@ QUERY_VALUE = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Point:
-    """A published figure: a value or a range (``low`` to ``high``) in ``unit``, and the prediction."""
+    """A published figure: a value or a range (``low`` to ``high``) in ``unit``, and the prediction. ``step``: the
+    figure was published as a multiple of this, and stands for what rounds to it."""
 
     group: str
     what: str
@@ -42,16 +43,18 @@ class Point:
     predicted: float
     inputs: str
     source: str
+    step: float = 0.0
 
     @property
     def error(self) -> float:
-        """Relative distance to the nearest published value; 0 inside a range."""
-        nearest = min(max(self.predicted, self.low), self.high)
+        """Relative distance to the nearest value that the published figure stands for; 0 inside a range."""
+        nearest = min(max(self.predicted, self.low - self.step / 2), self.high + self.step / 2)
         return self.predicted / nearest - 1
 
     @property
     def published(self) -> str:
-        return f"{self.low:g}" if self.low == self.high else f"{self.low:g} to {self.high:g}"
+        text = f"{self.low:g}" if self.low == self.high else f"{self.low:g} to {self.high:g}"
+        return text + (f" (in steps of {self.step:g})" if self.step else "")
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "error": self.error}
@@ -104,7 +107,10 @@ def rules_of_memory() -> list[Point]:
             "inputs of layers, one layer at work, one matrix",
         ),
     )
-    found += [_point("rule", f"70B QLoRA: {n}", value, size / GB, how, unit="GB") for n, value, size, how in pieces]
+    found += [
+        replace(_point("rule", f"70B QLoRA: {n}", value, size / GB, how, unit="GB"), step=0.5 if value <= 1 else 0.0)
+        for n, value, size, how in pieces
+    ]
     layer = 16 * (4096 + 4096)
     found.append(_point("rule", "trained share of a 4096 x 4096 layer", 0.78, 100 * layer / 4096**2, "r=16", unit="%"))
     return found

@@ -245,9 +245,13 @@ def fit_problem(
     if total <= available:
         return None
     options = changes(p, longest, quantizes=quantizes, eight_bit=eight_bit, offloads=offloads)
-    fitting = [(change, size) for change in options if (size := needed(change.inputs)) <= available]
+    fitting: dict[str, tuple[Change, int]] = {}  # of one setting's values, the first that fits
+    for change in options:
+        size = needed(change.inputs)
+        if size <= available:
+            fitting.setdefault(change.setting.partition(":")[0], (change, size))
     if fitting:
-        fix = "; or ".join(f"`{c.setting}` ({size / 1e9:.1f} GB: {c.loss})" for c, size in fitting[:3])
+        fix = "; or ".join(f"`{c.setting}` ({size / 1e9:.1f} GB: {c.loss})" for c, size in list(fitting.values())[:3])
     else:
         least = min([needed(change.inputs) for change in options], default=total)
         fix = f"no setting brings it below {least / 1e9:.1f} GB: free memory, use a smaller base, or a larger machine"
