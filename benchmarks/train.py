@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", default="smollm2-135m-instruct", help="packaged name or folder")
     parser.add_argument("--data", type=Path, help="JSONL of messages; default: rows made to --profile")
     parser.add_argument("--profile", default="intent", choices=sorted(rows.PROFILES))
-    parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--tokens-per-step", type=int, help="default 1024 quick, 2048 otherwise")
     parser.add_argument("--rounds", type=int, help="repetitions; default 2 quick, 3 otherwise")
     parser.add_argument("--steps", type=int, help="timed steps a repetition; default by speed")
     parser.add_argument("--thread-count", type=int, help="threads for everyone; default: torch's choice")
@@ -58,7 +58,7 @@ def main() -> None:
         made = rows.rendered(base, data=args.data, profile=args.profile, n=1500, seed=0)
         spec = {
             "base": str(base), "rows": rows.save(made, path), "warmup": 1, "threads": args.thread_count,
-            "train": {"tokens_per_step": args.tokens_per_step},
+            "train": {"tokens_per_step": args.tokens_per_step or (1024 if args.quick else 2048)},
         }  # fmt: skip
         found = {"machine": machine, "rows": rows.describe(made), "settings": spec["train"]}
         print(f"rows: {found['rows']}", flush=True)
@@ -74,7 +74,7 @@ def main() -> None:
 def run_main(args: argparse.Namespace, spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     limit = QUICK_SECONDS if args.quick else float("inf")
-    steps = (args.steps or (4 if args.quick else 10), args.steps or (1 if args.quick else 4))
+    steps = (args.steps or (5 if args.quick else 10), args.steps or (1 if args.quick else 4))
     extras = checks(spec, found["rows"], quick=args.quick)
     scores = [Score(c, reason=c.why_not()) for c in chosen(args)]
     for number in range(args.rounds or (2 if args.quick else 3)):
@@ -135,7 +135,7 @@ def checks(spec: dict[str, Any], described: dict[str, Any], *, quick: bool) -> d
         print(f"roofline: skipped, {error}", flush=True)
     try:
         train = {**spec["train"], "tokens_per_step": 128 if quick else 256}
-        gap = {**spec, "kind": "loss_gap", "warmup": 0, "steps": 20 if quick else 50, "train": train}
+        gap = {**spec, "kind": "loss_gap", "warmup": 0, "steps": 10 if quick else 50, "train": train}
         found["loss_gap"] = common.run_worker(gap)
         print(f"loss gap: {found['loss_gap']['gap']:.2e}", flush=True)
     except Skipped as error:

@@ -48,6 +48,9 @@ class BaseSection(Section):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
     template: str | None = Field(None, description="plain, chatml or Jinja text; default: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: 4 bits a weight while training (QLoRA)")
+    double_quantization: bool = Field(True, description="with nf4: scales in 8 bits too")
+    keep_unquantized: tuple[str, ...] = Field((), description="layers to leave as they are, by name or path ending")
 
 
 class DataSection(Section):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tunegate.adapter.layers import DoRALinear, LoRALinear
 from tunegate.kernels.linear import QuantizedWeight
+from tunegate.kernels.stored import StoredLinear
 
 KNOWN = {
     f"{family}DecoderLayer"
@@ -94,7 +95,7 @@ def resolve(module: nn.Module) -> Projection | None:
     adapter = module if isinstance(module, (LoRALinear, DoRALinear)) else None
     base = adapter.base if adapter is not None else module
     weight: Tensor | QuantizedWeight
-    if type(base) is nn.Linear:
+    if isinstance(base, nn.Linear | StoredLinear) and type(base) in (nn.Linear, StoredLinear):
         weight = base.weight.detach()
         if base.weight.requires_grad or weight.stride(-1) != 1:
             return None
@@ -142,6 +143,7 @@ def _read(layer: Any) -> Shape:
     if head_norms:
         expected |= {"self_attn.q_norm", "self_attn.k_norm"}
     base_names = {_plain(name) for name, _ in layer.named_parameters()}
+    base_names |= {_plain(name) for name, _ in layer.named_buffers() if name.endswith(".codes")}  # quantized weights
     if base_names != expected:
         raise ValueError(f"unknown parameters {sorted(base_names ^ expected)}")
     if not getattr(attention, "is_causal", True):

@@ -127,6 +127,8 @@ class Runner:
         self.backbone: nn.Module = model.base_model
         self.device: torch.device = next(model.parameters()).device
         self.context = _position_table(model.config.get_text_config())
+        with torch.no_grad():  # what it computes in: some of its weights may be stored in less
+            self.dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
         self.fused: FusedLayers | None = None
         self.path, self.path_reason = self._choose_path()
 
@@ -274,7 +276,7 @@ class Runner:
         return fused.describe()
 
     def _tolerance(self) -> float:
-        return 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        return 1e-3 if self.dtype == torch.float32 else 5e-2
 
     def _probe_rows(self) -> list[Tensor]:
         vocabulary = self.model.config.get_text_config().vocab_size

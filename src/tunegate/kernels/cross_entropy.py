@@ -4,7 +4,7 @@ Forward computes, chunk by chunk, the logits, the loss and, because the head is 
 respect to the hidden states; backward only scales it. Memory is chunk x vocabulary whatever the batch. The loss is
 a SUM over targets, in fp32: who divides, and by what, is the training loop's business.
 
-With the C++ kernels, a frozen plain ``nn.Linear`` head in fp32 and without a soft cap writes its logits into one buffer
+With the C++ kernels, a frozen plain head on fp32 hidden states, without a soft cap, writes its logits into one buffer
 per thread that later calls reuse; :func:`softmax_gradient_` turns them into their own gradient in place.
 Log-probabilities and greedy choices need no logits afterwards: they go through blocks of the vocabulary that stay in
 the cache. Any other head, device or autocast takes the module's own forward, which rounds 16-bit logits; the operator
@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tunegate.kernels import native
 from tunegate.kernels.linear import Product, Term, multiply
+from tunegate.kernels.stored import StoredLinear
 
 CHUNK_BYTES = 64 * 2**20
 BLOCK_ROWS, BLOCK_ELEMENTS = 1024, 2**21  # logits that forward-only passes hold: 8 MiB, a part of a third-level cache
@@ -164,12 +165,14 @@ def _scale_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, .
 linear_cross_entropy_op.register_autograd(_scale_gradient, setup_context=_keep_gradient)
 
 
-def _plain_head(hidden: Tensor, head: Head) -> nn.Linear | None:
+def _plain_head(hidden: Tensor, head: Head) -> nn.Linear | StoredLinear | None:
     """The head's linear layer if the kernels can stand in for its forward."""
     module = head.module
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks or not head.frozen:
+    if not isinstance(module, nn.Linear | StoredLinear) or type(module) not in (nn.Linear, StoredLinear):
         return None
-    if hidden.dim() != 2 or hidden.dtype != torch.float32 or module.weight.dtype != torch.float32:
+    if module._forward_hooks or module._forward_pre_hooks or not head.frozen:
+        return None
+    if hidden.dim() != 2 or hidden.dtype != torch.float32 or module.weight.dtype not in native.KERNEL_DTYPES:
         return None
     if torch.is_autocast_enabled("cpu") or hidden.stride(1) != 1 or module.weight.stride(1) != 1:
         return None
@@ -232,7 +235,7 @@ def linear_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def _logit_blocks(hidden: Tensor, layer: nn.Linear) -> Iterator[tuple[int, int, int, Tensor]]:
+def _logit_blocks(hidden: Tensor, layer: nn.Linear | StoredLinear) -> Iterator[tuple[int, int, int, Tensor]]:
     """(first row, first column, columns, logits) of every block; a block's buffer is the next one's too."""
     for start in range(0, hidden.shape[0], BLOCK_ROWS):
         part = hidden[start : start + BLOCK_ROWS]
@@ -246,7 +249,9 @@ def _logit_blocks(hidden: Tensor, layer: nn.Linear) -> Iterator[tuple[int, int, 
 
 
 @torch.no_grad()
-def _blocked_log_probs(lib: ModuleType, hidden: Tensor, labels: Tensor, head: Head, layer: nn.Linear) -> Tensor:
+def _blocked_log_probs(
+    lib: ModuleType, hidden: Tensor, labels: Tensor, head: Head, layer: nn.Linear | StoredLinear
+) -> Tensor:
     count = hidden.shape[0]
     most, total, target = torch.full((count,), -torch.inf), torch.zeros(count), torch.zeros(count)
     labels = labels.contiguous()

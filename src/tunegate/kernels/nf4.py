@@ -29,12 +29,10 @@ from tunegate.kernels.linear import (
     BLOCK,
     NESTED_BLOCK,
     NF4_VALUES,
-    Product,
     QuantizedWeight,
-    Term,
     dequantize_range,
-    multiply,
 )
+from tunegate.kernels.stored import FrozenProduct
 
 _POINTS = 65536
 _LEAST_ABSMAX = 1e-38
@@ -201,26 +199,6 @@ def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype
     return codes.new_empty((rows, columns), dtype=dtype)
 
 
-class _Multiply(torch.autograd.Function):
-    """``x W^T + bias`` for a frozen NF4 W; backward gives x's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        flat = x.reshape(-1, weight.shape[1]).contiguous()
-        out = x.new_empty(flat.shape[0], weight.shape[0])
-        multiply(Product(out, [Term(flat, weight)], bias=bias))
-        return out.view(*x.shape[:-1], weight.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.weight.shape
-        flat = grads[0].reshape(-1, rows).contiguous()
-        out = flat.new_empty(flat.shape[0], columns)
-        multiply(Product(out, [Term(flat, ctx.weight, w_is_kn=True)]))
-        return out.view(*grads[0].shape[:-1], columns), None, None
-
-
 class NF4Linear(nn.Module):
     """A frozen linear layer with an NF4 weight; (..., in) to (..., out) in the input's dtype.
 
@@ -268,7 +246,7 @@ class NF4Linear(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         even = self.codes.numel() * 2 == self.in_features * self.out_features
         if not autocast and even and native.library_for(x) is not None:
-            out: Tensor = _Multiply.apply(x, self.quantized, self.bias)
+            out: Tensor = FrozenProduct.apply(x, self.quantized, self.bias)
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)

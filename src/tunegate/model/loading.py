@@ -5,11 +5,12 @@ transformers lets pass with a warning: encoder-decoders, encoders, checkpoints w
 be random numbers) or tensors of another shape. ``tokenizer.json`` is taken as it is: transformers 5 rebuilds
 some classes (GPT2Tokenizer is one) from the vocabulary alone and so loses the published pre-tokenizer.
 
-It moves nothing to a device, quantizes nothing and swaps no layers.
+It moves nothing to a device and swaps no layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.model.resolve import ResolvedBase
+from tunegate.model.streaming import load_quantized
 from tunegate.model.weights import load_object
 
 if TYPE_CHECKING:
@@ -26,9 +28,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def load_model(base: ResolvedBase | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    base: ResolvedBase | Path, *, dtype: torch.dtype, recipe: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """The base on the CPU in ``dtype``, in eval mode, no parameter requiring a gradient.
 
+    ``recipe`` (format, block, double, keep) quantizes its linear layers on the way (:mod:`tunegate.model.streaming`).
     Raises :class:`InputError` if it is not a decoder-only causal LM, if tensors are missing or have other
     shapes, or if transformers cannot read it. A head tied to the embedding does not count as missing.
     """
@@ -36,6 +42,12 @@ def load_model(base: ResolvedBase | Path, *, dtype: torch.dtype, trust_remote_co
 
     folder = base.path if isinstance(base, ResolvedBase) else base
     config = _causal_config(folder, trust_remote_code)
+    if recipe is not None:
+        streamed = load_quantized(
+            folder, config, dtype=dtype, double=recipe["double"], keep=recipe["keep"],
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return streamed.model
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
     try:
         model, info = loader.from_pretrained(

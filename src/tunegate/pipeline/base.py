@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunegate.config import Config
+from tunegate.config import BaseSection, Config
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError
+from tunegate.kernels.linear import BLOCK
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
 from tunegate.model.loading import choose_dtype, load_tokenizer
 from tunegate.model.resolve import ResolvedBase, resolve_base
@@ -23,7 +24,8 @@ from tunegate.pipeline.reporter import Reporter
 @dataclass(frozen=True)
 class Base:
     """A base on disk, hashed, with its renderer. ``parameters`` counts tied tensors once; ``positions`` is the
-    longest row its config allows, in tokens, None where the config does not say."""
+    longest row its config allows, in tokens, None where the config does not say; ``recipe`` is how its weights are
+    quantized when they are loaded, None if they are not."""
 
     resolved: ResolvedBase
     fingerprint: BaseFingerprint
@@ -32,6 +34,7 @@ class Base:
     positions: int | None
     compute_dtype: str
     dtype_reason: str
+    recipe: dict[str, Any] | None = None
 
     def card(self) -> dict[str, Any]:
         return {
@@ -40,6 +43,7 @@ class Base:
             "revision": self.resolved.revision,
             "fingerprint": asdict(self.fingerprint),
             "parameters": self.parameters,
+            "recipe": self.recipe,
         }
 
 
@@ -60,7 +64,15 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
     entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
     parameters = sum(_elements(e.shape) for e in entries.values())
     positions = _positions(load_object(resolved.path / "config.json"))
-    return Base(resolved, fingerprint, renderer, parameters, positions, str(dtype).removeprefix("torch."), reason)
+    name = str(dtype).removeprefix("torch.")
+    return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, _recipe(section))
+
+
+def _recipe(section: BaseSection) -> dict[str, Any] | None:
+    if section.quantization == "none":
+        return None
+    kept = sorted(set(section.keep_unquantized))
+    return {"format": section.quantization, "block": BLOCK, "double": section.double_quantization, "keep": kept}
 
 
 def base_name(config: Config) -> str:

@@ -17,7 +17,7 @@ import tunegate
 from tunegate import records
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash
 from tunegate.errors import InputError, Problem, TunegateError
-from tunegate.files import explain_os_error, hash_file, read_json, write_json, write_text
+from tunegate.files import canonical_json, explain_os_error, hash_file, read_json, write_json, write_text
 from tunegate.pipeline.base import Base
 from tunegate.pipeline.folders import now, short
 from tunegate.pipeline.prepare import Prepared
@@ -174,11 +174,23 @@ def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False
             got=f"{base.resolved.name} with fingerprint {here} ({_which(card.base['fingerprint'], base)} differ)",
             fix="use the base it was trained on; --allow-base-mismatch overrides this and is recorded",
         )
+    if card.base.get("recipe") != base.recipe and not allow_base_mismatch:
+        raise InputError(
+            "the adapter was trained on another quantization of this base",
+            where=str(folder),
+            expected=_recipe_text(card.base.get("recipe")),
+            got=_recipe_text(base.recipe),
+            fix="set `base.quantization` as it was trained; --allow-base-mismatch overrides this and is recorded",
+        )
     try:
         base.renderer.check_golden(card.template["golden"])
     except TunegateError as error:
         raise InputError(error.problems) from None
     return card
+
+
+def _recipe_text(recipe: Any) -> str:
+    return "no quantization" if recipe is None else canonical_json(recipe)
 
 
 def _which(fingerprint: dict[str, str], base: Base) -> str:

@@ -66,7 +66,8 @@ class Prepared:
         """What an answer of the base depends on, apart from the prompt."""
         base, renderer = self.base, self.base.renderer
         stops = list(renderer.stop_ids) if self.scorer.generates else []
-        return [base.fingerprint.total, renderer.template_hash, stops, base.compute_dtype, tunegate.__version__]
+        key = [base.fingerprint.total, renderer.template_hash, stops, base.compute_dtype, tunegate.__version__]
+        return key if base.recipe is None else [*key, base.recipe]
 
     @cached_property
     def baseline_items(self) -> list[Example]:

@@ -40,13 +40,15 @@ class Session:
         config, base = self.prepared.config.task, self.prepared.base
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
+        kept = "" if base.recipe is None else f", linear layers in {base.recipe['format']}"
         self.reporter.line(
             f"loading {base.resolved.name}: {count(base.parameters)} parameters, "
-            f"{base.compute_dtype} ({self.prepared.config.origins.get('base.compute_dtype', base.dtype_reason)})"
+            f"{base.compute_dtype} ({self.prepared.config.origins.get('base.compute_dtype', base.dtype_reason)}){kept}"
         )
         model = load_model(
-            base.resolved, dtype=getattr(torch, base.compute_dtype), trust_remote_code=config.base.trust_remote_code
-        )
+            base.resolved, dtype=getattr(torch, base.compute_dtype), recipe=base.recipe,
+            trust_remote_code=config.base.trust_remote_code,
+        )  # fmt: skip
         return model.to(torch.device(choose_device(config.train.device)))  # type: ignore[arg-type]
 
     @cached_property

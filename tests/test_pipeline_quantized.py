@@ -1,0 +1,68 @@
+"""A run on an NF4 base: the recipe is part of the run, of the card, and of what an adapter is checked against."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from task import call, write_task
+from tunegate.files import read_json, read_jsonl
+
+NF4 = ("--set", "base.quantization=nf4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    task = write_task(tmp_path_factory.mktemp("qlora"), tiny_llama)
+    said = call("run", task, *NF4)
+    assert said.code == 0, said.err
+    assert "linear layers in nf4" in said.err
+    return task
+
+
+def adapter(task: Path) -> Path:
+    (found,) = (task.parent / "runs" / "task").glob("run-*/adapter")
+    return found
+
+
+def test_the_card_names_the_recipe_and_the_original_fingerprint(finished: Path, tiny_llama: Path) -> None:
+    from dataclasses import asdict
+
+    from tunegate.model.fingerprint import fingerprint_base
+
+    base = read_json(adapter(finished) / "card.json")["base"]
+    assert base["recipe"] == {"format": "nf4", "block": 64, "double": True, "keep": []}
+    assert base["fingerprint"] == asdict(fingerprint_base(tiny_llama))
+
+
+def test_another_quantization_is_another_run_and_refuses_the_adapter(finished: Path) -> None:
+    folder = adapter(finished)
+    said = call("eval", finished, "--adapter", folder)
+    assert said.code == 2 and "another quantization of this base" in said.err
+    said = call("eval", finished, "--adapter", folder, "--allow-base-mismatch", "--json")
+    assert said.code == 0 and json.loads(said.out)["settings"]["base_mismatch_allowed"] is True
+    assert call("gate", finished).code == 2  # no run of the task as the file has it
+    assert call("gate", finished, *NF4).code == 0
+
+
+def test_a_run_again_does_nothing_again(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in adapter(finished).iterdir()}
+    assert call("run", finished, *NF4).code == 0
+    assert before == {p: p.stat().st_mtime_ns for p in adapter(finished).iterdir()}
+
+
+def test_the_saved_adapter_scores_as_it_did(finished: Path) -> None:
+    said = call("eval", finished, "--adapter", adapter(finished), *NF4, "--json")
+    assert said.code == 0
+    best = read_json(adapter(finished).parent / "train" / "run.json")["best_score"]
+    items = read_jsonl(next((finished.parent / "runs" / "task").glob("eval-*/adapter-valid.items.jsonl")))
+    scores = [item["scores"]["accuracy"] for item in items][:12]
+    assert sum(scores) / len(scores) == pytest.approx(best)
+
+
+def test_what_is_wrong_is_named(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama)
+    said = call("check", task, "--set", "base.quantization=nf5")
+    assert said.code == 2 and "base.quantization" in said.err and "nf4" in said.err
