@@ -31,7 +31,7 @@ TASK = {
     "task": {"metric": "accuracy", "max_new_tokens": 8, "prompts": []},
 }  # fmt: skip
 
-# name: train settings
+# name: train settings; those of the base under "base"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 16},
     "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 8},
@@ -43,6 +43,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "lora r64, 2048 tokens in batches of 512": {
         "rank": 64, "tokens_per_step": 2048, "tokens_per_batch": 512, "max_steps": 8,
+    },
+    "qlora r16, 1024 tokens": {
+        "rank": 16, "tokens_per_step": 1024, "max_steps": 8, "base": {"quantization": "nf4"},
     },
     "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 8},
     "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 8},
@@ -69,7 +72,8 @@ def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         (home / "bases").symlink_to(own / "bases")
     task = folder / "task.yaml"
     train = {"epochs": 9.0, "eval_every": 10**6, "eval_items": 16, **settings}
-    task.write_text(json.dumps({**TASK, "train": train}), encoding="utf-8")
+    base = {**TASK["base"], **train.pop("base", {})}
+    task.write_text(json.dumps({**TASK, "base": base, "train": train}), encoding="utf-8")
     load = os.getloadavg()[0]
     blind = command(home, "plan", str(task))["this_machine"]["predicted"]
     probed = command(home, "plan", str(task), "--probe")["probe"]

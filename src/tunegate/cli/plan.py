@@ -64,6 +64,11 @@ def _of_task(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device,
 
         found = probe(config, console)
         task_plan, prediction, probed = found.plan, found.prediction, found.to_json()
+        steps = ", ".join(f"{seconds:.2f}" for seconds in found.step_seconds)
+        console.text(
+            f"probe: steps of {steps} s; the run: {_bytes(found.bytes)} at the peak, {_time(found.seconds)} of "
+            f"training, {_time(found.answer_seconds)} of evaluation"
+        )
     else:
         task_plan = plan_task(config, console)
         prediction = predict(task_plan)

@@ -13,7 +13,7 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from tunegate.records import RunRecord
 
 FILE = "plan.json"
 STEPS_LOOKED_AT = 200
+QUANTIZES = True  # base.quantization is a setting; the other ways to save memory are named once they are settings
 LEAST_STEPS = 3  # fewer are mostly warm-up and say nothing about speed
 
 
@@ -123,14 +124,19 @@ def describe(
     batches = _batches(train, settings)
     answers = _answers(config, valid, test, len(batches.steps), prompts)
     method = "dora" if settings.method == "dora" else "lora"
+    base = config.task.base
+    fused = shape.fused and machine.level != "twins"
     inputs = PlanInputs(
-        shape=shape,
+        shape=shape if cuda else replace(shape, fused=fused),
         targets=shape.targets(adapter_spec(settings)),
         tokens=batches.tokens,
         loss_tokens=batches.targets,
         method=method,  # type: ignore[arg-type]
-        engine="eager" if cuda or machine.level == "twins" else "native",
+        engine="eager" if cuda else "native",
         itemsize=itemsize,
+        quantization=None if base.quantization == "none" else base.quantization,
+        double_quant=base.double_quantization,
+        unquantized=base.keep_unquantized,
         dropout=settings.dropout > 0,
         checkpointing="all" if settings.gradient_checkpointing else "none",
         prefix=batches.prefix,
@@ -261,7 +267,7 @@ def check_fit(prediction: Prediction) -> None:
         return calibrate.correct(changed, total, 1.0, found).bytes
 
     available = device.memory if device.kind == "cuda" else available_memory()
-    problem = fit_problem(inputs, available, prediction.plan.longest, correct=correct)
+    problem = fit_problem(inputs, available, prediction.plan.longest, correct=correct, quantizes=QUANTIZES)
     if problem is not None:
         raise TunegateError(problem)
 

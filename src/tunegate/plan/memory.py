@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from tunegate.adapter.spec import named
 from tunegate.kernels.cross_entropy import CHUNK_BYTES
 from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
 from tunegate.plan.native import LayerPass, Replay, replay, replay_evaluation
@@ -36,7 +37,6 @@ RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their alloca
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
 FRAGMENTATION = 0.05  # of what comes and goes
 ROW_TOKEN = 48  # bytes of a rendered token: an id (a Python int and its pointer) and its target mark
-LOADING_SLACK = 300e6
 EIGHT_BIT_BLOCK = 256
 EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
 
@@ -61,7 +61,8 @@ class PlanInputs:
     ``itemsize`` is the bytes of a frozen weight and of an activation (2: bf16, 4: fp32), ``adapter_itemsize`` those of
     a trained parameter, its gradient and each moment. ``loss``: ``kernel`` for chunks of 64 MiB, ``chunks`` for eight
     parts with 16-bit logits kept, ``whole`` for full logits. ``data_tokens``: tokens of all rows held in memory.
-    ``streams``: the loader holds two tensors at a time, not the whole checkpoint.
+    ``unquantized`` names linear layers that keep their bits; with a quantized base, embeddings and head keep those of
+    the checkpoint.
     """
 
     shape: ModelShape
@@ -73,6 +74,7 @@ class PlanInputs:
     itemsize: int = 4
     quantization: Literal["nf4"] | None = None
     double_quant: bool = True
+    unquantized: tuple[str, ...] = ()
     adapter_itemsize: int = 4
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     dropout: bool = True
@@ -83,7 +85,6 @@ class PlanInputs:
     data_tokens: int = 0
     evaluation: Evaluation | None = None
     threads: int = 2
-    streams: bool = False
 
     @property
     def trainable(self) -> int:
@@ -169,21 +170,22 @@ def nf4_constants(elements: int, *, double: bool = True) -> int:
 def weight_bytes(p: PlanInputs) -> tuple[int, int]:
     """(bytes of the frozen weights, bytes of quantization constants)."""
     shape = p.shape
-    rest = (shape.embedding + shape.head + shape.other) * p.itemsize
     if p.quantization is None:
-        return rest + shape.linear * p.itemsize, 0
-    codes = sum(-(-one.elements // 2) for one in shape.linears)
-    return rest + codes, sum(nf4_constants(one.elements, double=p.double_quant) for one in shape.linears)
+        return shape.parameters * p.itemsize, 0
+    packed = [one.elements for one in shape.linears if not (p.unquantized and named(p.unquantized, one.path))]
+    rest = (shape.embedding + shape.head) * min(p.itemsize, shape.stored)
+    rest += (shape.other + shape.linear - sum(packed)) * p.itemsize
+    codes = sum(-(-count // 2) for count in packed)
+    return rest + codes, sum(nf4_constants(count, double=p.double_quant) for count in packed)
 
 
 def _weights(p: PlanInputs) -> list[Part]:
     held, constants = weight_bytes(p)
-    kind = f"{8 * p.itemsize}-bit"
     if p.quantization is None:
         how = f"{p.shape.parameters:,} x {p.itemsize} bytes"
     else:
         rest = p.shape.parameters - p.shape.linear
-        how = f"{p.shape.linear:,} x 4 bits and {rest:,} ({kind}: embeddings, head, norms)"
+        how = f"{p.shape.linear:,} x 4 bits and {rest:,} of 16 or 32 (embeddings, head, norms)"
     parts = [Part("weights", held, how)]
     if constants:
         double = "one 8-bit scale in 64 weights, one fp32 in 64 x 256" if p.double_quant else "one fp32 in 64 weights"
@@ -266,7 +268,7 @@ def _logits(p: PlanInputs) -> tuple[int, str]:
     vocab, n = p.shape.vocab, p.loss_tokens
     if p.loss == "kernel":
         rows = min(n, max(16, CHUNK_BYTES // (4 * vocab)))
-        copies = 1 if p.engine == "native" else 3
+        copies = 1 if p.engine == "native" and p.itemsize == 4 else 3
         return 4 * rows * vocab * copies, f"{rows:,} positions at a time x {vocab:,} x 4 bytes" + (
             "" if copies == 1 else ", loss and gradient beside them"
         )
@@ -385,9 +387,9 @@ def _native_parts(p: PlanInputs) -> list[Part]:
 
 
 def _loading(p: PlanInputs) -> float:
-    if p.streams:
-        return 2 * p.shape.largest * p.itemsize + LOADING_SLACK
-    return 2.0 * p.shape.parameters
+    if p.quantization:  # streamed: a tensor at work and the next one
+        return 2.0 * p.shape.largest * p.shape.stored
+    return float(p.shape.stored * p.shape.parameters)
 
 
 def _gb(count: float) -> str:

@@ -151,7 +151,7 @@ def _device(options: Sequence[Option], here: Option | None) -> list[Advice]:
         found.append(Advice("this machine", _hours(here.time.seconds), f"{here.method} fits here and costs no rent"))
     if cheapest is not None and cheapest.time is not None:
         price, hours = cheapest.money[0], _hours(cheapest.time.seconds)
-        reason = f"the lowest price on demand: ${price:,.2f} in {hours}, {cheapest.method}"
+        reason = f"the lowest price on demand: {price:,.2f} for {hours}, {cheapest.method}"
         found.append(Advice("device", cheapest.device.name, reason))
     if fitting:
         quick = min(fitting, key=lambda o: o.time.seconds if o.time else 0.0)

@@ -58,7 +58,7 @@ class ModelShape:
     tensor); ``other`` is everything that is none of the linear layers: norms, biases, experts, convolutions.
 
     ``fused`` says that the decoder layers are of a class the CPU engine fuses; ``packed`` that q, k and v (gate and
-    up) are one layer. ``assumed`` tells what was not given.
+    up) are one layer. ``stored`` is the bytes of a parameter in the checkpoint. ``assumed`` tells what was not given.
     """
 
     name: str
@@ -78,6 +78,7 @@ class ModelShape:
     head_norms: bool = False
     sandwich: bool = False
     packed: bool = False
+    stored: int = 2
     assumed: tuple[str, ...] = ()
 
     @property
@@ -163,6 +164,7 @@ def shape_of_model(model: Any, name: str) -> ModelShape:
         head_norms=any(path.endswith("q_norm") for path, _ in layer.named_modules()) if layer is not None else False,
         sandwich=hasattr(layer, "pre_feedforward_layernorm"),
         packed="qkv_proj" in names,
+        stored=4 if str(getattr(config, "dtype", None)) == "torch.float32" else 2,
     )
 
 
