@@ -3,10 +3,10 @@
     python benchmarks/plan_probe.py                 # every configuration, each in processes of its own
     python benchmarks/plan_probe.py --only dora     # those whose name begins so
 
-For each configuration one process probes the task (``tunegate plan TASK --probe``), a second one trains it
-(``tunegate train TASK``) and reports its peak memory and the seconds of its steps. A third predicts once more after
-the run, from the calibration alone (``tunegate plan TASK``), which must come close to the run. The caches of bases are
-the user's own; calibration starts empty. Results go to docs/benchmarks/plan_probe.{json,md}.
+For each configuration one process probes the task (``tunegate plan TASK --probe``) and a second one runs it whole
+(``tunegate run TASK``); its ``plan.json`` holds the peak memory and the seconds of its steps. The caches of bases are
+the user's own; calibration starts empty. Times mean something on a quiet machine only: the load before and after is
+written beside them. Results go to docs/benchmarks/plan_probe.{json,md}.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ TICKETS = Path(__file__).resolve().parent.parent / "examples" / "support" / "tic
 
 TASK = {
     "base": {"name": "smollm2-135m-instruct"},
-    "data": {"train": str(TICKETS), "group_by": "customer",
-             "system": "Classify the customer's message. Answer with the intent name only."},
+    "data": {"train": str(TICKETS), "group_by": "customer", "valid_fraction": 0.1,
+             "test_fraction": 0.1, "system": "Classify the customer's message. Answer with the intent name only."},
     "task": {"metric": "accuracy", "max_new_tokens": 8, "prompts": []},
 }  # fmt: skip
 
 # name: train settings; those of the base under "base"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 16},
-    "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 8},
+    "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256, "max_steps": 6},
+    "lora r16, 1024 tokens": {"rank": 16, "tokens_per_step": 1024, "max_steps": 6},
     "lora r16, 1024 tokens, no shared prefix": {
-        "rank": 16, "tokens_per_step": 1024, "max_steps": 8, "share_prefix": False,
+        "rank": 16, "tokens_per_step": 1024, "max_steps": 6, "share_prefix": False,
     },
     "lora r16, 2048 tokens, recomputed": {
-        "rank": 16, "tokens_per_step": 2048, "max_steps": 8, "gradient_checkpointing": True,
+        "rank": 16, "tokens_per_step": 2048, "max_steps": 6, "gradient_checkpointing": True,
     },
     "lora r64, 2048 tokens in batches of 512": {
-        "rank": 64, "tokens_per_step": 2048, "tokens_per_batch": 512, "max_steps": 8,
+        "rank": 64, "tokens_per_step": 2048, "tokens_per_batch": 512, "max_steps": 6,
     },
     "qlora r16, 1024 tokens": {
-        "rank": 16, "tokens_per_step": 1024, "max_steps": 8, "base": {"quantization": "nf4"},
+        "rank": 16, "tokens_per_step": 1024, "max_steps": 6, "base": {"quantization": "nf4"},
     },
-    "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 8},
-    "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 8},
+    "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512, "max_steps": 6},
+    "lora r16 without dropout, 1024 tokens": {"rank": 16, "dropout": 0.0, "tokens_per_step": 1024, "max_steps": 6},
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def command(home: Path, *arguments: str) -> dict[str, Any]:
         [sys.executable, "-W", "ignore", "-m", "tunegate.cli", *arguments, "--json"],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
-    if done.returncode:
+    if done.returncode > 1 or not done.stdout.startswith('{"') or '"exit_code"' in done.stdout:
         raise RuntimeError(f"tunegate {' '.join(arguments)}: {done.stdout[-400:]} {done.stderr[-400:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -75,17 +75,15 @@ def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     base = {**TASK["base"], **train.pop("base", {})}
     task.write_text(json.dumps({**TASK, "base": base, "train": train}), encoding="utf-8")
     load = os.getloadavg()[0]
-    blind = command(home, "plan", str(task))["this_machine"]["predicted"]
-    probed = command(home, "plan", str(task), "--probe")["probe"]
-    run = command(home, "train", str(task))["training"]
-    after = command(home, "plan", str(task))["this_machine"]["predicted"]
+    planned = command(home, "plan", str(task), "--probe")
+    formula, probed = planned["this_machine"]["estimated"], planned["probe"]
+    run = command(home, "run", str(task))
+    measured = json.loads((Path(run["run"]) / "plan.json").read_text(encoding="utf-8"))["measured"]
     return {
-        "settings": settings, "load": [round(load, 2), round(os.getloadavg()[0], 2)], "steps": run["steps"],
-        "bytes": {"formula": blind["bytes"], "probe": probed["bytes"], "after": after["bytes"],
-                  "measured": run["peak_rss_bytes"]},
-        "seconds": {"formula": blind["seconds"], "probe": probed["seconds"], "after": after["seconds"],
-                    "measured": run["seconds"]},
-        "tokens_per_second": run["tokens_per_second"],
+        "settings": settings, "load": [round(load, 2), round(os.getloadavg()[0], 2)], "steps": measured["steps"],
+        "bytes": {"formula": formula["bytes"], "probe": probed["bytes"], "measured": measured["bytes"]},
+        "seconds": {"formula": formula["seconds"], "probe": probed["seconds"], "measured": measured["seconds"]},
+        "tokens_per_second": run["training"]["tokens_per_second"],
     }  # fmt: skip
 
 

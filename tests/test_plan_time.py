@@ -270,3 +270,9 @@ def test_a_calibrated_machine_is_believed() -> None:
     total = estimate(p).total
     assert fit_problem(p, total, 500, correct=lambda _, size: size + 1) is not None
     assert fit_problem(p, total // 2, 500, correct=lambda _, size: size // 2) is None
+
+
+def test_the_documented_figures_are_the_computed_ones() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    for p in points():
+        assert f"| {p.what} | {p.published} {p.unit} | {p.predicted:,.2f} | {p.error:+.0%} |" in text, p.what

@@ -96,6 +96,8 @@ def _here_lines(prediction: Prediction) -> str:
 
 def _of_flags(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device, ...], console: Console) -> int:
     problems = []
+    if arguments.overrides:
+        problems.append(Problem("there is no task to override", f"--set {arguments.overrides[0]}", fix="name the task"))
     if not arguments.rows or not arguments.tokens:
         fix = "--rows 10000 --tokens 2048, or a task file with real rows"
         problems.append(Problem("the data's size is not given", "--rows, --tokens", fix=fix))

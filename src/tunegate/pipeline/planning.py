@@ -26,7 +26,7 @@ from tunegate.data.split import position
 from tunegate.data.tokens import render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.schedule import StepPlan
-from tunegate.errors import TunegateError
+from tunegate.errors import InputError, TunegateError
 from tunegate.evaluation.prompts import FEW
 from tunegate.files import read_json, write_json
 from tunegate.model.loading import choose_dtype, load_tokenizer
@@ -47,6 +47,7 @@ from tunegate.records import RunRecord
 
 FILE = "plan.json"
 STEPS_LOOKED_AT = 200
+PROMPTS = 4  # baselines that a task with labels has by default
 QUANTIZES = True  # base.quantization is a setting; the other ways to save memory are named once they are settings
 LEAST_STEPS = 3  # fewer are mostly warm-up and say nothing about speed
 
@@ -88,8 +89,10 @@ def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
     valid = render_all(_chosen(data.splits.valid, config), renderer, **limits)  # type: ignore[arg-type]
     device = choose_device(config.task.train.device)
     dtype, _ = choose_dtype(section.compute_dtype, device=device)
-    shape = shape_of_folder(folder, section.name, trust_remote_code=section.trust_remote_code)
-    return describe(config, shape, (train, valid, len(data.splits.test)), itemsize=dtype.itemsize)
+    shape = shape_of_folder(folder, name, trust_remote_code=section.trust_remote_code)
+    wanted = config.task.task.prompts
+    prompts = PROMPTS if wanted is None else 1 + len(wanted)
+    return describe(config, shape, (train, valid, len(data.splits.test)), itemsize=dtype.itemsize, prompts=prompts)
 
 
 def _chosen(valid: list[Example], config: Config) -> list[Example]:
@@ -97,14 +100,14 @@ def _chosen(valid: list[Example], config: Config) -> list[Example]:
     return sorted(valid, key=lambda e: (position(e, "order"), e.content_hash))[:most]
 
 
-def plan_prepared(prepared: Prepared) -> TaskPlan:
-    """The same for a task that is ready to run."""
+def plan_prepared(prepared: Prepared, *, tested: bool = True) -> TaskPlan:
+    """The same for a task that is ready to run; without ``tested``, for training alone."""
     base, config = prepared.base, prepared.config
     trusted = config.task.base.trust_remote_code
     shape = shape_of_folder(base.resolved.path, base.resolved.name, trust_remote_code=trusted)
     itemsize = 2 if base.compute_dtype == "bfloat16" else 4
-    rows = prepared.train_rows, prepared.valid_rows, len(prepared.data.splits.test)
-    return describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts))
+    rows = prepared.train_rows, prepared.valid_rows, len(prepared.data.splits.test) if tested else 0
+    return describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
 
 
 def describe(
@@ -113,10 +116,13 @@ def describe(
     rows: tuple[Sequence[Rendered], Sequence[Rendered], int],
     *,
     itemsize: int,
-    prompts: int = 4,
+    prompts: int,
 ) -> TaskPlan:
-    """Inputs from settings and rendered rows (training, validation, number of test items)."""
+    """Inputs from settings and rendered rows (training, validation, number of test items). ``prompts`` baselines are
+    measured."""
     train, valid, test = rows
+    if not train:
+        raise InputError("there are no rows to train on", where="data.train")
     settings = config.task.train
     machine, device = this_machine(), choose_device(settings.device)
     cuda = device.startswith("cuda")
@@ -214,7 +220,7 @@ def _answers(config: Config, valid: Sequence[Rendered], test: int, epochs: int, 
     passes = (
         ("baselines", min(len(valid), task.prompt_items), prompts),
         ("evaluations", min(len(valid), train.eval_items), epochs if train.eval_every == "epoch" else 1),
-        ("test", test, 2 if prompts == 1 else 3),
+        ("test", test, 3 if prompts > 1 else 2),
     )
     return Answers(passes, math.ceil(sum(firsts) / max(1, len(firsts))) if firsts else 1, new)
 
@@ -272,12 +278,12 @@ def check_fit(prediction: Prediction) -> None:
         raise TunegateError(problem)
 
 
-def begin(prepared: Prepared, run: Path, reporter: Reporter) -> Prediction | None:
+def begin(prepared: Prepared, run: Path, reporter: Reporter, *, tested: bool) -> Prediction | None:
     """Predict, refuse what does not fit, and write ``plan.json``; None for a run that is trained already or whose
-    steps another trainer computes."""
+    steps another trainer computes. ``tested``: baselines and test belong to the run, not training alone."""
     if is_done(run / "train", prepared.train_key) or prepared.config.task.train.backend != "native":
         return None
-    prediction = predict(plan_prepared(prepared))
+    prediction = predict(plan_prepared(prepared, tested=tested))
     check_fit(prediction)
     corrected = prediction.corrected
     reporter.line(
@@ -294,16 +300,16 @@ def finish(prediction: Prediction | None, run: Path, record: RunRecord, peak_bef
     when the run began; a peak that did not rise is an earlier run's and says nothing."""
     if prediction is None:
         return
-    cpu = prediction.plan.device.kind == "cpu"
-    grown = cpu and record.peak_rss_bytes > peak_before
+    peak = peak_rss()
+    grown = prediction.plan.device.kind == "cpu" and peak > peak_before
     planned = prediction.plan.workload.steps
-    measured = {"bytes": record.peak_rss_bytes if grown else None, "seconds": record.seconds, "steps": record.steps}
+    measured = {"bytes": peak if grown else None, "seconds": record.seconds, "steps": record.steps}
     write_json(run / FILE, {**read_json(run / FILE), "measured": measured})
     observation = calibrate.Observation(
         kind=calibrate.kind_of(prediction.plan.inputs),
         tokens=prediction.plan.inputs.tokens,
         predicted_bytes=prediction.raw_bytes,
-        measured_bytes=record.peak_rss_bytes if grown else None,
+        measured_bytes=peak if grown else None,
         predicted_seconds=prediction.raw_seconds * record.steps / max(1, planned),  # it may have stopped early
         measured_seconds=record.seconds if record.steps >= LEAST_STEPS else None,
         source="run",

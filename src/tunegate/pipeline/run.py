@@ -94,12 +94,11 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         run, peak = open_run(prepared), planning.peak_rss()
-        planned = planning.begin(prepared, run, reporter)
+        planned = planning.begin(prepared, run, reporter, tested=True)
         if not is_done(run / "train", prepared.train_key):
             session.check_adapter(adapter_spec(prepared.config.task.train))  # before minutes of baselines
         baselines = measure_baselines(session)
         record = steps.train_adapter(session, run, stop)
-        planning.finish(planned, run, record, peak)
         ledger = Ledger(prepared.config.run_dir)
         evaluated, comparisons = steps.test(session, run, steps.best_prompt(prepared, baselines), ledger, reopen)
         decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
@@ -112,6 +111,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
             decision,
             ledger.of(prepared.test_hash),
         )
+        planning.finish(planned, run, record, peak)
     return Outcome(run, run / "adapter", card, baselines)
 
 
@@ -173,7 +173,7 @@ def train_only(config: Config, reporter: Reporter, *, stop: Callable[[], bool]) 
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         folder, peak = open_run(prepared), planning.peak_rss()
-        planned = planning.begin(prepared, folder, reporter)
+        planned = planning.begin(prepared, folder, reporter, tested=False)
         record = steps.train_adapter(session, folder, stop)
         planning.finish(planned, folder, record, peak)
         return folder, record
