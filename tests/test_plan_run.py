@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,9 @@ def test_published_figures_are_printed() -> None:
         (["--params", "8B", "--rows", "10", "--tokens", "10", "--prices", "no-such-file"], "no-such-file"),
         (["--params", "8Q", "--rows", "10", "--tokens", "10"], "is not a number such as"),
         (["--params", "8B", "--rows", "10", "--tokens", "10", "--probe"], "real task"),
+        (["--params", "8B", "--rows", "-5", "--tokens", "10"], "is not a number such as"),
+        (["--params", "8B", "--rows", "10", "--tokens", "10", "--epochs", "0"], "not a number of epochs"),
+        (["--params", "8B", "--rows", "10", "--tokens", "10", "--set", "train.rank=2"], "no task to override"),
         (["--params", "1e999", "--rows", "10", "--tokens", "10"], "is not a number such as"),
     ],
 )
@@ -254,6 +259,19 @@ def test_wrong_use_is_told(own_home: Path, arguments: list[str], says: str) -> N
     said = call("plan", *arguments)
     assert said.code == 2
     assert says in " ".join(said.err.split())
+
+
+def test_the_parser_names_the_methods_and_loads_no_torch() -> None:
+    from tunegate.cli.parser import METHODS, SIZES
+    from tunegate.plan import recommend
+
+    assert recommend.METHODS == METHODS and "params" in SIZES
+    code = "import sys, tunegate.cli.parser as p; p.make_parser(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_any_number_of_rows_is_planned_for(own_home: Path) -> None:
+    assert call("plan", "--params", "8B", "--rows", "10B", "--tokens", "512", "--json").code == 0
 
 
 def test_a_task_and_flags_exclude_each_other(task: Path) -> None:

@@ -21,17 +21,8 @@ from tunegate.gate import PASS, SHIP
 from tunegate.pipeline.reporter import count
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
-__all__ = [
-    "check",
-    "doctor",
-    "eval",
-    "gate",
-    "init",
-    "plan",
-    "run",
-    "show",
-    "train",
-]  # the commands, by the name that is typed
+# the commands, by the name that is typed
+__all__ = ["check", "doctor", "eval", "gate", "init", "plan", "run", "show", "train"]
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.cli.console import Console
+from tunegate.cli.parser import SIZES
 from tunegate.config import load_config
 from tunegate.errors import InputError, Problem
 from tunegate.pipeline.planning import Prediction, plan_task, predict
@@ -24,9 +25,7 @@ from tunegate.plan.recommend import METHODS, Option, advise, as_method, best_opt
 from tunegate.plan.shapes import ModelShape, shape_of_folder, shape_of_sizes
 from tunegate.plan.time import Workload, even_rows
 
-SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
 TARGET_SHARE = 0.25  # of tokens that are answers, where there are no rows to count
-_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -39,15 +38,6 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.probe:
         raise InputError("a probe takes steps of a real task", where="--probe", fix="tunegate plan TASK --probe")
     return _of_flags(arguments, sheet, devices, console)
-
-
-def size(text: str) -> int:
-    """``70B``, ``135M`` or a plain number; for argparse."""
-    unit = _UNITS.get(text[-1:].upper(), 1)
-    try:
-        return round(float(text[:-1] if unit > 1 else text) * unit)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 135M or 70B") from None
 
 
 # --- a task ----------------------------------------------------------------------------------------------------------
@@ -223,7 +213,7 @@ def _result(
     native = {name: estimate(replace(as_method(p, name), engine="native")).to_json() for name in METHODS[1:]}
     return {
         "inputs": p.to_json(),
-        "workload": {"rows": len(w.lengths), "tokens": w.tokens, "steps": w.steps, "epochs": w.epochs,
+        "workload": {"rows": w.rows, "tokens": w.tokens, "steps": w.steps, "epochs": w.epochs,
                      "computed": w.computed, "targets": w.targets},
         "memory": {"gpu": methods, "cpu": native},
         "devices": [o.to_json() for o in options],

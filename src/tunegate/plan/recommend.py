@@ -103,7 +103,7 @@ class Advice:
 
 def advise(w: Workload, options: Sequence[Option], here: Option | None) -> list[Advice]:
     """Method, rank, tokens per step and device, each with its reason."""
-    rows = len(w.lengths)
+    rows = w.rows
     return [_method(here, options), _rank(rows), _tokens_per_step(w), *_device(options, here)]
 
 
@@ -131,7 +131,7 @@ def _rank(rows: int) -> Advice:
 
 
 def _tokens_per_step(w: Workload) -> Advice:
-    rows, total = len(w.lengths), w.row_tokens
+    rows, total = w.rows, w.row_tokens
     mean = total / max(1, rows)
     by_steps, by_rows = total / STEPS_PER_EPOCH, ROWS_PER_STEP * mean
     wanted = max(by_rows, min(by_steps, 16_384.0))

@@ -33,18 +33,24 @@ ITEM_SECONDS = 0.002  # rendering and scoring an answer
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows as lengths in tokens. ``computed`` is the share of tokens that is computed (shared prefixes once),
-    ``targets`` the share that reaches the vocabulary. ``steps`` counts optimizer steps of the whole run."""
+    """Rows as lengths in tokens, all of them ``repeat`` times. ``computed`` is the share of tokens that is computed
+    (shared prefixes once), ``targets`` the share that reaches the vocabulary. ``steps`` counts optimizer steps of the
+    whole run."""
 
     lengths: tuple[int, ...]
     epochs: float
     steps: int
     computed: float = 1.0
     targets: float = 1.0
+    repeat: int = 1
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths) * self.repeat
 
     @property
     def row_tokens(self) -> int:
-        return sum(self.lengths)
+        return sum(self.lengths) * self.repeat
 
     @property
     def tokens(self) -> float:
@@ -54,13 +60,13 @@ class Workload:
     @property
     def mean_context(self) -> float:
         """Keys that a token sees, on average."""
-        return sum(n * (n + 1) / 2 for n in self.lengths) / max(1, self.row_tokens)
+        return sum(n * (n + 1) / 2 for n in self.lengths) / max(1, sum(self.lengths))
 
 
 def even_rows(rows: int, tokens: int, epochs: float, tokens_per_step: int, *, targets: float = 1.0) -> Workload:
     """``rows`` rows of ``tokens`` tokens each."""
     each = max(1, tokens_per_step // tokens)
-    return Workload((tokens,) * rows, epochs, math.ceil(rows / each * epochs), targets=targets)
+    return Workload((tokens,), epochs, math.ceil(rows / each * epochs), targets=targets, repeat=rows)
 
 
 def operations_per_token(p: PlanInputs, w: Workload) -> dict[str, float]:
