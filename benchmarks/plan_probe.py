@@ -6,7 +6,8 @@
 For each configuration one process probes the task (``tunegate plan TASK --probe``) and a second one runs it whole
 (``tunegate run TASK``); its ``plan.json`` holds the peak memory and the seconds of its steps. The caches of bases are
 the user's own; calibration starts empty. Times mean something on a quiet machine only: the load before and after is
-written beside them. Results go to docs/benchmarks/plan_probe.{json,md}.
+written beside them. On a busy one, ``--cpu-seconds`` compares the processes' CPU seconds on one thread instead, which
+neighbours disturb less. Results go to docs/benchmarks/plan_probe.{json,md}.
 """
 
 from __future__ import annotations
@@ -43,11 +44,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def command(home: Path, *arguments: str) -> dict[str, Any]:
+# The clock of every measured step is time.perf_counter; in these processes it counts CPU seconds.
+CPU_CLOCK = (
+    "import sys, time; time.perf_counter = time.process_time; import tunegate.cli; sys.exit(tunegate.cli.main())"
+)
+
+
+def command(home: Path, cpu_seconds: bool, *arguments: str) -> dict[str, Any]:
     """The JSON that ``tunegate ARGUMENTS`` prints, in a process of its own."""
     environment = {**os.environ, "TUNEGATE_HOME": str(home), "TOKENIZERS_PARALLELISM": "false"}
+    if cpu_seconds:
+        environment["OMP_NUM_THREADS"] = "1"
+    program = ["-c", CPU_CLOCK] if cpu_seconds else ["-m", "tunegate.cli"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tunegate.cli", *arguments, "--json"],
+        [sys.executable, "-W", "ignore", *program, *arguments, "--json"],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     if done.returncode > 1 or not done.stdout.startswith('{"') or '"exit_code"' in done.stdout:
@@ -55,7 +65,7 @@ def command(home: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure(settings: dict[str, Any], folder: Path, cpu_seconds: bool) -> dict[str, Any]:
     home = folder / "home"
     home.mkdir()
     own = Path(os.environ.get("TUNEGATE_HOME") or "~/.cache/tunegate").expanduser()
@@ -66,9 +76,9 @@ def measure(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     base = {**TASK["base"], **train.pop("base", {})}
     task.write_text(json.dumps({**TASK, "base": base, "train": train}), encoding="utf-8")
     load = os.getloadavg()[0]
-    planned = command(home, "plan", str(task), "--probe")
+    planned = command(home, cpu_seconds, "plan", str(task), "--probe")
     formula, probed = planned["this_machine"]["estimated"], planned["probe"]
-    run = command(home, "run", str(task))
+    run = command(home, cpu_seconds, "run", str(task))
     measured = json.loads((Path(run["run"]) / "plan.json").read_text(encoding="utf-8"))["measured"]
     return {
         "settings": settings, "load": [round(load, 2), round(os.getloadavg()[0], 2)], "steps": measured["steps"],
@@ -92,21 +102,28 @@ def markdown(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     header = ["configuration", "peak GiB", "formula", "probe", "train s", "formula", "probe", "load before, after"]
     return "\n\n".join(
-        ["# plan: predicted and measured", common.describe(result["machine"]), common.table(header, rows)]
+        [
+            "# plan: predicted and measured",
+            common.describe(result["machine"]),
+            f"Times: {result['clock']}.",
+            common.table(header, rows),
+        ]
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", metavar="NAME", help="configurations whose name begins so")
+    parser.add_argument("--cpu-seconds", action="store_true", help="compare CPU seconds on one thread, not wall time")
     parser.add_argument("--output", type=Path, default=common.RESULTS)
     args = parser.parse_args()
-    result: dict[str, Any] = {"machine": common.machine(), "configurations": {}}
+    clock = "CPU seconds on one thread" if args.cpu_seconds else "wall time"
+    result: dict[str, Any] = {"machine": common.machine(), "clock": clock, "configurations": {}}
     for name, settings in CONFIGURATIONS.items():
         if args.only and not any(name.startswith(start) for start in args.only):
             continue
         with tempfile.TemporaryDirectory(prefix="tunegate-plan-") as folder:
-            found = measure(settings, Path(folder))
+            found = measure(settings, Path(folder), args.cpu_seconds)
         result["configurations"][name] = found
         print(name, json.dumps(found), flush=True)
     common.write("plan_probe", result, markdown(result), args.output)
