@@ -35,12 +35,12 @@ TASK = {
 # name: train settings; those of the base under "base"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256},
-    "lora r16, 512 tokens": {"rank": 16, "tokens_per_step": 512},
+    "qlora r16, 512 tokens": {"rank": 16, "tokens_per_step": 512, "base": {"quantization": "nf4"}},
     "lora r16, 512 tokens, no shared prefix": {"rank": 16, "tokens_per_step": 512, "share_prefix": False},
     "lora r16, 1024 tokens, recomputed": {"rank": 16, "tokens_per_step": 1024, "gradient_checkpointing": True},
     "lora r64, 1024 tokens in batches of 256": {"rank": 64, "tokens_per_step": 1024, "tokens_per_batch": 256},
-    "qlora r16, 512 tokens": {"rank": 16, "tokens_per_step": 512, "base": {"quantization": "nf4"}},
     "dora r16, 512 tokens": {"rank": 16, "method": "dora", "tokens_per_step": 512},
+    "lora r16, 512 tokens": {"rank": 16, "tokens_per_step": 512},
 }
 
 
@@ -72,7 +72,7 @@ def measure(settings: dict[str, Any], folder: Path, cpu_seconds: bool) -> dict[s
     if (own / "bases").is_dir():
         (home / "bases").symlink_to(own / "bases")
     task = folder / "task.yaml"
-    train = {"epochs": 9.0, "max_steps": 6, "eval_every": 10**6, "eval_items": 16, **settings}
+    train = {"epochs": 9.0, "max_steps": 5, "eval_every": 10**6, "eval_items": 8, **settings}
     base = {**TASK["base"], **train.pop("base", {})}
     task.write_text(json.dumps({**TASK, "base": base, "train": train}), encoding="utf-8")
     load = os.getloadavg()[0]

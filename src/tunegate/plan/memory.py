@@ -31,7 +31,7 @@ from tunegate.plan.shapes import ModelShape, Target
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
-Phase = Literal["always", "loading", "training", "loss", "backward", "evaluation"]
+Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
@@ -116,9 +116,9 @@ class Part:
 
 
 _MOMENTS: dict[Phase, tuple[Phase, ...]] = {
-    "backward": ("always", "training", "backward"),
-    "loss": ("always", "training", "loss"),
-    "evaluation": ("always", "evaluation"),
+    "backward": ("always", "kept", "training", "backward"),
+    "loss": ("always", "kept", "training", "loss"),
+    "evaluation": ("always", "kept", "evaluation"),
     "loading": ("always", "loading"),
 }
 
@@ -132,7 +132,8 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> Phase:
-        """When the peak is reached. What is held in ``training`` is there at the loss and in the backward pass."""
+        """When the peak is reached. What is ``kept`` is there once training has begun, what is held in ``training`` at
+        the loss and in the backward pass."""
         return max(_MOMENTS, key=self._held)
 
     def _held(self, moment: Phase) -> int:
@@ -201,13 +202,13 @@ def _trained(p: PlanInputs) -> list[Part]:
         state, how = 2 * n + 8 * -(-n // EIGHT_BIT_BLOCK), f"two 8-bit moments x {n:,}, one fp32 in 256 each"
     parts = [
         Part("gradients", n * size, f"{n:,} x {size} bytes", "training"),
-        Part("optimizer", state, how),
+        Part("optimizer", state, how, "kept"),
     ]
     if p.method == "full":
         return parts
     extra = 8 * sum(t.outputs for t in p.targets) if p.method == "dora" else 0  # squared row norms and gains, fp32
     held = f"{n:,} x {size} bytes" + (", row norms" if extra else "")
-    return [Part("adapters", n * size + extra, held), *parts]
+    return [Part("adapters", n * size + extra, held, "kept"), *parts]
 
 
 # --- off the CPU -------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
             Part("answers' logits", row_logits, f"{p.evaluation.rows} rows x {s.vocab:,}, twice", "evaluation")
         )
     parts.append(Part("context", round(CONTEXT), "CUDA context and workspaces"))
-    parts.append(Part("fragmentation", round(FRAGMENTATION * dynamic), "5 % of what comes and goes"))
+    parts.append(Part("fragmentation", round(FRAGMENTATION * dynamic), "5 % of what comes and goes", "kept"))
     return parts
 
 
@@ -360,7 +361,7 @@ def _native_parts(p: PlanInputs) -> list[Part]:
                 "all": "layer inputs kept, the rest computed again", "offload": "layer inputs on disk"}  # fmt: skip
         how = f"{tokens:,} tokens: {kept[p.checkpointing]} ({_gb(memory.kept.touched)}), one layer "
         how += f"{_gb(memory.temporary.touched)}, scratch {_gb(memory.scratch.touched)}"
-        parts = [Part("activations", memory.touched, how)]
+        parts = [Part("activations", memory.touched, how, "kept")]
     else:
         found = _autograd_parts(replace(p, engine="eager", evaluation=None))
         parts = [part for part in found if part.name in ("activations", "layer at work")]
@@ -369,9 +370,9 @@ def _native_parts(p: PlanInputs) -> list[Part]:
     logits, how = _logits(p)
     around = max(4 * row, 3 * row + loss)
     parts += [
-        Part("logits", logits, how),
+        Part("logits", logits, how, "kept"),
         Part("around the layers", round(around), "embeddings, last norm, their gradients", "training"),
-        Part("kernels", p.threads * 2 * 2**20 + 10 * 2**20, "packed weights: 8 MiB and about 2 MiB a thread"),
+        Part("kernels", p.threads * 2 * 2**20 + 10 * 2**20, "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
         Part("rows", p.data_tokens * ROW_TOKEN, f"{p.data_tokens:,} tokens x {ROW_TOKEN} bytes"),
         Part("runtime", round(RUNTIME), "Python, torch, transformers"),
         Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),
