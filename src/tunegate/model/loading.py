@@ -206,3 +206,18 @@ def _cpu_flags(cpuinfo: Path) -> set[str]:
         if name.strip() == "flags":
             return set(value.split())
     return set()
+
+
+def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that ``folder/config.json`` describes, on the meta device: shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = _causal_config(folder, trust_remote_code)
+    loader: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError, ImportError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            "transformers cannot build this model", where=str(folder), got=_brief(error), fix=_VERSION_FIX
+        ) from error

@@ -60,7 +60,7 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
     )
     fingerprint = fingerprint_base(resolved.path)
     tokenizer = load_tokenizer(resolved.path, trust_remote_code=section.trust_remote_code)
-    renderer = Renderer(tokenizer, template=section.template, eos_ids=_eos_ids(resolved.path))
+    renderer = Renderer(tokenizer, template=section.template, eos_ids=eos_ids(resolved.path))
     dtype, reason = choose_dtype(section.compute_dtype, device=device)
     entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
     parameters = _count(entries)
@@ -119,7 +119,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
+def eos_ids(folder: Path) -> tuple[int, ...]:
     """The end-of-text ids of the base's generation config."""
     path = folder / "generation_config.json"
     found = load_object(path).get("eos_token_id") if path.exists() else None
