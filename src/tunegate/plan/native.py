@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tunegate.kernels.gain import partial_floats
 from tunegate.plan.arena import Arena
 from tunegate.plan.shapes import ModelShape
 
@@ -70,7 +71,7 @@ def replay(p: LayerPass, into: Replay | None = None) -> Replay:
                 if layer >= p.kept_layers:
                     memory.temporary.take(p.tokens * p.shape.hidden, p.itemsize)
                     _forward(p, memory.temporary, memory.scratch, saving=True)
-                _backward(p, memory.scratch)
+                _backward(p, memory.scratch, first=layer == 0)
     return memory
 
 
@@ -145,7 +146,11 @@ def _forward(p: LayerPass, keep: Arena, scratch: Arena, *, saving: bool) -> None
 
 def _project_backward(p: LayerPass, group: _Group, scratch: Arena) -> None:
     adapted = [(inputs, rank) for inputs, _, rank in group if rank]
-    for inputs, rank in adapted:
+    for inputs, outputs, rank in (one for one in group if one[2]):
+        if p.dora:
+            scratch.take(p.tokens * outputs, p.itemsize)
+            with scratch.scope():
+                scratch.take(partial_floats(p.tokens, outputs))
         scratch.take(p.tokens * rank, p.itemsize)
         if p.dropout:
             scratch.take(p.tokens * inputs, p.itemsize)
@@ -155,12 +160,13 @@ def _project_backward(p: LayerPass, group: _Group, scratch: Arena) -> None:
 
 
 def _branch_backward(p: LayerPass, group: _Group, scratch: Arena) -> None:
-    if p.shape.sandwich or (p.dora and group[0][2]):
+    if p.shape.sandwich:
         scratch.take(p.tokens * p.shape.hidden, p.itemsize)
     _project_backward(p, group, scratch)
 
 
-def _backward(p: LayerPass, scratch: Arena) -> None:
+def _backward(p: LayerPass, scratch: Arena, *, first: bool) -> None:
+    """``first``: nobody needs the gradient of the first layer's input."""
     s, tokens, size = p.shape, p.tokens, p.itemsize
     qkv, out, gate_up, down = _groups(p)
     row = tokens * s.hidden
@@ -177,10 +183,10 @@ def _backward(p: LayerPass, scratch: Arena) -> None:
             _project_backward(p, gate_up, scratch)
         scratch.take(tokens * s.heads * s.head_dim, size)
         _branch_backward(p, out, scratch)
-        _attention_backward(p, qkv, scratch)
+        _attention_backward(p, qkv, scratch, first)
 
 
-def _attention_backward(p: LayerPass, qkv: _Group, scratch: Arena) -> None:
+def _attention_backward(p: LayerPass, qkv: _Group, scratch: Arena, first: bool) -> None:
     s, tokens, size = p.shape, p.tokens, p.itemsize
     query, key = tokens * s.heads * s.head_dim, tokens * s.kv_heads * s.head_dim
     if p.dora and any(rank for _, _, rank in qkv):
@@ -193,8 +199,8 @@ def _attention_backward(p: LayerPass, qkv: _Group, scratch: Arena) -> None:
         scratch.take(key, size)
     with scratch.scope():
         scratch.take(attention_floats(p))
-    scratch.take(tokens * s.hidden, size)
-    scratch.take(tokens * s.hidden, size)
+    for _ in range(1 if first else 2):
+        scratch.take(tokens * s.hidden, size)
     _project_backward(p, qkv, scratch)
 
 
