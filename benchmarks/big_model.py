@@ -135,7 +135,7 @@ def train_step(model: Any, tokens: int) -> dict[str, Any]:
     injection = inject(model, AdapterSpec(16, 32.0), seed=0)
     if runner.fused is None:
         raise common.Skipped(f"no fused layers: {runner.path_reason}")
-    runner.fused.recompute = True
+    runner.fused.save_less(runner.fused.count)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (tokens // ROW, ROW), generator=generator).tolist()
     rows = [Rendered(f"row {n}", tuple(row), (False,) * (ROW - 8) + (True,) * 8) for n, row in enumerate(ids)]
@@ -164,12 +164,15 @@ def main() -> None:
     import torch
     from transformers import AutoConfig
 
+    from tunegate.kernels.formats import Recipe
     from tunegate.model.streaming import load_quantized
 
     drop_from_cache(args.folder)
     with Peak() as loading:
         began = time.perf_counter()
-        streamed = load_quantized(args.folder, AutoConfig.from_pretrained(args.folder), dtype=torch.float32)
+        streamed = load_quantized(
+            args.folder, AutoConfig.from_pretrained(args.folder), dtype=torch.float32, recipe=Recipe()
+        )
         seconds = time.perf_counter() - began
     found = {
         "machine": machine, "shape": shape, "checkpoint_bytes": size,

@@ -112,7 +112,7 @@ def test_recomputing_gives_the_same_bytes(family: str, dropout: float) -> None:
     training(injection)
     assert runner.fused is not None
     kept = gradients(runner, injection)
-    runner.fused.recompute = True
+    runner.fused.save_less(runner.fused.count)
     again = gradients(runner, injection)
     assert kept[0] == again[0]
     assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])

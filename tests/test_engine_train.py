@@ -36,6 +36,8 @@ from tunegate.kernels.adamw import FusedAdamW
         {"tokens_per_batch": 40},
         {"share_prefix": False},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": 1},
+        {"gradient_checkpointing": "offload"},
     ],
     ids=lambda changed: "-".join(changed),
 )

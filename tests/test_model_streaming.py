@@ -17,9 +17,11 @@ from torch import nn
 from tiny import FAMILIES, tiny_base
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError
+from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import QuantizedLinear, quantize_linears
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
 from tunegate.model.loading import load_model
+from tunegate.model.quantize import plan_quantization, write_quantized
 
 RECIPE = {"format": "nf4", "block": 64, "double": True, "keep": []}
 WITHOUT_LINEARS = {"gpt2"}  # Conv1D
@@ -46,6 +48,20 @@ def test_streaming_equals_quantizing_the_loaded_model(family, tmp_path):
     assert names and names == [n for n, m in streamed.named_modules() if isinstance(m, QuantizedLinear)]
     assert torch.equal(logits(streamed), logits(loaded))
     assert not streamed.training and not any(p.requires_grad for p in streamed.parameters())
+
+
+@pytest.mark.parametrize("form", ["nf4-64-double", "nf4-128", "fp4-64", "int4-32"])
+def test_other_recipes_and_stored_checkpoints_load_the_same(form, tiny_llama, tmp_path):
+    recipe = Recipe.parse(form)
+    streamed = load_model(tiny_llama, dtype=torch.float32, recipe={**recipe.to_json(), "keep": []})
+    loaded = load_model(tiny_llama, dtype=torch.float32)
+    quantize_linears(loaded, recipe=recipe)
+    assert torch.equal(logits(streamed), logits(loaded))
+    if recipe.format != "int4":  # has no file format
+        write_quantized(plan_quantization(tiny_llama, tmp_path / "out", recipe), name="tiny")
+        stored = load_model(tmp_path / "out", dtype=torch.float32)
+        assert torch.equal(logits(stored), logits(streamed))
+        assert Runner(stored).path_reason == Runner(streamed).path_reason
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
@@ -125,9 +141,10 @@ import json, resource, sys, threading, time
 from pathlib import Path
 import torch
 from transformers import AutoConfig
+from tunegate.kernels.formats import Recipe
 from tunegate.model.streaming import load_quantized
 small, folder = map(Path, sys.argv[1:])  # the small one first: what is imported on the way counts as before
-load_quantized(small, AutoConfig.from_pretrained(small), dtype=torch.float32)
+load_quantized(small, AutoConfig.from_pretrained(small), dtype=torch.float32, recipe=Recipe())
 config = AutoConfig.from_pretrained(folder)
 def rss(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before, peak, done = rss(), 0, False
@@ -136,7 +153,7 @@ def watch():
     while not done:
         peak = max(peak, rss()); time.sleep(0.0005)
 thread = threading.Thread(target=watch); thread.start()
-found = load_quantized(folder, config, dtype=torch.float32)
+found = load_quantized(folder, config, dtype=torch.float32, recipe=Recipe())
 done = True; thread.join()
 print(json.dumps({"peak": peak - before, "bytes": found.weight_bytes}))
 """

@@ -33,7 +33,7 @@ def test_the_card_names_the_recipe_and_the_original_fingerprint(finished: Path, 
     from tunegate.model.fingerprint import fingerprint_base
 
     base = read_json(adapter(finished) / "card.json")["base"]
-    assert base["recipe"] == {"format": "nf4", "block": 64, "double": True, "keep": []}
+    assert base["recipe"] == {"format": "nf4", "block": 64, "double": True, "keep": [], "stored": False}
     assert base["fingerprint"] == asdict(fingerprint_base(tiny_llama))
 
 
@@ -66,3 +66,26 @@ def test_what_is_wrong_is_named(tmp_path: Path, tiny_llama: Path) -> None:
     task = write_task(tmp_path, tiny_llama)
     said = call("check", task, "--set", "base.quantization=nf5")
     assert said.code == 2 and "base.quantization" in said.err and "nf4" in said.err
+
+
+def test_a_base_stored_in_4_bits_is_taken_as_it_is(tmp_path: Path, tiny_llama: Path) -> None:
+    assert call("quantize", tiny_llama, tmp_path / "base").code == 0
+    task = write_task(tmp_path / "task", tmp_path / "base")
+    said = call("run", task, "--json")
+    assert said.code == 0, said.err
+    card = read_json(adapter(task) / "card.json")
+    assert card["base"]["recipe"] == {"format": "nf4", "block": 64, "double": True, "keep": [], "stored": True}
+    original = write_task(tmp_path / "original", tiny_llama)
+    assert card["base"]["parameters"] == _parameters(original)
+    said = call("check", task, *NF4)
+    assert said.code == 2 and "stored in 4 bits already" in said.err
+    said = call("merge", adapter(task), "-o", tmp_path / "merged")
+    assert said.code == 2 and "16-bit original" in said.err
+
+
+def _parameters(task: Path) -> int:
+    from tunegate.config import load_config
+    from tunegate.pipeline.base import load_base
+    from tunegate.pipeline.reporter import Silent
+
+    return load_base(load_config(task), Silent(), "cpu").parameters

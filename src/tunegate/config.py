@@ -39,6 +39,17 @@ def _as_list(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """``6GB`` (10^9), ``6GiB`` (2^30), ``800MB`` in bytes; ValueError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)\s*", text.upper())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{text!r} is not a size: write 6GB, 6GiB or 800MB")
+    return int(float(found[1]) * _SIZES[found[2]])
+
+
 class BaseSection(Section):
     """The frozen model. ``base: NAME`` is short for ``base: {name: NAME}``."""
 
@@ -48,8 +59,11 @@ class BaseSection(Section):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
     template: str | None = Field(None, description="plain, chatml or Jinja text; default: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
-    quantization: Literal["none", "nf4"] = Field("none", description="nf4: 4 bits a weight while training (QLoRA)")
-    double_quantization: bool = Field(True, description="with nf4: scales in 8 bits too")
+    quantization: Literal["none", "nf4", "fp4", "int4"] = Field(
+        "none", description="nf4: 4 bits a weight while training (QLoRA); fp4 and int4 are less exact"
+    )
+    quantization_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights per scale")
+    double_quantization: bool = Field(True, description="scales in 8 bits too")
     keep_unquantized: tuple[str, ...] = Field((), description="layers to leave as they are, by name or path ending")
 
 
@@ -156,7 +170,10 @@ class TrainSection(Section):
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
     clip: Positive | None = Field(1.0, description="largest gradient norm; null: none")
-    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["offload"] = Field(
+        False, description="recompute layers in the backward pass: all, a number, or with their inputs in a file"
+    )
+    memory: str | None = Field(None, description="budget such as 6GB: recompute as many layers as that needs")
     eval_every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field(
         "epoch", description="steps between evaluations, or epoch"
     )
@@ -171,6 +188,13 @@ class TrainSection(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     _list = field_validator("exclude_modules", mode="before")(_as_list)
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
 
 
 class GateSection(Section):

@@ -31,6 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tunegate.kernels import native
+from tunegate.kernels.linear import Product, QuantizedWeight, Term, multiply
+
 _CHUNK_ELEMENTS = 1 << 22  # rows of a 16-bit weight are widened to fp32 in pieces of at most 16 MiB
 
 
@@ -253,7 +256,7 @@ class DoRALinear(nn.Module):
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):  # the norm is fp32 even under autocast
             a, b = self.lora_A.float(), self.lora_B.float()
-            cross = (_times_transpose(base_weight(self.base), a) * b).sum(1)
+            cross = (_times_transpose(self.base, a) * b).sum(1)
             own = ((b @ (a @ a.t())) * b).sum(1)
             squared = self.squared_norm + 2 * self.scale * cross + self.scale**2 * own
             limits = torch.finfo(torch.float32)
@@ -278,8 +281,20 @@ class DoRALinear(nn.Module):
 AdapterLayer = LoRALinear | DoRALinear
 
 
-def _times_transpose(weight: Tensor, a: Tensor) -> Tensor:
-    """``W A^T`` in fp32, (out, r); a 16-bit W is widened a few rows at a time, never as a whole."""
+def _times_transpose(layer: nn.Module, a: Tensor) -> Tensor:
+    """``W A^T`` in fp32, (out, r). The kernels read W as it is stored; else 16 bits are widened some rows at a time."""
+    quantized = getattr(layer, "quantized", None)
+    stored = quantized if isinstance(quantized, QuantizedWeight) else base_weight(layer)
+    parts = (a, stored.codes if isinstance(stored, QuantizedWeight) else stored)
+    if all(part.device.type == "cpu" for part in parts) and native.library_for(a) is not None:
+        readable = isinstance(stored, QuantizedWeight) or (
+            stored.dtype in native.KERNEL_DTYPES and stored.stride(-1) == 1
+        )
+        if readable:
+            out = torch.empty(a.shape[0], stored.shape[0])
+            multiply(Product(out, [Term(a.contiguous(), stored)]))
+            return out.t()
+    weight = base_weight(layer)
     if weight.dtype == torch.float32:
         return weight @ a.t()
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])

@@ -13,6 +13,7 @@ from tunegate import records
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.doctor import doctor
+from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
@@ -21,18 +22,8 @@ from tunegate.gate import PASS, SHIP
 from tunegate.pipeline.reporter import count
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
-__all__ = [
-    "check",
-    "doctor",
-    "eval",
-    "gate",
-    "init",
-    "merge",
-    "quantize",
-    "run",
-    "show",
-    "train",
-]  # the commands, by the name that is typed
+# the commands, by the name that is typed
+__all__ = ["check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "train"]
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
 

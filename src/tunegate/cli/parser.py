@@ -8,6 +8,11 @@ from typing import Any
 import tunegate
 from tunegate.cli.quantize import size
 
+# Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
+SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+METHODS = ("full", "lora", "dora", "qlora", "qdora")
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
 EPILOG = """\
 A task is one YAML file; base, data and task are required, the rest has defaults:
 
@@ -29,6 +34,28 @@ def _count(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
     return int(text)
+
+
+def _size(text: str) -> int:
+    """``70B``, ``135M``, ``10k`` or a plain number."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    try:
+        number = round(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 135M or 70B")
+    return number
+
+
+def _epochs(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs")
+    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     init.add_argument("--metric", default="exact_match", help="primary metric, for example accuracy")
 
     _add_check(commands, common)
+    _add_plan(commands, common)
     run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
     run.add_argument(
         "--reopen-test",
@@ -153,3 +181,29 @@ def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
     quantize.add_argument(
         "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"
     )
+
+
+def _add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
+    plan = commands.add_parser(
+        "plan",
+        parents=[common],
+        help="memory, time and money before a run, and what to choose",
+        description="Takes a task file with its real rows, or a model (--base, or its sizes) with --rows and --tokens.",
+    )
+    plan.add_argument("task", nargs="?", metavar="TASK", help="the task's YAML file")
+    plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    plan.add_argument("--probe", action="store_true", help="take three steps of the task here, and measure")
+    plan.add_argument("--base", help="packaged name, folder or hub id; only its config.json is read")
+    for name in SIZES:
+        flag = f"--{name.replace('_', '-')}"
+        plan.add_argument(flag, type=_size, metavar="N", help="a size of the model, without --base")
+    plan.add_argument("--tied", action="store_true", help="head and embeddings are one tensor")
+    plan.add_argument("--rows", type=_size, metavar="N", help="rows to train on")
+    plan.add_argument("--tokens", type=_size, metavar="L", help="tokens of a row")
+    plan.add_argument("--epochs", type=_epochs, default=3.0, metavar="N", help="default: 3")
+    plan.add_argument("--rank", type=_size, default=16, metavar="R", help="default: 16")
+    plan.add_argument("--batch-tokens", type=_size, metavar="N", help="tokens in memory at once; default: 2048")
+    plan.add_argument("--method", action="append", choices=METHODS, help="what to choose from, preferred first")
+    plan.add_argument("--device", action="append", default=[], metavar="NAME", help="only these devices")
+    plan.add_argument("--prices", metavar="FILE", help="a table of devices and prices of your own (YAML)")
+    plan.add_argument("--published", action="store_true", help="predictions beside figures that others published")

@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context, Projections, Saved
 from tunegate.engine.fused_shape import Shape, recognise, resolve
+from tunegate.engine.memory import Layer
 from tunegate.engine.workspace import Lease, Workspace
 from tunegate.kernels import native, varlen
 
@@ -37,11 +39,12 @@ class PassState:
 
 
 class FusedLayers:
-    """The decoder layers of ``backbone`` that the kernels can compute. ``recompute`` keeps only layer inputs for the
-    backward pass."""
+    """The decoder layers of ``backbone`` that the kernels can compute. The first ``recompute`` of them keep only their
+    inputs for the backward pass, in a file of ``offload`` where that is a folder."""
 
     def __init__(self, backbone: nn.Module):
-        self.recompute = False
+        self.recompute = 0
+        self.offload: Path | None = None
         self.shapes: dict[nn.Module, Shape] = {}
         self._reasons: Counter[str] = Counter()
         self._pool: list[Workspace] = []
@@ -61,6 +64,7 @@ class FusedLayers:
             else:
                 self.shapes[layer] = found
         self.count = len(layers)
+        self._order = {layer: number for number, layer in enumerate(self.shapes)}
 
     def install(self) -> None:
         for layer in self.shapes:
@@ -80,6 +84,21 @@ class FusedLayers:
         finally:
             self.install()
 
+    def save_less(self, recompute: int, offload: Path | None = None) -> None:
+        """From the next pass on. Memory held for passes before is given back."""
+        if offload != self.offload:
+            self._pool.clear()
+        self.recompute, self.offload = recompute, offload
+
+    def layers(self) -> list[Layer]:
+        """Shapes and projections as they now are, in the model's order; a layer that falls back is left out."""
+        found = []
+        for layer, shape in self.shapes.items():
+            projections = _projections(layer, shape)
+            if projections is not None:
+                found.append(Layer(shape, projections, shape.attention_norm.weight.shape[0]))
+        return found
+
     def describe(self) -> str:
         """One line: how many layers are fused at which level, and why others are not."""
         level = native.describe()[0]
@@ -95,7 +114,7 @@ class FusedLayers:
             return None
         state = attention_pass.fused
         if state is None:
-            state = attention_pass.fused = PassState(Lease(self._pool))
+            state = attention_pass.fused = PassState(Lease(self._pool, self.offload))
         index = int(layer.self_attn.layer_idx)
         cos, sin = (part[0] for part in position_embeddings) if position_embeddings is not None else (hidden, hidden)
         seed = _dropout_seed(state, projections) + index * _SEED_STRIDE
@@ -107,7 +126,8 @@ class FusedLayers:
             attention = _Trained(attention_pass.plan.rows, self._scratch)
         context = Context(self.shapes[layer], projections, cos, sin, seed, attention, self._scratch)
         if wants_grad:
-            return _Layer.apply(x, self, context, state.lease, *parameters)[None]
+            again = self._order[layer] < self.recompute
+            return _Layer.apply(x, self, context, state.lease, again, *parameters)[None]
         out = torch.empty_like(x)
         with self._scratch.scope(), self.temporary.scope():
             fused_layer.forward(context, x, out, self.temporary, saving=False)
@@ -197,15 +217,16 @@ def _options(shape: Shape) -> varlen.Options:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, owner: FusedLayers, context: Context, lease: Lease, *_parameters: Tensor
+        ctx: Any, x: Tensor, owner: FusedLayers, context: Context, lease: Lease, again: bool, *_parameters: Tensor
     ) -> Tensor:
         keep = lease.workspace
         out = keep.take(*x.shape, dtype=x.dtype)
         ctx.owner, ctx.context, ctx.lease, ctx.x = owner, context, lease, x.detach()
         ctx.saved = None
-        if owner.recompute:
+        if again:
             with owner.temporary.scope():
                 fused_layer.forward(context, ctx.x, out, owner.temporary, saving=False)
+            keep.put_away(ctx.x)  # not read before the backward pass
         else:
             ctx.saved = fused_layer.forward(context, ctx.x, out, keep)
         return out
@@ -218,12 +239,13 @@ class _Layer(torch.autograd.Function):
             )
         context, x = ctx.context, ctx.x
         grad_out = grad_outputs[0].contiguous()
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         with context.scratch.scope(), ctx.owner.temporary.scope():
             saved = ctx.saved
             if saved is None:
                 again = ctx.owner.temporary.take(*x.shape, dtype=x.dtype)
                 saved = fused_layer.forward(context, x, again, ctx.owner.temporary)
             found = fused_layer.backward(context, saved, grad_out, grad_x)
+        ctx.lease.workspace.put_away(x)
         ctx.saved = ctx.lease = ctx.context = ctx.x = None
-        return (grad_x, None, None, None, *found)
+        return (grad_x, None, None, None, None, *found)

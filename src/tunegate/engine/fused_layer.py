@@ -27,6 +27,7 @@ from torch import Tensor
 from tunegate.engine.fused_shape import Norm, Projection, Shape
 from tunegate.engine.workspace import Workspace
 from tunegate.kernels.dropout import add_dropped, dropped
+from tunegate.kernels.gain import gain_backward, partial_floats
 from tunegate.kernels.glu import gated, gated_backward
 from tunegate.kernels.linear import Product, Term, multiply
 from tunegate.kernels.norm import rms_norm, rms_norm_backward
@@ -125,9 +126,9 @@ def _project(
 
 def _project_backward(
     c: Context, grads: Sequence[Tensor], x: Tensor, group: Sequence[Projection], low: Sequence[Tensor | None],
-    outs: Sequence[Tensor | None], grad_x: Tensor, first: int,
+    outs: Sequence[Tensor | None], grad_x: Tensor | None, first: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradient with respect to x into ``grad_x``, and of the adapters' parameters. Overwrites DoRA's ``grads``.
+    """Gradient with respect to x into ``grad_x`` (None: nobody needs it), and of the adapters' parameters.
 
     ``outs`` are the projections' outputs, read for DoRA's magnitudes only.
     """
@@ -137,8 +138,11 @@ def _project_backward(
     for number, (p, grad, h, out) in enumerate(zip(group, grads, low, outs, strict=True)):
         if p.gain is not None:
             assert out is not None
-            found_magnitude = _magnitude_gradient(p, grad, out)
-            grad.mul_(p.gain)
+            scaled = c.scratch.take(*grad.shape, dtype=grad.dtype)
+            with c.scratch.scope():
+                memory = c.scratch.take(partial_floats(*grad.shape))
+                sums = gain_backward(grad, out, p.bias, p.gain, scaled, workspace=memory)
+            found_magnitude, grad = sums / p.parameters[2].detach(), scaled
         if h is not None:
             a, b = p.parameters[0].detach(), p.parameters[1].detach()
             g = c.scratch.take(len(x), p.rank, dtype=x.dtype)
@@ -159,17 +163,15 @@ def _project_backward(
         terms.append(Term(grad, p.weight, w_is_kn=True))
     if small:
         multiply(*small)
+    if grad_x is None:
+        multiply(*products) if products else None
+        return found
     multiply(Product(grad_x, terms), *products)
     for g, a, rate, seed in later:
         wide = c.scratch.take(*x.shape, dtype=x.dtype)
         multiply(Product(wide, [Term(g, a, w_is_kn=True)]))
         add_dropped(wide, grad_x, rate=rate, seed=seed)
     return found
-
-
-def _magnitude_gradient(p: Projection, grad: Tensor, out: Tensor) -> Tensor:
-    centred = out if p.bias is None else out - p.bias
-    return torch.linalg.vecdot(grad.float(), centred.float(), dim=0) / p.parameters[2].detach()
 
 
 def _norm(norm: Norm, x: Tensor, out: Tensor, inverse: Tensor) -> None:
@@ -285,7 +287,7 @@ def _branch_backward(
         inner = c.scratch.take(*grad.shape, dtype=grad.dtype)
         _norm_backward(after, grad, own, inverse, inner, None)
         inner = inner.mul_(factor) if factor != 1.0 else inner
-    elif group[0].gain is not None or factor != 1.0:
+    elif factor != 1.0:
         inner = c.scratch.take(*grad.shape, dtype=grad.dtype)
         torch.mul(grad, factor, out=inner)
     else:
@@ -293,8 +295,8 @@ def _branch_backward(
     return _project_backward(c, [inner], x, group, low, [own], grad_x, first)
 
 
-def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor) -> list[Tensor]:
-    """d x into ``grad_x`` (T, H); returns the adapters' gradients in the order of ``Projections.all()``."""
+def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor | None) -> list[Tensor]:
+    """d x into ``grad_x`` (T, H; None: not needed); returns adapter gradients in the order of ``Projections.all()``."""
     shape, groups, take, dtype = c.shape, c.projections, c.scratch.take, s.x.dtype
     tokens, hidden = s.x.shape
     with c.scratch.scope():
@@ -328,7 +330,9 @@ def _joined(first: Tensor) -> Tensor:
     return first.as_strided((first.shape[0], 2 * first.shape[1]), first.stride(), first.storage_offset())
 
 
-def _attention_backward(c: Context, s: Saved, grad_attended: Tensor, grad_y: Tensor, grad_x: Tensor) -> list[Tensor]:
+def _attention_backward(
+    c: Context, s: Saved, grad_attended: Tensor, grad_y: Tensor, grad_x: Tensor | None
+) -> list[Tensor]:
     """From attention's output back to the layer's input; ``grad_y`` is the residual's share."""
     shape, dtype = c.shape, s.x.dtype
     outs = _raw_outputs(c, s)
@@ -347,10 +351,12 @@ def _attention_backward(c: Context, s: Saved, grad_attended: Tensor, grad_y: Ten
         for norm, (name, grad, raw, into) in zip(head_norms, heads, strict=True):
             flat = (-1, shape.head_dim)
             _norm_backward(norm, grad.view(flat), raw.reshape(flat), s.inverse[name], into.view(flat), None)
-    normed, grad_normed = c.scratch.take(*s.x.shape, dtype=dtype), c.scratch.take(*s.x.shape, dtype=dtype)
+    normed = c.scratch.take(*s.x.shape, dtype=dtype)
+    grad_normed = None if grad_x is None else c.scratch.take(*s.x.shape, dtype=dtype)
     _norm(shape.attention_norm, s.x, normed, s.inverse["attention"])
     found = _project_backward(c, grads, normed, c.projections.qkv, s.low["qkv"], outs, grad_normed, 0)
-    _norm_backward(shape.attention_norm, grad_normed, s.x, s.inverse["attention"], grad_x, grad_y)
+    if grad_x is not None and grad_normed is not None:
+        _norm_backward(shape.attention_norm, grad_normed, s.x, s.inverse["attention"], grad_x, grad_y)
     return found
 
 

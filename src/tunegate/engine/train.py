@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tunegate.adapter.inject import Injection
-from tunegate.config import TrainSection
+from tunegate.config import TrainSection, parse_size
 from tunegate.data.pack import split_batches
 from tunegate.data.types import Rendered
 from tunegate.engine.checkpoint import (
@@ -42,6 +42,7 @@ from tunegate.engine.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from tunegate.engine.memory import Saving, choose, resident_bytes, step_need
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
 from tunegate.errors import InputError, Problem, TunegateError
@@ -92,7 +93,11 @@ def train(
     optimizer = make_optimizer(parameters, settings)
     plan = StepPlan(rows, settings)
     state = _resume(folder, key, parameters, optimizer, hooks)
-    with _training_mode(runner, injection, settings):
+    saving = plan_saving(runner, injection, settings, max(settings.tokens_per_batch, max(map(len, rows))))
+    if saving.reason:
+        hooks.report({"event": "notice", "step": state.step, "text": f"memory: {saving.reason}"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with _training_mode(runner, injection, settings, saving, folder):
         _loop(runner, parameters, optimizer, plan, state, settings, folder, key, hooks)
     drop_old_best(folder, state)  # again: a process may have been killed between checkpoint and drop
     load_parameters(parameters, read_best(folder, state.best_step))
@@ -216,16 +221,46 @@ def _resume(
     return state
 
 
+def plan_saving(runner: Runner, injection: Injection, settings: TrainSection, tokens: int) -> Saving:
+    """Which layers are recomputed: those that the settings ask for, and more where ``train.memory`` needs it.
+
+    ``tokens`` are the computed tokens of the largest batch. :class:`InputError` for a budget that cannot be met or that
+    no exact figure exists for.
+    """
+    asked, fused = settings.gradient_checkpointing, runner.fused
+    count = len(fused.shapes) if fused is not None else len(_recomputable(runner)) if asked else 0
+    least = count if asked is True or asked == "offload" else min(count, int(asked))
+    if settings.memory is None:
+        return Saving(least, offload=asked == "offload")
+    layers = fused.layers() if fused is not None else []
+    if fused is None or len(layers) != fused.count:
+        raise InputError(
+            "a memory budget needs fused layers, whose activations are known",
+            where="train.memory",
+            got=f"{len(layers)} of them; {runner.path_reason}",
+            fix="remove it, and set `train.gradient_checkpointing: true` to save memory",
+        )
+    need = step_need(layers, tokens, runner.dtype.itemsize, injection.trainable)
+    return choose(parse_size(settings.memory), resident_bytes(), need, least)
+
+
 @contextlib.contextmanager
-def _training_mode(runner: Runner, injection: Injection, settings: TrainSection) -> Iterator[None]:
+def _training_mode(
+    runner: Runner,
+    injection: Injection,
+    settings: TrainSection,
+    saving: Saving | None = None,
+    folder: Path | None = None,
+) -> Iterator[None]:
     """Base in eval mode (its own dropout stays off), adapters in train mode, decoder layers recomputed in the
-    backward pass if asked for; all as it was afterwards."""
-    layers = _recomputable(runner) if settings.gradient_checkpointing else []
+    backward pass as ``saving`` (default: the settings) says, with a file in ``folder``; all as it was afterwards."""
+    saving = saving or plan_saving(runner, injection, settings, settings.tokens_per_batch)
+    layers = _recomputable(runner)[: saving.recompute] if saving.recompute else []
     with evaluating(runner.model):
         for adapter in injection.modules.values():
             adapter.training = True
         if runner.fused is not None:
-            runner.fused.recompute = settings.gradient_checkpointing
+            runner.fused.save_less(saving.recompute, folder if saving.offload else None)
         for layer in layers:
             layer.forward = functools.partial(_recomputed, layer.forward)
         try:
@@ -234,7 +269,7 @@ def _training_mode(runner: Runner, injection: Injection, settings: TrainSection)
             for layer in layers:
                 del layer.forward
             if runner.fused is not None:
-                runner.fused.recompute = False
+                runner.fused.save_less(0)
 
 
 def _recomputable(runner: Runner) -> Sequence[nn.Module]:

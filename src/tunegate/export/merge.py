@@ -34,7 +34,7 @@ from tunegate.files import explain_os_error, flush_folder, hash_file, hash_json,
 from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import dequantize, quantize
 from tunegate.model.shards import DTYPES, ShardWriter, fill, size_of
-from tunegate.model.streaming import checkpoint_names, on_meta, quantizable
+from tunegate.model.streaming import checkpoint_names, is_quantized, on_meta, quantizable
 from tunegate.model.weights import INDEX_FILE, TensorEntry, tensors_of
 
 PROGRESS = "merge-progress.json"
@@ -86,6 +86,10 @@ def plan_merge(
     problems = _mix_problems(mix, len(adapters))
     if out.exists():
         problems.append(Problem("the output exists", str(out), fix="name another folder, or remove it"))
+    if not problems and is_quantized(base):
+        fix = "name the 16-bit original: --base, with --allow-base-mismatch, which is recorded"
+        what = "the base is stored in 4 bits, and nothing is merged into a 4-bit grid"
+        problems.append(Problem(what, str(base), fix=fix))
     if problems:
         raise InputError(problems)
     config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -107,7 +111,7 @@ def plan_merge(
     sizes = {path.name: [e.name for e in entries] for path, entries in files.items()}
     seen: frozenset[str] = frozenset()
     if recipe is not None:
-        quantized = {f"{path}.weight" for path in quantizable(model, tuple(recipe["keep"]))}
+        quantized = {f"{path}.weight" for path in quantizable(model, tuple(recipe["keep"]))}  # a stored one has no keep
         seen = frozenset(name for name, key in names.items() if key in quantized)
     key = hash_json([hashes, mix.method, list(mix.weights), mix.density, mix.seed, recipe and dict(recipe), sizes])
     plan = Plan(base, out, files, paths, transposed, updates, mix, recipe, seen, key)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tunegate.errors import InputError, Problem, nearest
+from tunegate.kernels.formats import Recipe
 from tunegate.model.resolve import ResolvedBase
-from tunegate.model.streaming import load_quantized
+from tunegate.model.streaming import is_quantized, load_quantized
 from tunegate.model.weights import load_object
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def load_model(
 ) -> PreTrainedModel:  # fmt: skip
     """The base on the CPU in ``dtype``, in eval mode, no parameter requiring a gradient.
 
-    ``recipe`` (format, block, double, keep) quantizes its linear layers on the way (:mod:`tunegate.model.streaming`).
+    ``recipe`` (format, block, double, keep, stored) quantizes its linear layers on the way
+    (:mod:`tunegate.model.streaming`), unless the folder's are stored so.
     Raises :class:`InputError` if it is not a decoder-only causal LM, if tensors are missing or have other
     shapes, or if transformers cannot read it. A head tied to the embedding does not count as missing.
     """
@@ -42,11 +44,12 @@ def load_model(
 
     folder = base.path if isinstance(base, ResolvedBase) else base
     config = _causal_config(folder, trust_remote_code)
-    if recipe is not None:
+    if recipe is not None or is_quantized(folder):
+        given = None if recipe is None or recipe.get("stored") else Recipe.from_json(recipe)
+        keep = () if recipe is None else recipe["keep"]
         streamed = load_quantized(
-            folder, config, dtype=dtype, double=recipe["double"], keep=recipe["keep"],
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            folder, config, dtype=dtype, recipe=given, keep=keep, trust_remote_code=trust_remote_code
+        )
         return streamed.model
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
     try:
@@ -203,3 +206,18 @@ def _cpu_flags(cpuinfo: Path) -> set[str]:
         if name.strip() == "flags":
             return set(value.split())
     return set()
+
+
+def empty_model(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that ``folder/config.json`` describes, on the meta device: shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = _causal_config(folder, trust_remote_code)
+    loader: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, RuntimeError, ImportError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            "transformers cannot build this model", where=str(folder), got=_brief(error), fix=_VERSION_FIX
+        ) from error

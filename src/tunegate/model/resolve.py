@@ -69,6 +69,41 @@ def resolve_base(
     return base
 
 
+def resolve_config(
+    name: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    tokenizer: bool = False,
+    report: Report = lambda _: None,
+) -> tuple[Path, str]:
+    """(folder that holds the base's ``config.json``, source); from the hub that file alone is fetched, and with
+    ``tokenizer`` the tokenizer's files.
+
+    The names are those of :func:`resolve_base`. Weights are neither fetched nor looked at.
+    """
+    if not name.strip():
+        raise InputError("no base is named", where="base", expected="a folder, a hub id or a packaged name")
+    if name in packaged.NAMES or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+        base = _find(name, revision, offline, False, report)
+        if not (base.path / "config.json").is_file():
+            raise InputError(_config_problems(base.path, False, report))
+        return base.path, base.source
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    small = [pattern for pattern in ALLOW if pattern != "*.safetensors"]
+    try:
+        config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
+        if tokenizer:
+            commit, ignore = config.parent.name, list(IGNORE)
+            snapshot_download(
+                name, revision=commit, allow_patterns=small, ignore_patterns=ignore, local_files_only=offline
+            )
+    except Exception as error:  # the library's own classes, and those of whichever HTTP client it uses
+        raise _explain(error, name, revision, offline) from error
+    return config.parent, "hub"
+
+
 def _find(name: str, revision: str | None, offline: bool, trust_remote_code: bool, report: Report) -> ResolvedBase:
     folder = Path(name).expanduser()
     is_path = name.startswith((".", "/", "~", "\\"))

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.errors import InputError, Problem
-from tunegate.kernels.formats import BLOCK, Recipe
+from tunegate.kernels.formats import Recipe
+from tunegate.kernels.linear import QuantizedWeight
 from tunegate.kernels.nf4 import QuantizedLinear, quantize
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
+from tunegate.model.bnb_files import StoredWeight, quantized_names, unpack
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry, tensors_of
 
@@ -51,31 +53,44 @@ class _Job:
     path: Path
     entry: TensorEntry
     name: str
+    stored: StoredWeight | None = None
 
 
 def load_quantized(
-    folder: Path, config: Any, *, dtype: torch.dtype, double: bool = True, keep: Iterable[str] = (),
+    folder: Path, config: Any, *, dtype: torch.dtype, recipe: Recipe | None, keep: Iterable[str] = (),
     trust_remote_code: bool = False,
 ) -> Streamed:  # fmt: skip
-    """The checkpoint in ``folder`` as a frozen model in eval mode, linear layers in NF4, the rest in ``dtype``.
+    """The checkpoint in ``folder`` as a frozen model in eval mode, linear layers in 4 bits, the rest in ``dtype``.
 
-    ``keep`` names further layers (or endings of their paths) to leave as they are; ``double`` quantizes the scales
-    too. :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, and NaN or infinity.
+    ``recipe`` says how layers are quantized; ``keep`` names further ones (or endings of their paths) to leave as they
+    are. Weights stored in bitsandbytes' 4-bit form are taken as they are, and None leaves all others alone.
+    :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, and NaN or infinity.
     """
     model = on_meta(config, dtype, trust_remote_code)
-    jobs, problems = _plan(folder, model)
+    files = tensors_of(folder)
+    stored = quantized_names(entry.name for entries in files.values() for entry in entries)
+    jobs, problems = _plan(folder, model, files, stored)
     if problems:
         raise InputError(problems)
-    names = quantizable(model, tuple(keep))
-    if not names:
+    names = set() if recipe is None else quantizable(model, tuple(keep))
+    names -= {job.name.removesuffix(".weight") for job in jobs if job.stored is not None}
+    if not names and not stored:
         raise InputError(
             f"{type(model).__name__} has no linear layer to quantize",
             where="base.quantization",
             fix="set it to none; transformers' Conv1D layers (GPT-2) are not quantized",
         )
+    entries = {entry.name: (path, entry) for path, part in files.items() for entry in part}
+    done = set(names)
     passing = {f"{name}.weight" for name in names}
     for job, tensor in _read_ahead(jobs, passing):
-        _place(model, job, tensor, dtype, names, double)
+        if job.stored is not None:
+            _put(model, job, unpack(job.stored, lambda name: _any_tensor(*entries[name])))
+            done.add(job.name.removesuffix(".weight"))
+        elif job.name in passing:
+            _put(model, job, _quantized(job, tensor, recipe))
+        else:
+            _place(model, job, tensor, dtype)
     _tie(model)
     _fill_buffers(model)
     missing = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
@@ -84,7 +99,12 @@ def load_quantized(
     model.requires_grad_(False)
     model.eval()
     held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
-    return Streamed(model, tuple(sorted(names)), sum(held.values()))
+    return Streamed(model, tuple(sorted(done)), sum(held.values()))
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether weights in ``folder`` are stored in 4 bits."""
+    return bool(quantized_names(entry.name for entries in tensors_of(folder).values() for entry in entries))
 
 
 def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -94,19 +114,29 @@ def on_meta(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _plan(folder: Path, model: Any) -> tuple[list[_Job], list[Problem]]:
+def _plan(
+    folder: Path, model: Any, files: Mapping[Path, list[TensorEntry]], stored: Mapping[str, StoredWeight]
+) -> tuple[list[_Job], list[Problem]]:
     """Which tensor of which file goes where, in file order, and everything wrong with it."""
-    files, state = tensors_of(folder), model.state_dict()
-    names = checkpoint_names(folder, model, files)
+    state, names = model.state_dict(), checkpoint_names(folder, model, files)
     jobs = [
-        _Job(path, entry, names[entry.name])
+        _Job(path, entry, names[entry.name], stored.get(entry.name))
         for path, entries in files.items()
         for entry in sorted(entries, key=lambda e: e.start)
         if entry.name in names
     ]
-    problems = [p for j in jobs for p in _entry_problems(j.path, j.entry, tuple(state[j.name].shape))]
-    stored, tied = {job.name for job in jobs}, _tied_names(model)
-    return [job for job in jobs if tied.get(job.name) not in stored], problems  # stored under both names: read once
+    problems = [p for j in jobs if j.stored is None for p in _entry_problems(j, tuple(state[j.name].shape))]
+    problems += [p for j in jobs if j.stored is not None for p in _stored_problems(j, model)]
+    present, tied = {job.name for job in jobs}, _tied_names(model)
+    return [job for job in jobs if tied.get(job.name) not in present], problems  # stored under both names: read once
+
+
+def _stored_problems(job: _Job, model: Any) -> list[Problem]:
+    module = model.get_submodule(job.name.rpartition(".")[0])
+    if type(module) is nn.Linear and module is not model.get_output_embeddings():
+        return []
+    what = "4-bit weights are read for linear layers only"
+    return [Problem(what, f"{job.path}: {job.entry.name}", got=type(module).__name__)]
 
 
 def checkpoint_names(folder: Path, model: Any, files: Mapping[Path, list[TensorEntry]]) -> dict[str, str]:
@@ -135,8 +165,8 @@ def checkpoint_names(folder: Path, model: Any, files: Mapping[Path, list[TensorE
     return names
 
 
-def _entry_problems(path: Path, entry: TensorEntry, shape: tuple[int, ...]) -> list[Problem]:
-    where = f"{path}: {entry.name}"
+def _entry_problems(job: _Job, shape: tuple[int, ...]) -> list[Problem]:
+    entry, where = job.entry, f"{job.path}: {job.entry.name}"
     if entry.shape != shape:
         return [Problem("a tensor has another shape than config.json gives it", where, str(shape), str(entry.shape))]
     if entry.dtype not in DTYPES:
@@ -186,6 +216,8 @@ def _read_ahead(jobs: list[_Job], passing: set[str]) -> Iterator[tuple[_Job, Ten
         job = jobs[number]
         size = size_of(job.entry)
         buffer = ring[number % 2][:size] if job.name in passing else torch.empty(size, dtype=torch.uint8)
+        if job.stored is not None:
+            return buffer[:0]  # read with its parts
         fill(files[job.path], job.entry, buffer, job.path)
         return buffer.view(DTYPES[job.entry.dtype]).view(job.entry.shape)
 
@@ -206,19 +238,45 @@ def _read_ahead(jobs: list[_Job], passing: set[str]) -> Iterator[tuple[_Job, Ten
             os.close(descriptor)
 
 
-def _place(model: Any, job: _Job, tensor: Tensor, dtype: torch.dtype, names: set[str], double: bool) -> None:
+def _any_tensor(path: Path, entry: TensorEntry) -> Tensor:
+    """A tensor of a stored 4-bit weight, whatever its dtype."""
+    buffer = torch.empty(size_of(entry), dtype=torch.uint8)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fill(descriptor, entry, buffer, path)
+    finally:
+        os.close(descriptor)
+    return buffer.view(DTYPES.get(entry.dtype, torch.uint8)).view(entry.shape if entry.dtype in DTYPES else (-1,))
+
+
+def _quantized(job: _Job, tensor: Tensor, recipe: Recipe | None) -> QuantizedWeight:
+    assert recipe is not None
+    try:
+        return quantize(tensor, recipe)
+    except ValueError as error:
+        raise InputError(str(error), where=f"{job.path}: {job.entry.name}") from None
+
+
+def _put(model: Any, job: _Job, weight: QuantizedWeight) -> None:
+    """A quantized layer in the place of the linear layer whose weight the job is."""
+    path = job.name.rpartition(".")[0]
+    parent, _, child = path.rpartition(".")
+    module = model.get_submodule(path)
+    if tuple(weight.shape) != (module.out_features, module.in_features):
+        expected = str((module.out_features, module.in_features))
+        where = f"{job.path}: {job.entry.name}"
+        what = "a tensor has another shape than config.json gives it"
+        raise InputError(what, where=where, expected=expected, got=str(weight.shape))
+    layer = QuantizedLinear(weight)
+    layer.bias = module.bias  # on the meta device until its turn comes, or here already
+    layer.train(module.training)
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _place(model: Any, job: _Job, tensor: Tensor, dtype: torch.dtype) -> None:
     path, _, kind = job.name.rpartition(".")
     parent_path, _, child = path.rpartition(".")
     module, parent = model.get_submodule(path), model.get_submodule(parent_path)
-    if path in names and kind == "weight":
-        try:
-            layer = QuantizedLinear(quantize(tensor, Recipe("nf4", BLOCK, double)))
-        except ValueError as error:
-            raise InputError(str(error), where=f"{job.path}: {job.entry.name}") from None
-        layer.bias = module.bias  # on the meta device until its turn comes, or here already
-        layer.train(module.training)
-        setattr(parent, child, layer)
-        return
     narrow = tensor.dtype == torch.bfloat16 and dtype == torch.float32 and kind == "weight"
     if narrow and type(module) is nn.Embedding:
         kept = StoredEmbedding(nn.Parameter(tensor, requires_grad=False), dtype, module.padding_idx)

@@ -5,7 +5,7 @@ It does not load the base's weights; ``session`` does, when a step needs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 from tunegate.config import BaseSection, Config
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError
-from tunegate.kernels.formats import BLOCK
+from tunegate.kernels.formats import Recipe
+from tunegate.model.bnb_files import quantized_names
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
 from tunegate.model.loading import choose_dtype, load_tokenizer
 from tunegate.model.resolve import ResolvedBase, resolve_base
-from tunegate.model.weights import load_object, tensors_of
+from tunegate.model.weights import TensorEntry, load_object, tensors_of
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -59,20 +60,41 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
     )
     fingerprint = fingerprint_base(resolved.path)
     tokenizer = load_tokenizer(resolved.path, trust_remote_code=section.trust_remote_code)
-    renderer = Renderer(tokenizer, template=section.template, eos_ids=_eos_ids(resolved.path))
+    renderer = Renderer(tokenizer, template=section.template, eos_ids=eos_ids(resolved.path))
     dtype, reason = choose_dtype(section.compute_dtype, device=device)
     entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
-    parameters = sum(_elements(e.shape) for e in entries.values())
+    parameters = _count(entries)
     positions = _positions(load_object(resolved.path / "config.json"))
     name = str(dtype).removeprefix("torch.")
-    return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, _recipe(section))
+    recipe = _recipe(section, resolved.path, entries)
+    return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, recipe)
 
 
-def _recipe(section: BaseSection) -> dict[str, Any] | None:
-    if section.quantization == "none":
+def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[str, Any] | None:
+    """How the base's weights are quantized: as the task says, or as they are stored. :class:`InputError` if both."""
+    stored = quantized_names(names)
+    wanted = section.quantization != "none"
+    if stored and wanted:
+        raise InputError(
+            "the base is stored in 4 bits already",
+            where=f"base.quantization; {folder}",
+            got=f"{len(stored)} quantized weights",
+            fix="remove `quantization`, or name the 16-bit original",
+        )
+    if stored:
+        first = next(iter(stored.values()))
+        return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
+    if not wanted:
         return None
-    kept = sorted(set(section.keep_unquantized))
-    return {"format": section.quantization, "block": BLOCK, "double": section.double_quantization, "keep": kept}
+    recipe = Recipe(section.quantization, section.quantization_block, section.double_quantization)
+    return {**recipe.to_json(), "keep": sorted(set(section.keep_unquantized)), "stored": False}
+
+
+def _count(entries: Mapping[str, TensorEntry]) -> int:
+    """Parameters; a weight stored in 4 bits counts two for each byte of its codes, and its scales not."""
+    stored = quantized_names(entries)
+    parts = {name for weight in stored.values() for name in weight.tensor_names} - stored.keys()
+    return sum((1 + (n in stored)) * _elements(e.shape) for n, e in entries.items() if n not in parts)
 
 
 def base_name(config: Config) -> str:
@@ -97,7 +119,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
+def eos_ids(folder: Path) -> tuple[int, ...]:
     """The end-of-text ids of the base's generation config."""
     path = folder / "generation_config.json"
     found = load_object(path).get("eos_token_id") if path.exists() else None

@@ -88,7 +88,7 @@ class Prepared:
 
     @cached_property
     def train_key(self) -> str:
-        settings = self.config.task.train.model_dump(mode="json", exclude={"threads", "checkpoint_every"})
+        settings = self.config.task.train.model_dump(mode="json", exclude={"threads", "checkpoint_every", "memory"})
         rows = hash_json([[row.ids, row.target] for row in self.train_rows])
         return hash_json([self.base_key, settings, rows, self._task_key, _content(self.valid), self.policy.hash()])
 

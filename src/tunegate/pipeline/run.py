@@ -16,7 +16,7 @@ from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
-from tunegate.pipeline import steps
+from tunegate.pipeline import planning, steps
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
@@ -93,7 +93,8 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     _need_test(prepared)
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
-        run = open_run(prepared)
+        run, peak = open_run(prepared), planning.peak_rss()
+        planned = planning.begin(prepared, run, reporter, tested=True)
         if not is_done(run / "train", prepared.train_key):
             session.check_adapter(adapter_spec(prepared.config.task.train))  # before minutes of baselines
         baselines = measure_baselines(session)
@@ -110,6 +111,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
             decision,
             ledger.of(prepared.test_hash),
         )
+        planning.finish(planned, run, record, peak)
     return Outcome(run, run / "adapter", card, baselines)
 
 
@@ -170,8 +172,11 @@ def train_only(config: Config, reporter: Reporter, *, stop: Callable[[], bool]) 
     prepared = _prepared(config, reporter)
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
-        folder = open_run(prepared)
-        return folder, steps.train_adapter(session, folder, stop)
+        folder, peak = open_run(prepared), planning.peak_rss()
+        planned = planning.begin(prepared, folder, reporter, tested=False)
+        record = steps.train_adapter(session, folder, stop)
+        planning.finish(planned, folder, record, peak)
+        return folder, record
 
 
 def decide_again(config: Config, reporter: Reporter) -> tuple[Path, Decision]:

@@ -75,6 +75,12 @@ def check_backend(settings: TrainSection, device: str) -> None:
                 "set `backend: native` or `trl` for DoRA",
             )
         )
+    if name != "native" and settings.memory is not None:
+        problems.append(
+            Problem(
+                f"the {name} backend has no memory budget", "train.memory", fix="remove it, or set `backend: native`"
+            )
+        )
     if problems:
         raise InputError(problems)
 

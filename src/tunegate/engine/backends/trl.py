@@ -301,7 +301,7 @@ def _make_trainer(job: _Job, optimizer: torch.optim.Optimizer, schedule: Any) ->
             return total
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            _only_adapters_train(self.model, settings.gradient_checkpointing)
+            _only_adapters_train(self.model, bool(settings.gradient_checkpointing))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
         def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -330,7 +330,7 @@ def _make_trainer(job: _Job, optimizer: torch.optim.Optimizer, schedule: Any) ->
         max_steps=job.plan.total,
         gradient_accumulation_steps=1,
         max_grad_norm=settings.clip or 0.0,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=bool(settings.gradient_checkpointing),
         bf16=False,  # no autocast: the base computes in the dtype it was loaded in
         seed=settings.seed % 2**32,
         use_cpu=device.type == "cpu",

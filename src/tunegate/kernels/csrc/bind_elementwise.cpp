@@ -73,6 +73,17 @@ void gated_backward(Shape shape, bool is_bf16, Rows grad_out, Rows gate, Rows up
   active().gated_backward(call);
 }
 
+void gain_backward(Shape shape, bool is_bf16, Rows grad, Rows out, Rows scaled, uintptr_t bias, uintptr_t gain,
+                   uintptr_t sums, uintptr_t partial, float factor) {
+  GainCall call{};
+  call.shape = shaped(shape, is_bf16);
+  call.grad = strided(grad), call.out = strided(out), call.scaled = strided(scaled);
+  call.bias = reinterpret_cast<const float*>(bias), call.gain = reinterpret_cast<const float*>(gain);
+  call.sums = reinterpret_cast<float*>(sums), call.partial = reinterpret_cast<float*>(partial);
+  call.factor = factor;
+  active().gain_backward(call);
+}
+
 void dropout(Shape shape, bool is_bf16, Rows x, Rows out, uint64_t seed, int64_t row_offset, uint32_t threshold,
              float scale, bool adds) {
   active().dropout({shaped(shape, is_bf16), strided(x), strided(out), seed, row_offset, threshold, scale, adds});
@@ -101,6 +112,7 @@ void bind_elementwise(nb::module_& m) {
   m.def("rope", &rope, Free());
   m.def("gated", &gated, Free());
   m.def("gated_backward", &gated_backward, Free());
+  m.def("gain_backward", &gain_backward, Free());
   m.def("dropout", &dropout, Free());
   m.def("_test_nested_tasks", &nested_tasks, Free());
   m.def("_test_vector_function", &vector_function, Free());

@@ -148,6 +148,34 @@ void rotate(const RopeCall& call) {
   });
 }
 
+// ---- DoRA's gain per column, backward
+
+template <typename T>
+void gain_rows(const GainCall& call) {
+  int64_t rows = call.shape.rows, columns = call.shape.columns;
+  int64_t chunks = (rows + gain_chunk - 1) / gain_chunk;
+  parallel(chunks, [&](int64_t chunk) {
+    float* part = call.partial + chunk * columns;
+    memset(part, 0, columns * sizeof(float));
+    for (int64_t row = chunk * gain_chunk; row < min_of(rows, (chunk + 1) * gain_chunk); row++) {
+      const T* grad = (const T*)call.grad.data + row * call.grad.stride;
+      const T* out = (const T*)call.out.data + row * call.out.stride;
+      T* scaled = (T*)call.scaled.data + row * call.scaled.stride;
+      sweep(columns, [&](int64_t i, auto lanes) {
+        vfloat g = lanes.get(grad + i) * call.factor, y = lanes.get(out + i);
+        if (call.bias) y -= lanes.get(call.bias + i);
+        lanes.put(part + i, lanes.get(part + i) + g * y);
+        lanes.put(scaled + i, g * lanes.get(call.gain + i));
+      });
+    }
+  });
+  memset(call.sums, 0, columns * sizeof(float));
+  for (int64_t chunk = 0; chunk < chunks; chunk++)
+    sweep(columns, [&](int64_t i, auto lanes) {
+      lanes.put(call.sums + i, lanes.get(call.sums + i) + lanes.get(call.partial + chunk * columns + i));
+    });
+}
+
 // ---- gated activations
 
 struct Activated {
@@ -319,6 +347,10 @@ void gated(const GluCall& call) { call.shape.is_bf16 ? gate_any<bf16>(call) : ga
 
 void gated_backward(const GluCall& call) {
   call.shape.is_bf16 ? gate_any_backward<bf16>(call) : gate_any_backward<float>(call);
+}
+
+void gain_backward(const GainCall& call) {
+  call.shape.is_bf16 ? gain_rows<bf16>(call) : gain_rows<float>(call);
 }
 
 void dropout(const DropoutCall& call) {

@@ -42,6 +42,18 @@ struct GluCall {
   Activation activation;
 };
 
+// sums[j] = sum over rows of factor * grad * (out - bias), scaled = factor * grad * gain. Rows are summed in chunks of
+// gain_chunk, so that any number of threads gives the same bytes; partial holds a row of fp32 for each chunk.
+constexpr int64_t gain_chunk = 64;
+
+struct GainCall {
+  RowsShape shape;
+  StridedRows grad, out, scaled;  // scaled may be grad
+  const float *bias, *gain;       // bias may be null
+  float *sums, *partial;
+  float factor;
+};
+
 struct DropoutCall {
   RowsShape shape;
   StridedRows x, out;
@@ -60,5 +72,6 @@ struct DropoutCall {
   X(void, rope, (const RopeCall& call))                \
   X(void, gated, (const GluCall& call))                \
   X(void, gated_backward, (const GluCall& call))       \
+  X(void, gain_backward, (const GainCall& call))       \
   X(void, dropout, (const DropoutCall& call))          \
   X(void, vector_function, (int which, const float* x, float* out, int64_t count))

@@ -1,0 +1,166 @@
+"""Three optimizer steps of the real task on the real machine, through the pipeline's own objects.
+
+The first step warms up: buffers, packed weights, the loss's memory. The other two are timed, and the run's time is the
+warm-up plus its operations at their rate. The peak is the process's, corrected by what the estimate says a larger
+batch or evaluation of the run adds. The evaluator answers a few validation items, which gives the time of the run's
+evaluations. The measurement is kept, so that the next prediction on this machine begins from it.
+
+Nothing of it lands in a run folder, and the test set stays closed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunegate.config import Config
+from tunegate.data.pack import split_batches
+from tunegate.engine.schedule import StepPlan
+from tunegate.engine.train import Hooks, mean_loss, train
+from tunegate.errors import InputError
+from tunegate.pipeline.planning import (
+    Prediction,
+    TaskPlan,
+    check_fit,
+    most_loss_tokens,
+    peak_rss,
+    plan_prepared,
+    predict,
+)
+from tunegate.pipeline.prepare import Prepared, prepare
+from tunegate.pipeline.reporter import Reporter
+from tunegate.pipeline.session import Session, adapter_spec
+from tunegate.plan import calibrate
+from tunegate.plan.devices import this_machine
+from tunegate.plan.memory import PlanInputs, estimate
+from tunegate.plan.time import Workload, operations_per_token
+
+STEPS = 3
+ITEMS = 16  # validation items that are answered
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the steps showed. ``prediction`` is the whole run's; ``seconds`` of its training steps, ``answer_seconds``
+    of its evaluations, ``bytes`` its peak."""
+
+    plan: TaskPlan
+    prediction: Prediction
+    bytes: int
+    seconds: float
+    answer_seconds: float
+    step_seconds: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "answer_seconds": self.answer_seconds,
+            "step_seconds": list(self.step_seconds),
+        }
+
+
+def probe(config: Config, reporter: Reporter) -> Probed:
+    """Take the steps; :class:`InputError` for a task of another trainer's, or one with fewer steps."""
+    if config.task.train.backend != "native":
+        raise InputError("a probe measures tunegate's own steps", where="train.backend", expected="native",
+                         got=config.task.train.backend)  # fmt: skip
+    prepared = prepare(config, reporter)
+    plan = plan_prepared(prepared)
+    if plan.workload.steps < STEPS:
+        raise InputError(
+            "the run is shorter than a probe",
+            where="train.epochs",
+            expected=f"at least {STEPS} steps",
+            got=str(plan.workload.steps),
+            fix="start the run: it takes no longer",
+        )
+    check_fit(predict(plan))
+    session = Session(prepared, reporter)
+    times, answering = _take_steps(prepared, session)
+    return _conclude(prepared, plan, times, answering)
+
+
+def _take_steps(prepared: Prepared, session: Session) -> tuple[list[float], float]:
+    """Seconds of each step, and of one answered validation item."""
+    settings = prepared.config.task.train.model_copy(
+        update={"max_steps": STEPS, "eval_every": NEVER, "checkpoint_every": NEVER}
+    )
+    injection = session.start_adapter(adapter_spec(settings), settings.seed)
+    runner = session.runner
+    stamps, answering = [0.0], [0.0]
+
+    def report(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            stamps.append(time.perf_counter())
+
+    def evaluate(step: int) -> tuple[float, dict[str, Any]]:
+        del step
+        items = prepared.valid[:ITEMS]
+        began = time.perf_counter()
+        session.evaluate(items, "adapter", "valid", folder / "items.jsonl")
+        answering[0] = (time.perf_counter() - began) / len(items)
+        mean_loss(runner, prepared.valid_rows[:ITEMS], settings.tokens_per_batch)
+        return 0.0, {}
+
+    with tempfile.TemporaryDirectory(prefix="tunegate-probe-") as name:
+        folder = Path(name)
+        stamps[0] = time.perf_counter()
+        train(runner, injection, prepared.train_rows, settings, folder / "train", "probe", Hooks(evaluate, report))
+    return [after - before for before, after in itertools.pairwise(stamps)], answering[0]
+
+
+def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering: float) -> Probed:
+    taken = [_step_work(prepared, plan, step) for step in range(STEPS)]
+    rate = sum(work for work, _ in taken[1:]) / sum(times[1:])
+    whole = operations(plan.inputs, plan.workload)
+    warm_up = max(0.0, times[0] - taken[0][0] / rate)
+    seconds = whole / rate + warm_up
+    seen = dataclasses.replace(plan.inputs, tokens=max(t for _, t in taken))
+    answered = prepared.valid_rows[:ITEMS]
+    assert seen.evaluation is not None
+    evaluation = dataclasses.replace(
+        seen.evaluation,
+        rows=min(seen.evaluation.rows, len(answered)),
+        loss_tokens=most_loss_tokens((answered,), prepared.config.task.train),
+    )
+    seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens), evaluation=evaluation)
+    raw = predict(plan)
+    more = max(0, raw.raw_bytes - estimate(seen).total)
+    peak = peak_rss() + more
+    calibrate.observe(
+        this_machine(),
+        calibrate.Observation(
+            kind=calibrate.kind_of(plan.inputs),
+            tokens=plan.inputs.tokens,
+            predicted_bytes=raw.raw_bytes,
+            measured_bytes=peak if plan.device.kind == "cpu" else None,
+            predicted_seconds=raw.raw_seconds,
+            measured_seconds=seconds,
+            source="probe",
+            when=calibrate.now(),
+        ),
+    )
+    return Probed(plan, predict(plan), peak, seconds, answering * plan.answers.items, tuple(times))
+
+
+def operations(p: PlanInputs, w: Workload) -> float:
+    """Operations of all steps of a run."""
+    return sum(operations_per_token(p, w).values()) * w.tokens * w.computed
+
+
+def _step_work(prepared: Prepared, plan: TaskPlan, step: int) -> tuple[float, int]:
+    """(operations of one step, its most computed tokens at once)."""
+    settings = prepared.config.task.train
+    rows = StepPlan(prepared.train_rows, settings).rows(step)
+    batches = split_batches(rows, settings.tokens_per_batch, share_prefix=settings.share_prefix)
+    computed, whole = sum(b.layout.tokens for b in batches), sum(b.row_tokens for b in batches)
+    reached = sum(b.n_targets for b in batches)
+    work = Workload(tuple(len(row) for row in rows), 1.0, 1, computed / whole, reached / whole)
+    return operations(plan.inputs, work), max(b.layout.tokens for b in batches)

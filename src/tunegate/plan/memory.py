@@ -1,0 +1,428 @@
+"""Memory of a training run, component by component, from its shape and settings.
+
+The peak is what is held throughout plus the largest of four moments: loading, the loss, a layer's backward pass, and
+evaluation. On CPUs the activations are counted by replaying the engine's own allocations (``native``), which are kept
+for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and token:
+
+- ``eager``: each norm keeps an fp32 copy and its output; attention keeps q, k, v, its output and a log-sum-exp; the
+  MLP keeps gate, activation, up and their product; dropout keeps a mask and the dropped input of each adapter;
+- ``compiled``: elementwise results are computed again, as ``torch.compile`` and fused kernels do.
+
+Quantized weights take 4 bits and their constants ``8/64 + 32/(64*256)`` bits a weight with double quantization
+(arXiv:2305.14314, section 3), 32/64 without. AdamW keeps two moments a parameter; blockwise 8-bit ones take a byte
+and an fp32 constant for every 256 (arXiv:2110.02861).
+
+It measures nothing; ``calibrate`` corrects it by what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from tunegate.adapter.spec import named
+from tunegate.kernels.cross_entropy import CHUNK_BYTES
+from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
+from tunegate.plan.native import LayerPass, Replay, replay, replay_evaluation
+from tunegate.plan.shapes import ModelShape, Target
+
+Method = Literal["full", "lora", "dora"]
+Engine = Literal["native", "eager", "compiled"]
+Checkpointing = Literal["none", "some", "all", "offload"]
+Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
+
+RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
+CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
+FRAGMENTATION = 0.05  # of what comes and goes
+ROW_TOKEN = 48  # bytes of a rendered token: an id (a Python int and its pointer) and its target mark
+EIGHT_BIT_BLOCK = 256
+EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Generated answers: ``rows`` side by side, ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens.
+    ``loss_tokens`` are held at once where a loss is taken over rows without gradients."""
+
+    rows: int = EVALUATION_ROWS
+    prompt: int = 256
+    new: int = 32
+    prefix: int = 0
+    loss_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """What memory and time depend on.
+
+    ``tokens`` are computed tokens in memory at once, ``loss_tokens`` those of them that reach the vocabulary.
+    ``itemsize`` is the bytes of a frozen weight and of an activation (2: bf16, 4: fp32), ``adapter_itemsize`` those of
+    a trained parameter, its gradient and each moment. ``loss``: ``kernel`` for chunks of 64 MiB, ``chunks`` for eight
+    parts with 16-bit logits kept, ``whole`` for full logits. ``data_tokens``: tokens of all rows held in memory.
+    ``unquantized`` names linear layers that keep their bits; with a quantized base, embeddings and head keep those of
+    the checkpoint.
+    """
+
+    shape: ModelShape
+    targets: tuple[Target, ...]
+    tokens: int
+    loss_tokens: int
+    method: Method = "lora"
+    engine: Engine = "native"
+    itemsize: int = 4
+    quantization: Literal["nf4"] | None = None
+    double_quant: bool = True
+    unquantized: tuple[str, ...] = ()
+    adapter_itemsize: int = 4
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    dropout: bool = True
+    checkpointing: Checkpointing = "none"
+    kept_layers: int = 0
+    loss: Literal["kernel", "chunks", "whole"] = "kernel"
+    prefix: int = 0
+    data_tokens: int = 0
+    evaluation: Evaluation | None = None
+    threads: int = 2
+
+    @property
+    def trainable(self) -> int:
+        """Trained parameters."""
+        if self.method == "full":
+            return self.shape.parameters
+        low = sum(t.rank * (t.inputs + t.outputs) for t in self.targets)
+        return low + (sum(t.outputs for t in self.targets) if self.method == "dora" else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        names = [name for name in self.__dataclass_fields__ if name not in ("shape", "targets", "evaluation")]
+        ranks = sorted({t.rank for t in self.targets})
+        return {
+            **{name: getattr(self, name) for name in names},
+            "shape": self.shape.to_json(),
+            "targets": {"layers": len(self.targets), "ranks": ranks, "trainable": self.trainable},
+            "evaluation": vars(self.evaluation) if self.evaluation else None,
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component: its bytes, how they come about, and when they are held."""
+
+    name: str
+    bytes: int
+    how: str
+    phase: Phase = "always"
+
+
+_MOMENTS: dict[Phase, tuple[Phase, ...]] = {
+    "backward": ("always", "kept", "training", "backward"),
+    "loss": ("always", "kept", "training", "loss"),
+    "evaluation": ("always", "kept", "evaluation"),
+    "loading": ("always", "loading"),
+}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    parts: tuple[Part, ...] = field(default=())
+
+    def of(self, *names: str) -> int:
+        return sum(part.bytes for part in self.parts if part.name in names)
+
+    @property
+    def peak_phase(self) -> Phase:
+        """When the peak is reached. What is ``kept`` is there once training has begun, what is held in ``training`` at
+        the loss and in the backward pass."""
+        return max(_MOMENTS, key=self._held)
+
+    def _held(self, moment: Phase) -> int:
+        return sum(part.bytes for part in self.parts if part.phase in _MOMENTS[moment])
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self._held(self.peak_phase)
+
+    def at_peak(self) -> list[Part]:
+        """The parts that make up :attr:`total`, empty ones left out."""
+        return [part for part in self.parts if part.phase in _MOMENTS[self.peak_phase] and part.bytes]
+
+    def without(self, *names: str) -> MemoryPlan:
+        return MemoryPlan(tuple(part for part in self.parts if part.name not in names))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"total": self.total, "peak_phase": self.peak_phase, "parts": [vars(part) for part in self.parts]}
+
+
+def estimate(p: PlanInputs) -> MemoryPlan:
+    """Every component of a run, in bytes."""
+    parts = [*_weights(p), *_trained(p)]
+    parts += _native_parts(p) if p.engine == "native" else _autograd_parts(p)
+    return MemoryPlan(tuple(parts))
+
+
+def nf4_constants(elements: int, *, double: bool = True) -> int:
+    """Bytes of the scales of ``elements`` quantized weights."""
+    blocks = -(-elements // BLOCK)
+    return blocks + 4 * -(-blocks // NESTED_BLOCK) if double else 4 * blocks
+
+
+def weight_bytes(p: PlanInputs) -> tuple[int, int]:
+    """(bytes of the frozen weights, bytes of quantization constants)."""
+    shape = p.shape
+    if p.quantization is None:
+        return shape.parameters * p.itemsize, 0
+    packed = [one.elements for one in shape.linears if not (p.unquantized and named(p.unquantized, one.path))]
+    rest = (shape.embedding + shape.head) * min(p.itemsize, shape.stored)
+    rest += (shape.other + shape.linear - sum(packed)) * p.itemsize
+    codes = sum(-(-count // 2) for count in packed)
+    return rest + codes, sum(nf4_constants(count, double=p.double_quant) for count in packed)
+
+
+def _weights(p: PlanInputs) -> list[Part]:
+    held, constants = weight_bytes(p)
+    if p.quantization is None:
+        how = f"{p.shape.parameters:,} x {p.itemsize} bytes"
+    else:
+        rest = p.shape.parameters - p.shape.linear
+        how = f"{p.shape.linear:,} x 4 bits and {rest:,} of 16 or 32 (embeddings, head, norms)"
+    parts = [Part("weights", held, how)]
+    if constants:
+        double = "one 8-bit scale in 64 weights, one fp32 in 64 x 256" if p.double_quant else "one fp32 in 64 weights"
+        parts.append(Part("constants", constants, double))
+    return parts
+
+
+def _trained(p: PlanInputs) -> list[Part]:
+    n, size = p.trainable, p.adapter_itemsize
+    if p.optimizer == "adamw":
+        state, how = 2 * n * size, f"two moments x {n:,} x {size} bytes"
+    else:
+        state, how = 2 * n + 8 * -(-n // EIGHT_BIT_BLOCK), f"two 8-bit moments x {n:,}, one fp32 in 256 each"
+    parts = [
+        Part("gradients", n * size, f"{n:,} x {size} bytes", "training"),
+        Part("optimizer", state, how, "kept"),
+    ]
+    if p.method == "full":
+        return parts
+    extra = 8 * sum(t.outputs for t in p.targets) if p.method == "dora" else 0  # squared row norms and gains, fp32
+    held = f"{n:,} x {size} bytes" + (", row norms" if extra else "")
+    return [Part("adapters", n * size + extra, held, "kept"), *parts]
+
+
+# --- off the CPU -------------------------------------------------------------------------------------------------
+
+
+def layer_bytes(p: PlanInputs) -> float:
+    """Bytes that autograd keeps for one decoder layer and one token (mean over the layers)."""
+    s, size = p.shape, p.itemsize
+    query, key = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    norms = 4 if s.sandwich else 2
+    inner = (4 if s.gated else 2) if p.engine == "eager" else (2 if s.gated else 1)
+    kept = (
+        norms * s.hidden * size + (query + 2 * key) * size + query * size + 4 * s.heads + inner * s.intermediate * size
+    )
+    kept += norms * 4 * s.hidden if p.engine == "eager" else s.hidden * size
+    adapters = sum(t.rank for t in p.targets) * size
+    if p.dropout and p.engine == "eager":
+        adapters += sum(t.inputs for t in p.targets) * (size + 1)
+    if p.method == "dora" and p.engine == "eager":  # the base's output, the branch's, and their scaled sum
+        adapters += sum(t.outputs for t in p.targets) * size * 3
+    return kept + adapters / s.layers
+
+
+def _autograd_parts(p: PlanInputs) -> list[Part]:
+    s, size, tokens = p.shape, p.itemsize, p.tokens
+    each = layer_bytes(p) * tokens
+    boundary = s.hidden * size * tokens
+    working = (3 * s.intermediate + 4 * s.hidden) * size * tokens
+    kept = {"none": s.layers, "some": p.kept_layers, "all": 0, "offload": 0}[p.checkpointing]
+    inputs = 2 if p.checkpointing == "offload" else s.layers - kept
+    recomputed = each if kept < s.layers else 0.0
+    activations = kept * each + inputs * boundary
+    how = f"{tokens:,} tokens: {kept} layers x {layer_bytes(p) / 1e3:,.0f} kB, "
+    how += f"{inputs} layer inputs x {s.hidden * size / 1e3:,.1f} kB"
+    logits, loss_how = _logits(p)
+    at_work = "its activations again, and gradients" if recomputed else "gradients of its activations"
+    parts = [
+        Part("activations", round(activations), how, "training"),
+        Part("logits", logits, loss_how, "loss"),
+        Part("layer at work", round(recomputed + working), at_work, "backward"),
+    ]
+    if p.quantization:
+        whole = max(one.elements for one in s.linears) * size
+        parts.append(Part("dequantized", whole, "the largest matrix, one at a time", "training"))
+    dynamic = activations + max(logits, recomputed + working) + p.trainable * p.adapter_itemsize
+    if p.evaluation:
+        parts.append(_cache(p, p.evaluation))
+        row_logits = p.evaluation.rows * s.vocab * 4 * 2
+        parts.append(
+            Part("answers' logits", row_logits, f"{p.evaluation.rows} rows x {s.vocab:,}, twice", "evaluation")
+        )
+    parts.append(Part("context", round(CONTEXT), "CUDA context and workspaces"))
+    parts.append(Part("fragmentation", round(FRAGMENTATION * dynamic), "5 % of what comes and goes", "kept"))
+    return parts
+
+
+def _logits(p: PlanInputs) -> tuple[int, str]:
+    vocab, n = p.shape.vocab, p.loss_tokens
+    if p.loss == "kernel":
+        rows = min(n, max(16, CHUNK_BYTES // (4 * vocab)))
+        copies = 1 if p.engine == "native" and p.itemsize == 4 else 3
+        return 4 * rows * vocab * copies, f"{rows:,} positions at a time x {vocab:,} x 4 bytes" + (
+            "" if copies == 1 else ", loss and gradient beside them"
+        )
+    if p.loss == "chunks":
+        # compiled, the fp32 copies of a part are never stored
+        part = -(-n // 8) * vocab * (12 if p.engine == "eager" else 2 * p.itemsize)
+        return n * vocab * p.itemsize + part, f"{n:,} x {vocab:,} in {8 * p.itemsize} bits, the loss on 1/8 at a time"
+    # 16-bit logits and their gradient, fp32 log-probabilities and theirs
+    return n * vocab * (2 * p.itemsize + 8), f"{n:,} x {vocab:,} x (2 x {p.itemsize} + 2 x 4) bytes"
+
+
+def cache_bytes(p: PlanInputs, rows: int, tokens: int) -> int:
+    """Keys and values of ``rows`` x ``tokens``."""
+    s = p.shape
+    return rows * tokens * 2 * s.kv_heads * s.head_dim * s.layers * p.itemsize
+
+
+def _cache(p: PlanInputs, e: Evaluation) -> Part:
+    held = cache_bytes(p, e.rows, e.prompt + e.new) + cache_bytes(p, 1, e.prefix)
+    how = f"{e.rows} rows x {e.prompt + e.new:,} tokens" + (f" and {e.prefix:,} shared" if e.prefix else "")
+    return Part("KV cache", held, how, "evaluation")
+
+
+# --- on the CPU ---------------------------------------------------------------------------------------------------
+
+
+def group_rows(e: Evaluation) -> int:
+    """Rows that ``engine.generate`` runs side by side."""
+    return max(1, min(e.rows, PREFILL_TOKENS // max(1, e.prompt)))
+
+
+def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPass:
+    """What the fused layers see of a batch of ``tokens``."""
+    kept = {"none": p.shape.layers, "some": p.kept_layers, "all": 0, "offload": 0}[p.checkpointing]
+    return LayerPass(
+        shape=p.shape,
+        tokens=tokens,
+        itemsize=p.itemsize,
+        ranks=_ranks(p),
+        dropout=p.dropout and training,
+        dora=p.method == "dora",
+        prefix=p.prefix,
+        kept_layers=kept if training else 0,
+    )
+
+
+def _ranks(p: PlanInputs) -> tuple[int, int, int, int, int, int, int]:
+    """The rank at q, k, v, o, gate, up and down: from the sizes of the targets, the largest where they differ."""
+    s = p.shape
+    wide, narrow = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    if s.packed:
+        qkv, gate_up = (s.hidden, wide + 2 * narrow), (s.hidden, 2 * s.intermediate)
+        roles = [qkv, qkv, qkv, (wide, s.hidden), gate_up, gate_up, (s.intermediate, s.hidden)]
+    else:
+        inner = (s.hidden, s.intermediate)
+        roles = [(s.hidden, wide), (s.hidden, narrow), (s.hidden, narrow), (wide, s.hidden), inner, inner,
+                 (s.intermediate, s.hidden)]  # fmt: skip
+    ranks: dict[tuple[int, int], int] = {}
+    for target in p.targets:
+        key = (target.inputs, target.outputs)
+        ranks[key] = max(ranks.get(key, 0), target.rank)
+    q, k, v, o, gate, up, down = (ranks.get(role, 0) for role in roles)
+    return q, k, v, o, gate, up, down
+
+
+def workspaces(p: PlanInputs) -> Replay:
+    """The engine's activation memory after a training step and an evaluation."""
+    memory = replay(layer_pass(p, p.tokens))
+    if p.checkpointing == "offload":
+        memory = _offloaded(p)
+    if p.evaluation:
+        e = p.evaluation
+        tokens = max(e.prefix, e.prompt * group_rows(e), e.loss_tokens)
+        replay_evaluation(layer_pass(p, tokens, training=False), memory)
+    return memory
+
+
+def _offloaded(p: PlanInputs) -> Replay:
+    """Layer inputs lie on disk: two of them are in memory, the rest is as with ``all``."""
+    two = replace(p.shape, layers=2)
+    return replay(replace(layer_pass(p, p.tokens), shape=two, kept_layers=0))
+
+
+def _native_parts(p: PlanInputs) -> list[Part]:
+    s, size, tokens = p.shape, p.itemsize, p.tokens
+    if s.fused:
+        memory = workspaces(p)
+        kept = {"none": "every layer kept", "some": f"{p.kept_layers} of {s.layers} layers kept",
+                "all": "layer inputs kept, the rest computed again", "offload": "layer inputs on disk"}  # fmt: skip
+        how = f"{tokens:,} tokens: {kept[p.checkpointing]} ({_gb(memory.kept.touched)}), one layer "
+        how += f"{_gb(memory.temporary.touched)}, scratch {_gb(memory.scratch.touched)}"
+        parts = [Part("activations", memory.touched, how, "kept")]
+    else:
+        found = _autograd_parts(replace(p, engine="eager", evaluation=None))
+        parts = [part for part in found if part.name in ("activations", "layer at work")]
+    row = tokens * s.hidden * max(size, 4)
+    loss = 3 * p.loss_tokens * s.hidden * size
+    logits, how = _logits(p)
+    around = max(4 * row, 3 * row + loss)
+    parts += [
+        Part("logits", logits, how, "kept"),
+        Part("around the layers", round(around), "embeddings, last norm, their gradients", "training"),
+        Part("kernels", p.threads * 2 * 2**20 + 10 * 2**20, "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
+        Part("rows", p.data_tokens * ROW_TOKEN, f"{p.data_tokens:,} tokens x {ROW_TOKEN} bytes"),
+        Part("runtime", round(RUNTIME), "Python, torch, transformers"),
+        Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),
+    ]
+    if p.evaluation:
+        e = replace(p.evaluation, rows=group_rows(p.evaluation))
+        prefill = cache_bytes(p, e.rows, e.prompt)
+        cache = _cache(p, e)
+        parts.append(replace(cache, bytes=cache.bytes + prefill, how=cache.how + ", and the prompts' own while filled"))
+        texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
+        parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", "evaluation"))
+    return parts
+
+
+def _loading(p: PlanInputs) -> float:
+    if p.quantization:  # streamed: a tensor at work and the next one
+        return 2.0 * p.shape.largest * p.shape.stored
+    return float(p.shape.stored * p.shape.parameters)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def with_tokens(p: PlanInputs, tokens: int) -> PlanInputs:
+    """The same run with ``tokens`` at once; the share of them that reaches the vocabulary stays."""
+    return replace(p, tokens=tokens, loss_tokens=max(1, math.ceil(p.loss_tokens * tokens / p.tokens)))
+
+
+def largest_tokens(p: PlanInputs, budget: float, *, most: int = 1 << 20) -> int:
+    """The largest number of tokens at once that stays within ``budget`` bytes, in steps of 64; 0 if none does."""
+    low, high = 0, most // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(with_tokens(p, 64 * middle)).total <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return 64 * low
+
+
+def cheapest_checkpointing(
+    p: PlanInputs, budget: float, choices: Sequence[Checkpointing] = ("none", "all")
+) -> PlanInputs | None:
+    """``p`` with the first of ``choices`` (in order of time lost) that fits ``budget``, or None."""
+    for choice in choices:
+        candidate = replace(p, checkpointing=choice, kept_layers=0)
+        if estimate(candidate).total <= budget:
+            return candidate
+    return None
