@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def test_counts_are_those_of_the_loaded_model(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_meta_model_has_the_same_shape(family: str, tmp_path: Path) -> None:
     tiny_config(family, architectures=[type(tiny_model(family)).__name__]).save_pretrained(tmp_path)
-    assert shape_of_folder(tmp_path, "x") == shape_of_model(tiny_model(family), "x")
+    found, wanted = shape_of_folder(tmp_path, "x"), shape_of_model(tiny_model(family), "x")
+    assert found == replace(wanted, stored=found.stored)  # a config need not say how its weights are stored
 
 
 @pytest.mark.parametrize("family", FAMILIES)
