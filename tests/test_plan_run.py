@@ -179,6 +179,30 @@ def test_a_peak_of_an_earlier_run_is_not_taken_for_this_ones(task: Path) -> None
     assert read_json(folder / "plan.json")["measured"]["bytes"] is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "choice", "kept"),
+    [
+        ([], "none", 2), (["train.gradient_checkpointing=true"], "all", 0),
+        (["train.gradient_checkpointing=1"], "some", 1), (["train.gradient_checkpointing=9"], "all", 0),
+        (["train.gradient_checkpointing=offload"], "offload", 0), (["train.memory=9GB"], "none", 2),
+        (["train.memory=1MB"], "offload", 0),
+    ],
+)  # fmt: skip
+def test_settings_of_memory_reach_the_plan(task: Path, settings: list[str], choice: str, kept: int) -> None:
+    p = planning.plan_task(load_config(task, settings), Silent()).inputs
+    assert p.checkpointing == choice
+    assert p.shape.layers - p.recomputed == kept
+
+
+def test_a_budget_recomputes_no_more_layers_than_it_needs() -> None:
+    p = replace(INPUTS, tokens=50_000, shape=llama_shape("deep", (8, 256, 4, 2, 64, 768, 1000)))
+    sizes = [estimate(replace(p, checkpointing="some", kept_layers=n)).total for n in range(9)]
+    assert sizes == sorted(sizes)
+    found = planning.within(p, sizes[5])
+    assert (found.checkpointing, found.kept_layers) == ("some", 5)
+    assert planning.within(p, sizes[8]).checkpointing == "none"
+
+
 # --- the probe ---------------------------------------------------------------------------------------------------
 
 

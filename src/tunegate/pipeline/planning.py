@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from tunegate.config import Config, TrainSection
+from tunegate.config import Config, TrainSection, parse_size
 from tunegate.data.pack import SHORTEST_PREFIX, common_prefix, split_batches
 from tunegate.data.render import Renderer
 from tunegate.data.split import position
@@ -39,7 +39,7 @@ from tunegate.pipeline.session import adapter_spec
 from tunegate.pipeline.steps import LOSS_ROWS
 from tunegate.plan import calibrate
 from tunegate.plan.devices import Device, available_memory, cpu_device, load_sheet, this_machine
-from tunegate.plan.memory import EVALUATION_ROWS, Evaluation, PlanInputs, estimate
+from tunegate.plan.memory import EVALUATION_ROWS, Checkpointing, Evaluation, PlanInputs, estimate
 from tunegate.plan.recommend import fit_problem
 from tunegate.plan.shapes import ModelShape, shape_of_folder
 from tunegate.plan.time import Workload, answer_time, training_time
@@ -48,7 +48,6 @@ from tunegate.records import RunRecord
 FILE = "plan.json"
 STEPS_LOOKED_AT = 200
 PROMPTS = 4  # baselines that a task with labels has by default
-QUANTIZES = True  # base.quantization is a setting
 LEAST_STEPS = 3  # fewer are mostly warm-up and say nothing about speed
 
 
@@ -132,6 +131,7 @@ def describe(
     answers = _answers(config, valid, test, len(batches.steps), prompts)
     method = "dora" if settings.method == "dora" else "lora"
     base = config.task.base
+    checkpointing, kept = _recomputation(settings, shape.layers)
     fused = shape.fused and machine.level != "twins"
     inputs = PlanInputs(
         shape=shape if cuda else replace(shape, fused=fused),
@@ -145,10 +145,8 @@ def describe(
         double_quant=base.double_quantization,
         unquantized=base.keep_unquantized,
         dropout=settings.dropout > 0,
-        checkpointing=_checkpointing(settings),
-        kept_layers=max(0, shape.layers - int(settings.gradient_checkpointing))
-        if isinstance(settings.gradient_checkpointing, int)
-        else 0,
+        checkpointing=checkpointing,
+        kept_layers=kept,
         prefix=batches.prefix,
         data_tokens=sum(len(row) for row in (*train, *valid)),
         evaluation=Evaluation(
@@ -160,16 +158,29 @@ def describe(
         ),
         threads=threads,
     )
+    if settings.memory is not None:
+        inputs = within(inputs, parse_size(settings.memory))
     return TaskPlan(inputs, batches.workload, max(len(row) for row in train), answers, _here(cuda, itemsize, threads))
 
 
-def _checkpointing(settings: TrainSection) -> Literal["none", "some", "all", "offload"]:
-    """As the estimate knows it. A budget recomputes what it needs to, so it counts as all."""
-    if settings.gradient_checkpointing == "offload":
-        return "offload"
-    if settings.gradient_checkpointing is True or settings.memory is not None:
-        return "all"
-    return "some" if settings.gradient_checkpointing else "none"
+def _recomputation(settings: TrainSection, layers: int) -> tuple[Checkpointing, int]:
+    """(choice, layers that keep their activations) as the settings ask for it."""
+    asked = settings.gradient_checkpointing
+    if asked == "offload":
+        return "offload", 0
+    if asked is True or asked is False:
+        return ("all", 0) if asked else ("none", 0)
+    return ("some", layers - asked) if asked < layers else ("all", 0)
+
+
+def within(p: PlanInputs, budget: int) -> PlanInputs:
+    """``p`` with as few more layers recomputed as a budget needs, as the engine chooses them (its own sum leaves out
+    evaluation); inputs in a file where that is not enough."""
+    for recomputed in range(p.recomputed, p.shape.layers + 1):
+        option = replace(p, checkpointing="some", kept_layers=p.shape.layers - recomputed)
+        if estimate(replace(option, evaluation=None)).total <= budget:
+            return option if recomputed else replace(p, checkpointing="none")
+    return replace(p, checkpointing="offload")
 
 
 def most_loss_tokens(parts: Sequence[Sequence[Rendered]], settings: TrainSection) -> int:
@@ -287,7 +298,7 @@ def check_fit(prediction: Prediction) -> None:
 
     available = device.memory if device.kind == "cuda" else available_memory()
     problem = fit_problem(
-        inputs, available, prediction.plan.longest, correct=correct, quantizes=QUANTIZES, offloads=True
+        inputs, available, prediction.plan.longest, correct=correct, quantizes=True, offloads=device.kind == "cpu"
     )
     if problem is not None:
         raise TunegateError(problem)

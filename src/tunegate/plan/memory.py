@@ -1,8 +1,9 @@
 """Memory of a training run, component by component, from its shape and settings.
 
-The peak is what is held throughout plus the largest of four moments: loading, the loss, a layer's backward pass, and
-evaluation. On CPUs the activations are counted by replaying the engine's own allocations (``native``), which are kept
-for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and token:
+The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass,
+evaluation, and writing a checkpoint. On CPUs the activations are counted by replaying the engine's own allocations
+(``native``), which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
+token:
 
 - ``eager``: each norm keeps an fp32 copy and its output; attention keeps q, k, v, its output and a log-sum-exp; the
   MLP keeps gate, activation, up and their product; dropout keeps a mask and the dropped input of each adapter;
@@ -31,7 +32,7 @@ from tunegate.plan.shapes import ModelShape, Target
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
-Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
+Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation", "checkpoint"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
@@ -87,6 +88,12 @@ class PlanInputs:
     threads: int = 2
 
     @property
+    def recomputed(self) -> int:
+        """Layers whose activations are computed again."""
+        kept = {"none": self.shape.layers, "some": self.kept_layers, "all": 0, "offload": 0}[self.checkpointing]
+        return self.shape.layers - kept
+
+    @property
     def trainable(self) -> int:
         """Trained parameters."""
         if self.method == "full":
@@ -119,6 +126,7 @@ _MOMENTS: dict[Phase, tuple[Phase, ...]] = {
     "backward": ("always", "kept", "training", "backward"),
     "loss": ("always", "kept", "training", "loss"),
     "evaluation": ("always", "kept", "evaluation"),
+    "checkpoint": ("always", "kept", "checkpoint"),
     "loading": ("always", "loading"),
 }
 
@@ -201,9 +209,12 @@ def _trained(p: PlanInputs) -> list[Part]:
     else:
         state, how = 2 * n + 8 * -(-n // EIGHT_BIT_BLOCK), f"two 8-bit moments x {n:,}, one fp32 in 256 each"
     parts = [
-        Part("gradients", n * size, f"{n:,} x {size} bytes", "training"),
+        # on a CPU the allocator keeps these many small tensors' memory for the next step
+        Part("gradients", n * size, f"{n:,} x {size} bytes", "kept" if p.engine == "native" else "training"),
         Part("optimizer", state, how, "kept"),
     ]
+    if p.engine == "native":  # safetensors' bytes of each tensor, and of the file
+        parts.append(Part("checkpoint", 2 * state, "the optimizer's tensors, twice, as a file is made", "checkpoint"))
     if p.method == "full":
         return parts
     extra = 8 * sum(t.outputs for t in p.targets) if p.method == "dora" else 0  # squared row norms and gains, fp32
@@ -237,7 +248,7 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
     each = layer_bytes(p) * tokens
     boundary = s.hidden * size * tokens
     working = (3 * s.intermediate + 4 * s.hidden) * size * tokens
-    kept = {"none": s.layers, "some": p.kept_layers, "all": 0, "offload": 0}[p.checkpointing]
+    kept = s.layers - p.recomputed
     inputs = 2 if p.checkpointing == "offload" else s.layers - kept
     recomputed = each if kept < s.layers else 0.0
     activations = kept * each + inputs * boundary
@@ -303,7 +314,6 @@ def group_rows(e: Evaluation) -> int:
 
 def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPass:
     """What the fused layers see of a batch of ``tokens``."""
-    kept = {"none": p.shape.layers, "some": p.kept_layers, "all": 0, "offload": 0}[p.checkpointing]
     return LayerPass(
         shape=p.shape,
         tokens=tokens,
@@ -312,7 +322,7 @@ def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPas
         dropout=p.dropout and training,
         dora=p.method == "dora",
         prefix=p.prefix,
-        kept_layers=kept if training else 0,
+        recomputed=p.recomputed if training else 0,
     )
 
 
@@ -348,9 +358,9 @@ def workspaces(p: PlanInputs) -> Replay:
 
 
 def _offloaded(p: PlanInputs) -> Replay:
-    """Layer inputs lie on disk: two of them are in memory, the rest is as with ``all``."""
+    """Layer inputs lie in a file: two of them are in memory, the rest is as with ``all``."""
     two = replace(p.shape, layers=2)
-    return replay(replace(layer_pass(p, p.tokens), shape=two, kept_layers=0))
+    return replay(replace(layer_pass(p, p.tokens), shape=two, recomputed=2))
 
 
 def _native_parts(p: PlanInputs) -> list[Part]:
@@ -358,7 +368,7 @@ def _native_parts(p: PlanInputs) -> list[Part]:
     if s.fused:
         memory = workspaces(p)
         kept = {"none": "every layer kept", "some": f"{p.kept_layers} of {s.layers} layers kept",
-                "all": "layer inputs kept, the rest computed again", "offload": "layer inputs on disk"}  # fmt: skip
+                "all": "layer inputs kept, the rest computed again", "offload": "layer inputs in a file"}  # fmt: skip
         how = f"{tokens:,} tokens: {kept[p.checkpointing]} ({_gb(memory.kept.touched)}), one layer "
         how += f"{_gb(memory.temporary.touched)}, scratch {_gb(memory.scratch.touched)}"
         parts = [Part("activations", memory.touched, how, "kept")]

@@ -21,8 +21,8 @@ from tunegate.plan.shapes import ModelShape
 @dataclass(frozen=True)
 class LayerPass:
     """One pass over ``tokens`` tokens. ``itemsize``: bytes of an activation. ``ranks``: the rank at q, k, v, o, gate,
-    up, down (0: not adapted). ``prefix``: tokens shared by the rows. ``kept_layers``: layers whose activations are
-    kept, the others are computed again."""
+    up, down (0: not adapted). ``prefix``: tokens shared by the rows. ``recomputed``: layers, counted from
+    the first, that keep their input alone."""
 
     shape: ModelShape
     tokens: int
@@ -31,7 +31,7 @@ class LayerPass:
     dropout: bool = False
     dora: bool = False
     prefix: int = 0
-    kept_layers: int = 0
+    recomputed: int = 0
 
 
 @dataclass
@@ -61,14 +61,14 @@ def replay(p: LayerPass, into: Replay | None = None) -> Replay:
     with memory.kept.scope():
         for layer in range(layers):
             memory.kept.take(p.tokens * p.shape.hidden, p.itemsize)
-            if layer < p.kept_layers:
+            if layer >= p.recomputed:
                 _forward(p, memory.kept, memory.scratch, saving=True)
             else:
                 with memory.temporary.scope():
                     _forward(p, memory.temporary, memory.scratch, saving=False)
         for layer in reversed(range(layers)):
             with memory.scratch.scope(), memory.temporary.scope():
-                if layer >= p.kept_layers:
+                if layer < p.recomputed:
                     memory.temporary.take(p.tokens * p.shape.hidden, p.itemsize)
                     _forward(p, memory.temporary, memory.scratch, saving=True)
                 _backward(p, memory.scratch, first=layer == 0)

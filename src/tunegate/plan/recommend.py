@@ -199,7 +199,7 @@ def changes(p: PlanInputs, longest: int, *, quantizes: bool, eight_bit: bool, of
         found.append(
             Change(f"train.tokens_per_batch: {tokens}", with_tokens(p, tokens), "the same steps, a little slower")
         )
-    if p.checkpointing == "none":
+    if p.checkpointing in ("none", "some"):
         again = replace(p, checkpointing="all")
         found.append(Change("train.gradient_checkpointing: true", again, "the same result, about a third more time"))
         if longest < p.tokens:
@@ -208,7 +208,7 @@ def changes(p: PlanInputs, longest: int, *, quantizes: bool, eight_bit: bool, of
             found.append(Change(setting, both, "the same result, about a third more time"))
     if offloads and p.checkpointing != "offload":
         setting = "train.gradient_checkpointing: offload"
-        found.append(Change(setting, replace(p, checkpointing="offload"), "the same result, inputs go to disk"))
+        found.append(Change(setting, replace(p, checkpointing="offload"), "the same result, layer inputs in a file"))
     if eight_bit and p.optimizer == "adamw":
         found.append(Change("train.optimizer: adamw8bit", replace(p, optimizer="adamw8bit"), "moments in 8 bits"))
     if quantizes and p.quantization is None:

@@ -75,7 +75,7 @@ def operations_per_token(p: PlanInputs, w: Workload) -> dict[str, float]:
     linear, head = 2.0 * s.linear, 2.0 * s.vocab * s.hidden * min(1.0, w.targets / max(w.computed, 1e-9))
     scores = 4.0 * s.layers * s.heads * s.head_dim * w.mean_context
     adapters = 2.0 * sum(t.rank * (t.inputs + t.outputs) for t in p.targets)
-    again = {"none": 0.0, "some": 1 - p.kept_layers / s.layers, "all": 1.0, "offload": 1.0}[p.checkpointing]
+    again = p.recomputed / s.layers
     forward = linear + scores
     weights = linear if p.method == "full" else 0.0
     return {
