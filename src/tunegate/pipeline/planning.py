@@ -166,9 +166,9 @@ def describe(
 def _recomputation(settings: TrainSection, layers: int) -> tuple[Checkpointing, int]:
     """(choice, layers that keep their activations) as the settings ask for it."""
     asked = settings.gradient_checkpointing
-    if asked == "offload":
+    if isinstance(asked, str):
         return "offload", 0
-    if asked is True or asked is False:
+    if isinstance(asked, bool):
         return ("all", 0) if asked else ("none", 0)
     return ("some", layers - asked) if asked < layers else ("all", 0)
 
