@@ -278,6 +278,31 @@ def test_the_command_merges_with_proof(run: Path, tmp_path: Path) -> None:
     assert call("merge", run, "-o", out).code == 2  # exists
 
 
+@pytest.mark.parametrize("source, asked", [("hub", "abc123"), ("packaged", None)])
+def test_only_a_hub_base_is_asked_for_by_its_revision(
+    source: str, asked: str | None, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunegate.files import hash_file, write_json
+    from tunegate.pipeline import merge as command
+
+    adapter = Path(shutil.copytree(run, tmp_path / "adapter"))
+    card = read_json(adapter / "card.json")
+    card["base"] |= {"source": source, "revision": "abc123"}
+    write_json(adapter / "card.json", card)
+    manifest = read_json(adapter / "manifest.json")
+    write_json(adapter / "manifest.json", {**manifest, "card.json": hash_file(adapter / "card.json")})
+    seen: list[str | None] = []
+    resolve = command.resolve_base
+
+    def spy(name: str, revision: str | None = None) -> Any:
+        seen.append(revision)
+        return resolve(name)
+
+    monkeypatch.setattr(command, "resolve_base", spy)
+    assert call("merge", adapter, "-o", tmp_path / "out").code == 0
+    assert seen == [asked]
+
+
 def test_a_merge_without_parity_leaves_nothing(run: Path, tmp_path: Path) -> None:
     from tunegate.cli.console import Console
     from tunegate.export.parity import Limits

@@ -99,7 +99,8 @@ def _source(request: MergeRequest, reporter: Reporter) -> _Source:
             where=str(request.adapters[0]),
             fix="name the base it was trained on: --base",
         )
-    resolved = resolve_base(name, cards[0].base.get("revision") if cards and not request.base else None)
+    of_hub = bool(cards) and not request.base and cards[0].base.get("source") == "hub"  # a packaged one has a version
+    resolved = resolve_base(name, cards[0].base.get("revision") if of_hub else None)
     fingerprint = fingerprint_base(resolved.path).total
     for adapter, card in ((a, load_card(a)) for a in request.adapters if (a / CARD).exists()):
         wanted = card.base["fingerprint"]["total"]
