@@ -19,6 +19,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
     said = call("run", task, *NF4)
     assert said.code == 0, said.err
     assert "linear layers in nf4" in said.err
+    assert "of 39,584 parameters" in said.err  # as on the plain base
     return task
 
 

@@ -81,9 +81,10 @@ def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunR
         return score.value, {"low": score.low, "high": score.high, "n": score.n, "valid_loss": valid_loss,
                              "stop_rate": found.record.stop_rate}  # fmt: skip
 
+    total = prepared.base.parameters + injection.trainable  # a quantized base holds codes, not parameters
     session.reporter.line(
-        f"training {injection.trainable:,} of {injection.total:,} parameters "
-        f"({100 * injection.trainable / injection.total:.2f} %) in {len(injection.modules)} layers, "
+        f"training {injection.trainable:,} of {total:,} parameters "
+        f"({100 * injection.trainable / total:.2f} %) in {len(injection.modules)} layers, "
         f"{len(prepared.train_rows):,} rows"
     )
     with log:
