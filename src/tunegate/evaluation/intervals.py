@@ -10,6 +10,8 @@ reference             exact test does not reject                             wid
 ratio to a reference  Nam and Blackwelder (2002)                             BCa over pairs, never narrower than the
                                                                              score interval
 ratio of two sums     --                                                     BCa over items
+excess of one group   the two groups' own intervals, combined by squares     the same
+over another          (Newcombe 1998, method 10)
 ====================  =====================================================  ==========================================
 
 One score test stands behind Wilson, Tango, Nam and Blackwelder, and the floor under the bootstrap. It asks whether
@@ -120,6 +122,22 @@ def ratio_of_sums(tops: np.ndarray, bottoms: np.ndarray, confidence: float = 0.9
         return Interval(math.nan, -math.inf, math.inf, len(tops), "none: nothing to divide by")
     low, high = bca((tops, bottoms), _ratio_of, confidence, seed) or (0.0, math.inf)
     return Interval(float(tops.sum()) / total, max(low, 0.0), high, len(tops), "BCa bootstrap")
+
+
+def excess(
+    scores: np.ndarray, others: np.ndarray, confidence: float = 0.95, limits: Range = UNIT, seed: int = 0
+) -> Interval:
+    """``mean(scores) - mean(others)`` of two groups of different items, (n,) and (m,); ``n`` counts both.
+
+    The distances of the two groups' bounds from their means are combined as independent errors are (MOVER: Zou and
+    Donner, Statistics in Medicine 27, 2008; with Wilson intervals this is Newcombe's method 10).
+    """
+    one, two = mean(scores, confidence, limits, seed), mean(others, confidence, limits, seed)
+    value = one.value - two.value
+    low = value - math.hypot(one.value - one.low, two.high - two.value)
+    high = value + math.hypot(one.high - one.value, two.value - two.low)
+    method = one.method if one.method == two.method else f"{one.method} and {two.method}"
+    return Interval(value, low, high, one.n + two.n, f"{method}, combined")
 
 
 # --- two subjects on the same items ------------------------------------------------------------------------------

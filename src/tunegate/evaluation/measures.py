@@ -27,7 +27,7 @@ from tunegate.evaluation.intervals import UNIT, Range
 from tunegate.files import read_json, read_jsonl, update_json
 from tunegate.records import Comparison, Score
 
-KINDS = ("proportion", "mean", "ratio", "count", "scalar")
+KINDS = ("proportion", "mean", "ratio", "excess", "count", "scalar")
 FILE = "measures.json"
 SCHEMA = "Measures/1"
 
@@ -38,7 +38,8 @@ class Measure:
 
     ``kind``: a ``proportion`` (items are 0 or 1) or a ``mean`` of ``values`` (n,), which lie within ``limits``
     (infinite where the scale has no end); a ``ratio`` of two sums, ``values`` over ``weights`` (both (n,), none
-    negative); a ``count`` or a ``scalar``: just ``value``, without an interval. ``references`` holds (n,) values of
+    negative); the ``excess`` of the mean of ``values`` over that of ``others``, (m,) values of different items; a
+    ``count`` or a ``scalar``: just ``value``, without an interval. ``references`` holds (n,) values of
     other subjects, in the order of the items. ``score`` and ``comparisons`` are intervals that were found when the
     items were at hand, at their own confidence; they stand in where no item values tell the number (corpus scores).
     ``items``: the per-item files, relative to the run, ``""`` being the adapter's own. ``moot``: why the number says
@@ -49,6 +50,7 @@ class Measure:
     values: np.ndarray | None = None
     references: Mapping[str, np.ndarray] = field(default_factory=dict)
     weights: np.ndarray | None = None
+    others: np.ndarray | None = None
     limits: Range = UNIT
     value: float | None = None
     score: Score | None = None
@@ -75,6 +77,8 @@ class Measure:
             yield Problem(f"a {self.kind} is one value, not one per item", where)
         if self.kind == "ratio" and self.weights is None:
             yield Problem("a ratio needs the weights it divides by", where)
+        if self.kind == "excess" and (self.others is None or not len(self.others) or self.references):
+            yield Problem("an excess needs the values of other items, and has no reference", where)
         series = {"": self.values, **self.references, **({} if self.weights is None else {"weights": self.weights})}
         for name, values in series.items():
             yield from self._wrong(f"the values of {name}" if name else "the values", values, where)
@@ -91,7 +95,7 @@ class Measure:
             yield Problem(f"{what} of a proportion are 0 or 1", where, got=str(bad_value))
         elif self.kind == "ratio" and values.min() < 0.0:
             yield Problem(f"{what} of a ratio must not be negative", where, got=str(values.min()))
-        elif self.kind == "mean" and (values.min() < self.limits[0] or values.max() > self.limits[1]):
+        elif self.kind in ("mean", "excess") and (values.min() < self.limits[0] or values.max() > self.limits[1]):
             limits = f"{self.limits[0]:g} to {self.limits[1]:g}"
             yield Problem(f"{what} leave their scale", where, limits, f"{values.min():g} to {values.max():g}")
 
@@ -108,6 +112,8 @@ class Measure:
             return self.score.value
         if self.values is None:
             return float(self.value) if self.value is not None else math.nan
+        if self.others is not None:
+            return float(self.values.mean() - self.others.mean())
         if self.weights is None:
             return float(self.values.mean())
         total = float(self.weights.sum())
@@ -121,7 +127,7 @@ class Source:
     ``items``: JSONL file with one object per item, relative to the run; ``field``: dotted path to the number (true
     and false count as 1 and 0); ``where``: only the items whose fields equal these; ``references``: subject → its
     items file, with the same ``row_id``s. ``group``: the field that repeats of an item share; a proportion of repeats
-    becomes a mean. ``limits`` None on a side: no end. Without ``field`` the number is ``value`` and ``items`` says
+    becomes a mean. ``others``: the items file of an excess. ``limits`` None on a side: no end. Without ``field`` the number is ``value`` and ``items`` says
     which file it comes from.
     """
 
@@ -131,6 +137,7 @@ class Source:
     value: float | None = None
     weights: str | None = None
     group: str | None = None
+    others: str | None = None
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     references: dict[str, str] = dataclasses.field(default_factory=dict)
     limits: list[float | None] = dataclasses.field(default_factory=lambda: [0.0, 1.0])
@@ -229,8 +236,12 @@ def read_measure(source: Source, read: Reader) -> Measure:
     if source.weights is not None:
         series = _series(source, source.items, source.weights, read)
         weights = np.array([series[row] for row in wanted])
+    others = None
+    if source.others is not None:
+        others = np.array(list(_series(source, source.others, source.field, read).values()))
+        items["others"] = source.others
     kind = "mean" if source.kind == "proportion" and source.group is not None else source.kind
-    return Measure(kind, np.array(list(wanted.values())), references, weights, limits, items=items)
+    return Measure(kind, np.array(list(wanted.values())), references, weights, others, limits, items=items)
 
 
 def _series(source: Source, name: str, field: str, read: Reader) -> dict[str, float]:

@@ -139,6 +139,8 @@ def _value(measure: Measure, confidence: float) -> Interval | str:
         return Interval(given.value, given.low, given.high, given.n, given.method or "as reported")
     if measure.values is None:
         return _no_items(confidence)
+    if measure.others is not None:
+        return intervals.excess(measure.values, measure.others, confidence, measure.limits)
     if measure.weights is not None:
         return intervals.ratio_of_sums(measure.values, measure.weights, confidence)
     return intervals.mean(measure.values, confidence, measure.limits)
@@ -228,7 +230,7 @@ def items_needed_for(rule: Rule, measure: Measure, found: Interval, confidence: 
     does, because it lies at the threshold."""
     values, (lowest, highest) = measure.values, measure.limits
     reference = measure.references.get(rule.reference) if rule.reference else None
-    if values is None or measure.kind == "ratio" or (rule.reference and reference is None):
+    if values is None or measure.kind in ("ratio", "excess") or (rule.reference and reference is None):
         half, excess = (found.high - found.low) / 2, abs(found.value - rule.number)
         if excess < LEAST_EFFECT or not math.isfinite(half):
             return None

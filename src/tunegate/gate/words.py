@@ -82,7 +82,7 @@ def result(
     advice = _ADVICE.get(rule.metric) or _ADVICE.get(rule.metric.partition(".")[0], "")
     if verdict == FAIL and advice and advice not in reason:
         reason = f"{reason} {advice}"
-    names = ["", *([rule.reference] if rule.reference else [])]
+    names = ["", "others", *([rule.reference] if rule.reference else [])]
     value = found.value if found is not None else measure.estimate
     metric = measure.score.metric if measure.score is not None else rule.metric
     return RuleResult(
