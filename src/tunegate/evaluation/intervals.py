@@ -265,7 +265,7 @@ def score_test(
     low = np.full(y.shape[:-1], -1.0 / highest)
     high = np.full(y.shape[:-1], -1.0 / lowest)
     with np.errstate(divide="ignore", invalid="ignore"):
-        for _ in range(60):
+        for _ in range(50):
             middle = (low + high) / 2
             more = (weights * y / (1.0 + middle[..., None] * y)).sum(axis=-1) > 0
             low, high = np.where(more, middle, low), np.where(more, high, middle)
@@ -309,12 +309,13 @@ def bca(
 
 
 def _where(statistic: Callable[[float], float], z: float, inside: float, end: float) -> float:
-    """Between ``inside``, where the statistic is zero, and ``end``: where its size reaches ``z``, by bisection."""
-    near, far = inside, end
-    for _ in range(50):
-        middle = (near + far) / 2
-        near, far = (near, middle) if abs(statistic(middle)) > z else (middle, far)
-    return (near + far) / 2
+    """Between ``inside``, where the statistic is zero, and ``end``: where its size reaches ``z``; else the end."""
+    from scipy.optimize import brentq
+
+    def over(place: float) -> float:
+        return min(abs(statistic(place)), 10 * z) - z  # it may be infinite at the end
+
+    return float(brentq(over, inside, end, xtol=1e-12, rtol=1e-12)) if over(end) > 0 > over(inside) else end
 
 
 def _mean_of(values: np.ndarray, axis: int = -1) -> np.ndarray:

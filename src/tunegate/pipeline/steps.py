@@ -17,6 +17,7 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
+from tunegate.data.split import position
 from tunegate.engine.backends import find_backend
 from tunegate.engine.train import Hooks, TrainResult, mean_loss
 from tunegate.errors import InputError, TunegateError
@@ -277,7 +278,8 @@ def recall(session: Session, run: Path) -> None:
     begin(folder)
     session.use_adapter(run / "adapter", digest)
     heard = {}
-    for split, examples in (("train", prepared.data.splits.train), ("valid", prepared.valid)):
+    train = sorted(prepared.data.splits.train, key=lambda e: (position(e, "order"), e.content_hash))
+    for split, examples in (("train", train), ("valid", prepared.valid)):
         session.evaluate(examples[:RECALL_ROWS], "adapter", split, folder / f"{split}.answers.jsonl")
         rows = read_jsonl(folder / f"{split}.answers.jsonl")
         found = memorised([row["prediction"] for row in rows], [row["reference"] for row in rows])
@@ -285,7 +287,7 @@ def recall(session: Session, run: Path) -> None:
         write_jsonl(
             folder / f"{split}.items.jsonl",
             [
-                {"row_id": rows[i]["row_id"], "verbatim": verbatim, "overlap": overlap}
+                {"row_id": f"{i}:{rows[i]['row_id']}", "verbatim": verbatim, "overlap": overlap}
                 for i, verbatim, overlap in zip(
                     found.rows, found.verbatim.tolist(), found.overlap.tolist(), strict=True
                 )
