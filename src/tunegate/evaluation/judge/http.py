@@ -26,12 +26,12 @@ _LONGEST_TEXT = 200  # characters of a server's error message that are shown
 
 
 class Busy(TunegateError):
-    """A failure that another attempt may mend. ``wait``: seconds that the server asked for. The tokens are those that
-    were paid for nevertheless."""
+    """A failure that another attempt may mend. ``wait``: seconds that the server asked for. ``used``: tokens in and out
+    that were paid for nevertheless; None if that cannot be known."""
 
-    def __init__(self, what: str, input_tokens: int = 0, output_tokens: int = 0, wait: float | None = None):
+    def __init__(self, what: str, used: tuple[int, int] | None = (0, 0), wait: float | None = None):
         super().__init__(what)
-        self.input_tokens, self.output_tokens, self.wait = input_tokens, output_tokens, wait
+        self.used, self.wait = used, wait
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,12 @@ class Endpoint:
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+        try:
+            parts = urlsplit(self.url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good, parts = False, urlsplit("")
+        if not good or parts.username is not None:
             raise InputError(
                 "not the address of a server",
                 where="judge.url",
@@ -83,7 +87,8 @@ def post(endpoint: Endpoint, body: dict[str, Any]) -> Reply:
             raise _refused(endpoint, error) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise Busy(f"no reply from {_host(endpoint)}: {type(reason).__name__}: {str(reason)[:_LONGEST_TEXT]}") from None
+        text = f"no reply from {_host(endpoint)}: {type(reason).__name__}: {str(reason)[:_LONGEST_TEXT]}"
+        raise Busy(text, (0, 0) if isinstance(reason, ConnectionRefusedError) else None) from None
     return _reply(raw, endpoint)
 
 
@@ -93,12 +98,12 @@ def _read(response: Any, deadline: float, timeout: float) -> bytes:
         parts.append(chunk)
         size += len(chunk)
         if size > LARGEST_REPLY:
-            raise Busy(f"the reply is larger than {LARGEST_REPLY >> 20} MiB")
+            raise Busy(f"the reply is larger than {LARGEST_REPLY >> 20} MiB", None)
         if time.monotonic() > deadline:
-            raise Busy(f"the reply was not whole after {timeout:g} s")
+            raise Busy(f"the reply was not whole after {timeout:g} s", None)
     expected = response.headers.get("Content-Length")
     if expected is not None and expected.isdigit() and int(expected) != size:
-        raise Busy(f"the reply was cut off after {size} of {expected} bytes")
+        raise Busy(f"the reply was cut off after {size} of {expected} bytes", None)
     return b"".join(parts)
 
 
@@ -138,9 +143,9 @@ def _reply(raw: bytes, endpoint: Endpoint) -> Reply:
         if not isinstance(text, str):
             raise TypeError("content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise Busy(f"the reply of {_host(endpoint)} is not a chat completion in JSON") from None
+        raise Busy(f"the reply of {_host(endpoint)} is not a chat completion in JSON", None) from None
     if choice.get("finish_reason") == "length":
-        raise Busy("the reply was cut off at judge.max_tokens", *used)
+        raise Busy("the reply was cut off at judge.max_tokens", used)
     return Reply(text, *used)
 
 

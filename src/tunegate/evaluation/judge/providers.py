@@ -10,12 +10,15 @@ record, key or message. A provider keeps nothing.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tunegate.errors import InputError, TunegateError
-from tunegate.evaluation.judge.http import Busy, Endpoint, Reply, post
+from tunegate.evaluation.judge.http import Busy, Endpoint, Reply, post, retry_after
 from tunegate.evaluation.judge.rubric import Messages
 
 PROVIDERS = ("openai", "anthropic", "http")
@@ -127,10 +130,13 @@ class _OpenAi:
                 max_completion_tokens=self.model.max_tokens,
                 response_format=_format(schema),
             )
+            if not found.choices:
+                raise Busy("openai: a reply without a choice", None)
             choice, usage = found.choices[0], found.usage
+            used = (usage.prompt_tokens, usage.completion_tokens) if usage is not None else (0, 0)
             if choice.finish_reason == "length":
-                raise Busy("the reply was cut off at judge.max_tokens", usage.prompt_tokens, usage.completion_tokens)
-            return Reply(choice.message.content or "", usage.prompt_tokens, usage.completion_tokens)
+                raise Busy("the reply was cut off at judge.max_tokens", used)
+            return Reply(choice.message.content or "", *used)
 
 
 @dataclass(frozen=True)
@@ -153,38 +159,32 @@ class _Anthropic:
             )
             used = found.usage.input_tokens, found.usage.output_tokens
             if found.stop_reason == "max_tokens":
-                raise Busy("the reply was cut off at judge.max_tokens", *used)
+                raise Busy("the reply was cut off at judge.max_tokens", used)
             for block in found.content:
                 if block.type == "tool_use":
-                    import json
-
                     return Reply(json.dumps(block.input), *used)
             return Reply("".join(b.text for b in found.content if b.type == "text"), *used)
 
 
-class _translated:  # noqa: N801 - reads as a statement
-    """Errors of the two packages (they share their names) as :class:`Busy` or ``InputError``, without their text: a
-    message of a client may quote the request, and with it the key."""
-
-    def __init__(self, package: str):
-        self.package = package
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None or isinstance(error, TunegateError):
-            return
-        status = getattr(error, "status_code", None)
-        name = type(error).__name__
-        if name in ("APIConnectionError", "APITimeoutError") or status in (408, 409, 429) or (status or 0) >= 500:
+@contextlib.contextmanager
+def _translated(package: str) -> Iterator[None]:
+    """Errors of the two packages (they name them alike) as :class:`Busy` or ``InputError``, without their text: a
+    client's message may quote the request, and with it the key."""
+    try:
+        yield
+    except TunegateError:
+        raise
+    except Exception as error:
+        status, name = getattr(error, "status_code", None), type(error).__name__
+        if name in ("APIConnectionError", "APITimeoutError"):
+            raise Busy(f"{package}: {name}", None) from None
+        if status in (408, 409, 429) or (status or 0) >= 500:
             headers = getattr(getattr(error, "response", None), "headers", {})
-            from tunegate.evaluation.judge.http import retry_after
-
-            raise Busy(f"{self.package}: {name}", wait=retry_after(headers.get("retry-after"))) from None
-        if status is not None:
-            raise InputError(
-                f"{self.package} refused the request: {name}, status {status}",
-                where="judge",
-                fix="check judge.model, judge.url and the key",
-            ) from None
+            raise Busy(f"{package}: status {status}", wait=retry_after(headers.get("retry-after"))) from None
+        if status is None:
+            raise
+        raise InputError(
+            f"{package} refused the request: {name}, status {status}",
+            where="judge",
+            fix="check judge.model, judge.url and the key",
+        ) from None
