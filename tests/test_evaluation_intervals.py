@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from tunegate.evaluation.intervals import (
     clopper_pearson,
     difference,
     excess,
-    mean,
     mcnemar,
+    mean,
     proportion,
     ratio,
     ratio_of_sums,
@@ -133,7 +134,7 @@ def test_few_of_a_kind_are_counted_exactly(k: int, n: int) -> None:
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
 def test_more_successes_never_lower_a_bound(n: int, confidence: float) -> None:
     bounds = [proportion(k, n, confidence) for k in range(n + 1)]
-    for less, more in zip(bounds, bounds[1:], strict=False):
+    for less, more in pairwise(bounds):
         assert less.low <= more.low and less.high <= more.high
     assert {b.method for b in bounds} == ({"Clopper-Pearson", "Wilson"} if n >= 2 * FEW else {"Clopper-Pearson"})
 
@@ -208,8 +209,8 @@ def test_a_ratio_of_graded_means_is_close_to_fiellers() -> None:
 def test_a_reference_that_scored_nothing_gives_no_ratio() -> None:
     found = ratio(np.array([1.0, 0.0]), np.zeros(2))
     assert math.isnan(found.value) and (found.low, found.high) == (0.0, math.inf)
-    unsure = ratio(*pairs(0, 1, 1, 18))  # the reference's rate may be zero: no upper limit
-    assert unsure.high > 10
+    unsure = ratio(*pairs(0, 1, 1, 18))  # one of twenty each: anything up to nine times either way
+    assert unsure.high > 9 and unsure.low * unsure.high == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_difference_agrees_with_its_p_value() -> None:
@@ -223,7 +224,7 @@ def test_a_difference_agrees_with_its_p_value() -> None:
     expected = stats.permutation_test(
         (a - b,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(3)
     ).pvalue
-    assert graded.p_value == pytest.approx(expected, abs=0.02)
+    assert graded.p_value == pytest.approx(expected, abs=0.035)  # three standard errors of two samples
     assert sign_flip(np.array([0.3])) == sign_flip(np.zeros(5)) == 1.0
 
 

@@ -122,7 +122,9 @@ def test_a_printed_rule_is_read_back(rule: Rule) -> None:
     assert str(again) == str(rule).replace("-0", "0") if rule.number == 0 else str(again) == str(rule)
 
 
-words = st.sampled_from(["task", "regression.*", "base", "of", "vs", "not", ">=", "<", "+", "-", "0.5", "1e3", ".", "%"])
+words = st.sampled_from(
+    ["task", "regression.*", "base", "of", "vs", "not", ">=", "<", "+", "-", "0.5", "1e3", ".", "%"]
+)
 
 
 @given(st.text(max_size=30) | st.lists(words, max_size=8).map(" ".join) | st.lists(words, max_size=8).map("".join))

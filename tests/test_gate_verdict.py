@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ TABLE: list[tuple[str, Measure, str, str]] = [
     ("<= 0.1", rates(10, 300), "pass", "at or below 0.1"),
     ("<= 0.1", rates(60, 300), "fail", "above 0.1"),
     ("< 0.1", rates(25, 300), "inconclusive", "holds 0.1"),
-    ("> 0.5", rates(3, 3), "inconclusive", "3"),
+    ("> 0.5", rates(3, 3), "inconclusive", "about 6 items decide"),
     ("vs base > 0", rates(260, 300, 200), "pass", "above 0"),
     ("vs base > 0", rates(200, 300, 260), "fail", "Shown not to exceed the base by more than 0"),
     ("vs base >= 0.02", rates(206, 300, 200), "inconclusive", "no number of items decides"),
@@ -72,7 +73,7 @@ TABLE: list[tuple[str, Measure, str, str]] = [
     (">= 0.95 of base", rates(200, 300, 200), "pass", "at or above 0.95 of the base"),
     (">= 0.95 of base", rates(170, 300, 200), "fail", "below 0.95 of the base"),
     (">= 0.95 of base", rates(190, 300, 200), "inconclusive", "no number of items decides"),
-    (">= 0.95 of base", rates(196, 300, 200, False), "inconclusive", "needs" if False else "items decide"),
+    (">= 0.95 of base", rates(196, 300, 200, False), "inconclusive", "items decide"),
     (">= 0.95 of base", rates(0, 300, 0), "inconclusive", "scored nothing"),
     ("<= base", rates(10, 300, 30), "pass", "at or below 0"),
     ("<= base", rates(0, 300, 0), "inconclusive", "no number of items decides"),
@@ -82,7 +83,9 @@ TABLE: list[tuple[str, Measure, str, str]] = [
     (">= 0.75", Measure("mean", GRADED, items=FILES), "pass", "0.75"),
     (">= 0.85", Measure("mean", GRADED, items=FILES), "fail", "0.85"),
     (">= 0.95 of base", Measure("mean", GRADED, {"base": GRADED}, items=FILES), "pass", "0.95 of the base"),
-    ("vs base >= -0.02", Measure("mean", GRADED, {"base": GRADED}, items=FILES), "inconclusive", "holds -0.02"),
+    # 200 equal pairs leave 3.84 / 203.84 = 0.0188 open
+    ("vs base >= -0.018", Measure("mean", GRADED, {"base": GRADED}, items=FILES), "inconclusive", "holds -0.018"),
+    ("vs base >= -0.02", Measure("mean", GRADED, {"base": GRADED}, items=FILES), "pass", "at or above -0.02"),
     (">= 4", Measure("mean", np.array([5.0] * 40 + [4.0] * 10), limits=(1.0, 5.0)), "pass", "4"),
     (">= 4", Measure("mean", np.full(50, 4.0), limits=(1.0, 5.0)), "inconclusive", "no number of items"),
     ("<= 0.2", Measure("ratio", np.arange(50.0) % 3, weights=np.full(50, 10.0)), "pass", "0.2"),
@@ -95,7 +98,7 @@ TABLE: list[tuple[str, Measure, str, str]] = [
 def test_a_rule_on_a_measure(rule: str, measure: Measure, verdict: str, reason: str) -> None:
     text = f"safety.coherence {rule}"
     result = judged(text, safety__coherence=measure)
-    assert (result.verdict, result.rule) == (verdict, text.replace("+0.02", "+0.02").replace(">= 0.02", ">= +0.02"))
+    assert (result.verdict, result.rule) == (verdict, text.replace(">= 0.02", ">= +0.02"))
     assert reason in result.reason
     assert result.expected and result.got and result.reason.endswith(".")
     records.to_json(result)
@@ -130,7 +133,7 @@ def test_how_many_items_would_decide_and_what_is_supported_now() -> None:
     assert judged(supported, judge__pass_rate=rates(41, 50)).verdict == "pass"
 
 
-@pytest.mark.parametrize("rule", ["<= base", ">= 0.95 of base", "vs base >= 0.1", "<= 0.3"])
+@pytest.mark.parametrize("rule", ["<= base", ">= 0.95 of base", "vs base >= 0.05", "<= 0.3"])
 def test_the_rule_that_is_said_to_be_supported_passes(rule: str) -> None:
     measure = rates(90, 300, 88, agree=False)
     result = judged(f"safety.coherence {rule}", safety__coherence=measure)
@@ -239,6 +242,7 @@ def holm_by_hand(p_values: list[float], alpha: float) -> list[bool]:
     return rejected
 
 
+@cache
 def one_sided_levels(right: int, n: int, threshold: float) -> float:
     """The smallest two-sided error at which the proportion's interval clears the threshold from above."""
     low, high = 1e-12, 1.0 - 1e-12
@@ -264,7 +268,7 @@ def test_a_correction_makes_borderline_passes_and_fails_open() -> None:
         assert {r.verdict for r in all_judged([rule], measures)} == {plain}
         holm = decided([rule], measures, correction="holm")
         assert {r.verdict for r in holm.rules[1:]} == {"inconclusive"}
-        assert {r.confidence for r in holm.rules[1:]} == {pytest.approx(0.9875)}
+        assert [r.confidence for r in holm.rules[1:]] == [pytest.approx(0.9875)] * 4
         assert holm.correction == "holm"
 
 
@@ -303,7 +307,7 @@ def test_a_policy_without_rules_has_the_hash_it_always_had() -> None:
     assert Policy().hash() == "b3:" + HASH_OF_DEFAULTS
 
 
-HASH_OF_DEFAULTS = "?"
+HASH_OF_DEFAULTS = "937173e384147895b57d0080b1a4129c2ff5ab0005f90feea3bc11ba1a5dfd7e"
 
 
 def test_a_policy_survives_its_file() -> None:

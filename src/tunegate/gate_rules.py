@@ -117,7 +117,7 @@ def _digits(number: float) -> str:
 _REST = r"(?:-[A-Za-z_][A-Za-z0-9_:]*)*"  # a hyphen before a digit is a minus
 _FIRST, _NAME = rf"[A-Za-z_][A-Za-z0-9_:]*{_REST}", rf"[A-Za-z0-9_:]+{_REST}"
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)(?![A-Za-z0-9_.])"
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)(?![A-Za-z0-9_.%])"
     rf"|(?P<name>{_FIRST}(?:\.(?:{_NAME}|\*))*)"
     r"|(?P<op>>=|<=|>|<)|(?P<sign>[+-])|(?P<other>\S[^\s<>=]*))"
 )

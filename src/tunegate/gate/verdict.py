@@ -244,4 +244,18 @@ def items_needed_for(rule: Rule, measure: Measure, found: Interval, confidence: 
     else:
         y = values - reference - rule.number
         low, high = lowest - highest - rule.number, highest - lowest - rule.number
-    return items_to_decide(np.asarray(y), low, high, confidence)
+    needed = items_to_decide(np.asarray(y), low, high, confidence)
+    if needed is None or reference is not None or measure.kind != "proportion":
+        return needed
+    return _until_it_clears(rule, found.value, needed, confidence)
+
+
+def _until_it_clears(rule: Rule, rate: float, n: int, confidence: float) -> int:
+    """At least n items, and as many as the exact interval asks for where few of them succeed or fail."""
+    above = rate > rule.number
+    for _ in range(200):
+        interval = intervals.proportion(round(rate * n), n, confidence)
+        if interval.low > rule.number if above else interval.high < rule.number:
+            break
+        n += max(1, n // 50)
+    return n

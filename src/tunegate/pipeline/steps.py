@@ -26,7 +26,16 @@ from tunegate.evaluation.memorised import MEMORISED, recall_measures
 from tunegate.evaluation.memorised import recall as memorised
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import compare
-from tunegate.files import explain_os_error, hash_json, read_json, read_jsonl, update_json, write_json, write_jsonl, write_text
+from tunegate.files import (
+    explain_os_error,
+    hash_json,
+    read_json,
+    read_jsonl,
+    update_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from tunegate.gate import Evidence, decide
 from tunegate.pipeline import evidence
 from tunegate.pipeline.folders import STEP, Ledger, begin, finish, is_done, short

@@ -148,11 +148,14 @@ class Asker:
                 reply = self.provider.complete(messages, question.schema)
             except Busy as error:
                 last = error
-                self._book(worst, self._paid(error.used, messages), {"key": key, "failed": str(error), **question.about})
+                self._book(
+                    worst, self._paid(error.used, messages), {"key": key, "failed": str(error), **question.about}
+                )
                 if attempt < self.limits.attempts:
                     self._wait(attempt, key, error.wait)
                 continue
             except BaseException:
+                self.stopped.set()  # here: a free thread would send the next question before ask_all hears of it
                 self._book(worst, 0.0, None)
                 raise
             used = (reply.input_tokens, reply.output_tokens)

@@ -76,7 +76,7 @@ def post(endpoint: Endpoint, body: dict[str, Any]) -> Reply:
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
-    request = urllib.request.Request(endpoint.url, json.dumps(body).encode("utf-8"), headers, method="POST")  # noqa: S310
+    request = urllib.request.Request(endpoint.url, json.dumps(body).encode("utf-8"), headers, method="POST")
     deadline = time.monotonic() + endpoint.timeout
     try:
         opener = urllib.request.build_opener(_NoRedirect)
@@ -121,7 +121,9 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> TunegateError
         f"the server refused the request with status {error.code}",
         where=f"judge.url: {endpoint.url}",
         got=_message(error, endpoint.key),
-        fix="write the address it moved to" if moved else ways_out.get(error.code, "check judge.model and its settings"),
+        fix="write the address it moved to"
+        if moved
+        else ways_out.get(error.code, "check judge.model and its settings"),
     )
 
 

@@ -71,7 +71,8 @@ class Provider(Protocol):
 def open_provider(model: Model) -> Provider:
     """The provider that ``model`` names. :class:`InputError` for an unknown one, a package or a key that is missing."""
     if model.provider not in PROVIDERS:
-        raise InputError("unknown provider", "judge.provider", f"one of {', '.join(PROVIDERS)}", model.provider)
+        expected = f"one of {', '.join(PROVIDERS)}"
+        raise InputError("unknown provider", where="judge.provider", expected=expected, got=model.provider)
     if model.provider == "http":
         if not model.url:
             raise InputError("the address of the server is missing", where="judge.url", expected="http://HOST:PORT/v1")

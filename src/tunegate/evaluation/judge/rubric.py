@@ -138,4 +138,5 @@ def load_rubric(path: Path) -> Rubric:
             problems.append(Problem(f"{key}: wrong value", where(key), "text", repr(value)))
     if problems:
         raise InputError(problems)
+    assert isinstance(criteria, dict)
     return Rubric(name, {str(k): v for k, v in criteria.items()}, instructions, anchors, float(pass_at))
