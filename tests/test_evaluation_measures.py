@@ -78,8 +78,9 @@ def test_other_kinds(tmp_path: Path) -> None:
 
 def test_items_that_do_not_fit(tmp_path: Path) -> None:
     good = items(tmp_path, "step/good.jsonl", [1, 0])
+    three = items(tmp_path, "step/three.jsonl", [1, 0, 1])
     bad = {
-        "regression.other": Source("mean", good, "scores.f1.macro", references={"base": items(tmp_path, "step/three.jsonl", [1, 0, 1])}),
+        "regression.other": Source("mean", good, "scores.f1.macro", references={"base": three}),
         "regression.null": Source("mean", items(tmp_path, "step/null.jsonl", [1, None]), "scores.f1.macro"),
         "regression.text": Source("mean", items(tmp_path, "step/text.jsonl", ["1", 0]), "scores.f1.macro"),
         "regression.field": Source("mean", good, "scores.bleu"),

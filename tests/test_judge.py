@@ -419,7 +419,7 @@ def test_scores_become_measures(tmp_path: Path) -> None:
         mine = judge_items(one, RUBRIC, ITEMS, samples=2)
         base = judge_items(one, RUBRIC, [replace(i, answer=f"Base {i.row_id}") for i in ITEMS], samples=2)
         pairs = judge_pairs(asker(server, tmp_path), RUBRIC, [replace(ITEMS[0], other=ITEMS[0].answer)])
-    save_measures(tmp_path / "judge", write_judged(tmp_path, "judge", RUBRIC, {"adapter": mine, "base": base}, pairs))
+    save_measures(tmp_path / "judge", write_judged(tmp_path, "judge", {"adapter": mine, "base": base}, pairs))
     found = load_measures(tmp_path)
     assert found["judge.mean"].estimate == pytest.approx((5 + 4 + 3 + 4.5 + 4 + 2) / 6)
     assert found["judge.mean"].limits == (1.0, 5.0)

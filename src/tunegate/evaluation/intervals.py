@@ -19,8 +19,9 @@ One score test stands behind Wilson, Tango, Nam and Blackwelder, and the floor u
 that of the most likely distribution on the values seen, and on the ends of the scale, that has mean zero. On 0/1
 scores this is the textbook test, and where all scores are equal, where a bootstrap has no width, it still has one:
 what was not seen may still occur. For graded differences and ratios the ends are those seen, unless all are equal:
-a rare large loss of which no example was seen is then not allowed for. A bootstrap of n items is too narrow by about ``sqrt((n-1)/n)`` and by the normal
-quantile where Student's belongs (Hesterberg 2015), so BCa is read at the level expanded by both.
+a rare large loss of which no example was seen is then not allowed for. A bootstrap of n items is too narrow by about
+``sqrt((n-1)/n)`` and by the normal quantile where Student's belongs (Hesterberg 2015), so BCa is read at the level
+expanded by both.
 
 All intervals are two-sided at ``confidence``: each bound is wrong in about half of the rest. Everything random has
 a fixed seed. Items are taken as independent: repeats of an item belong averaged before they come here.

@@ -112,7 +112,7 @@ def _step_down(family: list[Case], test: Callable[[Case], bool]) -> tuple[dict[i
 
 
 def interval_of(rule: Rule, measure: Measure, confidence: float) -> Interval | str:
-    """The interval of what ``rule`` compares with its number: the value, the gain or the ratio; or why there is none."""
+    """The interval of what ``rule`` compares with its number (value, gain or ratio), or why there is none."""
     if rule.reference is None:
         return _value(measure, confidence)
     name = words.subject(rule.reference)

@@ -67,7 +67,7 @@ class Endpoint:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
+    def redirect_request(self, *_: Any) -> None:
         return None
 
 

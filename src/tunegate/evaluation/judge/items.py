@@ -141,7 +141,6 @@ def _pair(item: Answered, verdicts: Sequence[Mapping[str, Any]]) -> JudgedPair:
 def write_judged(
     run: Path,
     folder: str,
-    rubric: Rubric,
     judged: Mapping[str, Sequence[Judged]],
     pairs: Sequence[JudgedPair] = (),
 ) -> dict[str, Source]:
