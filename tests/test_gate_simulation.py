@@ -2,7 +2,7 @@
 
 A rule is a two-sided test at 95 %, so each kind may pass in 2.5 % of the cases at its boundary; none may in more than
 5 %, the few-items corners included. Rules on 0/1 scores are summed over all outcomes, exactly; graded ones are
-simulated with fixed seeds.
+simulated with fixed seeds. Graded gains with rare large losses are not among them: they do err more often.
 """
 
 from __future__ import annotations
