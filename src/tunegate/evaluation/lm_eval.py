@@ -31,7 +31,6 @@ from tunegate.kernels.cross_entropy import argmax_logits, target_log_probs
 
 MAX_NEW_TOKENS = 256
 STAGE = 32  # tokens generated before the stop texts are looked for
-SHORTEST_CONTEXT = 1
 KNOWN_SETTINGS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_length", "do_sample", "temperature", "top_p")
 HARMLESS = {"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0, "early_stopping": False, "num_return_sequences": 1}
 METRICS = ("acc", "exact_match", "em", "f1", "acc_norm", "mc2", "bleu", "rougeL", "contains", "prompt_level_strict_acc")
@@ -138,8 +137,7 @@ class EngineLM:
         """(context, predicted) of every window: each token predicted once, the last window as full as any."""
         size, found, done = self.max_length, [], 0
         while done < len(ids):
-            new = min(size, len(ids) - done) if not done else min(size, len(ids) - done)
-            end = done + new
+            end = done + min(size, len(ids) - done)
             start = max(0, end - size)
             context = [self.prefix, *ids[:done]] if start == 0 else ids[start - 1 : done]
             found.append((context, ids[done:end]))
@@ -155,8 +153,7 @@ class EngineLM:
         rows = []
         for number, (context, tail) in enumerate(pairs):
             if tail:
-                context = context[-max(SHORTEST_CONTEXT, self.max_length + 1 - len(tail)) :]
-                ids = (*context, *tail)[-(self.max_length + 1) :][: self.max_length + 1]
+                ids = (*context, *tail)[-(self.max_length + 1) :]
                 targets = min(len(tail), len(ids) - 1)
                 rows.append(Rendered(str(number), ids, (False,) * (len(ids) - targets) + (True,) * targets))
         rows.sort(key=len)
