@@ -13,17 +13,15 @@ from scipy import optimize, stats
 
 from tunegate.data.types import Example
 from tunegate.errors import InputError
+from tunegate.evaluation.intervals import mcnemar, tango, wilson
 from tunegate.evaluation.metrics import build_metric, score_items
 from tunegate.evaluation.statistics import (
     compare,
     detectable_gain,
     interval,
     items_needed,
-    mcnemar,
     minimum_detectable,
     score,
-    tango,
-    wilson,
 )
 from tunegate.evaluation.types import Measurement
 

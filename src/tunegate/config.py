@@ -22,8 +22,10 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tunegate.errors import InputError, Problem, nearest
+from tunegate.config_problems import Entries, overridden_by, problems_of
+from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
+from tunegate.gate_rules import parse_rule
 from tunegate.yaml_file import Parsed, parse, read_text
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -197,6 +199,25 @@ class TrainSection(Section):
         return value
 
 
+class RuleSection(Section):
+    """A rule of the gate (docs/gate.md). ``RULE`` is short for ``{rule: RULE}``."""
+
+    rule: str
+    confidence: float | None = Field(None, gt=0.5, lt=1.0, description="default: gate.confidence")
+    min_items: int | None = Field(None, ge=1, description="with fewer items the rule does not pass")
+    required: bool = Field(True, description="false: reported, does not count")
+
+    @field_validator("rule")
+    @classmethod
+    def _parses(cls, value: str) -> str:
+        try:
+            return str(parse_rule(value))
+        except InputError as error:
+            problem = error.problems[0]
+            fix = f"; {problem.fix}" if problem.fix else ""
+            raise ValueError(f"{problem.expected} ({problem.what}){fix}") from None
+
+
 class GateSection(Section):
     """Thresholds, fixed before the first step. ``null`` switches a rule off."""
 
@@ -209,6 +230,14 @@ class GateSection(Section):
     max_leaked_test_rows: int | None = Field(0, ge=0)
     max_overfit_ratio: float | None = Field(3.0, gt=0.0)
     strict_intervals: bool = Field(False, description="min_score must hold for the whole interval")
+    rules: tuple[RuleSection, ...] = Field((), description="more rules: [regression.* >= 0.95 of base]; docs/gate.md")
+    correction: Literal["none", "holm"] = Field("none", description="holm: levels corrected for the number of rules")
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _short_rules(cls, value: Any) -> Any:
+        rules = _as_list(value)
+        return tuple({"rule": r} if isinstance(r, str) else r for r in rules) if isinstance(rules, tuple) else rules
 
 
 class Task(Section):
@@ -223,6 +252,7 @@ class Task(Section):
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
 
 
+_ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
 _SHORT = {"base": "name", "data": "train", "task": "metric"}
 _SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
 _SECTIONS = ("base", "data", "task", "train", "gate")
@@ -376,90 +406,11 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
     return done
 
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "dict_type": "a mapping of keys",
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
-    "tuple_type": "a list",
-    "finite_number": "a finite number",
-    "invalid_key": "a key that is text",
-}
-
-
 def _freeze(value: Any) -> Any:
     """Lists as tuples, what strict pydantic takes for a tuple field."""
     if isinstance(value, dict):
         return {key: _freeze(inner) for key, inner in value.items()}
     return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
-
-
-def _show(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _overridden(key: str, overridden: set[str]) -> str:
-    """The override that set ``key``, a part of it or the mapping it stands in; empty if none did."""
-    for done in sorted(overridden):
-        if done == key or key.startswith(done + ".") or done.startswith(key + "."):
-            return done
-    return ""
-
-
-def _walk(location: Sequence[str | int]) -> tuple[str, list[str]]:
-    """Pydantic's location as a dotted key without its union branches, and the real keys at its last level."""
-    model: Any = Task
-    parts: list[str] = []
-    for part in location:
-        fields = getattr(model, "model_fields", None)
-        if fields is not None:
-            parts.append(str(part))
-            if part not in fields:
-                return ".".join(parts), list(fields)
-            model = fields[part].annotation
-        elif isinstance(part, int):  # an entry of a list; the only list of mappings is task.prompts
-            parts.append(str(part))
-            model = PromptSection if parts[:2] == ["task", "prompts"] else None
-        elif get_origin(model) is dict:
-            parts.append(part)
-            model = None
-    return ".".join(parts), []
-
-
-def _fix(kind: str, item: Mapping[str, Any]) -> str:
-    value = item["input"]
-    if kind == "string_type" and isinstance(value, (bool, int, float)):
-        return f'put it in quotes: "{value}"'
-    if kind == "literal_error" and isinstance(value, str):
-        return nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-    return ""
-
-
-def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overridden: set[str]) -> list[Problem]:
-    found: dict[str, Problem] = {}
-    for item in error.errors(include_url=False):
-        key, names = _walk(item["loc"])
-        kind = item["type"]
-        line = lines.get(key) or lines.get(key.rpartition(".")[0])
-        override = _overridden(key, overridden) if kind != "missing" else ""
-        where = f"--set {override}" if override else f"{file}:{line}" if line else file
-        if kind == "extra_forbidden":
-            fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
-            found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
-        elif kind == "missing":
-            help_ = "" if "." in key else "`tunegate init` writes a first task.yaml"
-            found[key] = Problem(f"required key {key!r} is missing", where, fix=help_)
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            expected, fix = _EXPECTED.get(kind, message), _fix(kind, item)
-            if key in found and expected not in found[key].expected:  # another branch of the same union
-                expected, fix = f"{found[key].expected} or {expected}", found[key].fix or fix
-            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=_show(item["input"]), fix=fix)
-    return list(found.values())
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -471,7 +422,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         task = Task.model_validate(_freeze(parsed.value))
     except ValidationError as error:
-        raise InputError(problems + _problems(error, path.name, parsed.lines, overridden)) from None
+        raise InputError(problems + problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)) from None
     if problems:
         raise InputError(problems)
     return _with_origins(task, path, parsed.lines, overridden)
@@ -480,7 +431,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: set[str]) -> Config:
     origins = {}
     for key, _ in _flatten(task.model_dump(mode="json")):
-        if _overridden(key, overridden):
+        if overridden_by(key, overridden):
             origins[key] = "--set"
         elif key in lines:
             origins[key] = f"{path.name}:{lines[key]}"

@@ -31,7 +31,8 @@ def _record(kind: type[T]) -> type[T]:
 @_record
 @dataclass(frozen=True)
 class Score:
-    """A metric over ``n`` items with its confidence interval. ``value`` and the bounds share the metric's unit."""
+    """A metric over ``n`` items with its confidence interval. ``value`` and the bounds share the metric's unit;
+    ``method`` says how the interval was found."""
 
     metric: str
     value: float
@@ -39,6 +40,7 @@ class Score:
     low: float
     high: float
     confidence: float = 0.95
+    method: str = ""
 
 
 @_record
@@ -56,6 +58,7 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    method: str = ""
 
 
 @_record
@@ -121,23 +124,45 @@ class RunRecord:
 @_record
 @dataclass(frozen=True)
 class RuleResult:
-    """One gate rule: ``verdict`` is pass, fail or inconclusive."""
+    """One gate rule: ``verdict`` is pass, fail or inconclusive.
+
+    ``value`` is what was compared with ``threshold`` (a score, a gain or a ratio, as the rule says), ``low`` and
+    ``high`` its interval at ``confidence`` by ``method``, None where there is none or the scores set no limit.
+    ``items``: the per-item files behind the number, relative to the run folder. ``needed``: about how many items
+    like these would decide, None where it is decided or no number would. A rule that is not ``required`` is reported
+    and does not count.
+    """
 
     rule: str
     verdict: str
     expected: str
     got: str
     reason: str
+    metric: str = ""
+    value: float | None = None
+    threshold: float | None = None
+    low: float | None = None
+    high: float | None = None
+    confidence: float | None = None
+    n: int | None = None
+    method: str = ""
+    items: list[str] = dataclasses.field(default_factory=list)
+    needed: int | None = None
+    required: bool = True
 
 
 @_record
 @dataclass(frozen=True)
 class Decision:
-    """The gate's verdict: ship, hold or inconclusive, with a reason per rule."""
+    """The gate's verdict: ship, hold or inconclusive, with a reason per rule.
+
+    ``correction``: whether the rules' confidence levels were corrected for their number (none or holm).
+    """
 
     verdict: str
     rules: list[RuleResult]
     policy_hash: str
+    correction: str = "none"
 
 
 @_record

@@ -23,12 +23,13 @@ from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
-from tunegate.errors import InputError, Problem, collecting
+from tunegate.errors import InputError, Problem, collecting, nearest
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.files import hash_file, hash_json
 from tunegate.gate import Policy
+from tunegate.gate_rules import parse_rule
 from tunegate.model.resolve import resolve_base
 from tunegate.pipeline.base import Base, base_name, choose_device, is_local, load_base
 from tunegate.pipeline.reporter import Reporter
@@ -242,6 +243,7 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
             fix="name a file as `data.valid`, or raise valid_fraction above 0",
         )
     scorer = _scorer(opened)
+    _check_rules(config, scorer)
     report = check_data(data, base, config)
     if not report.ok:
         raise InputError([_as_problem(f) for f in report.findings if f.level == "error"])
@@ -263,6 +265,20 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         report=report,
         policy=Policy(**config.task.gate.model_dump()),
     )
+
+
+def _check_rules(config: Config, scorer: Scorer) -> None:
+    """Rules about task metrics name metrics that this task has."""
+    known = ["task", "task.items", "task.stop_rate", *(f"task.{name}" for name in scorer.names)]
+    problems = [
+        Problem("this task has no such metric", f"gate.rules: {rule.rule}", ", ".join(known), parsed.metric,
+                nearest(parsed.metric, known) or "add it to task.report")
+        for rule in config.task.gate.rules
+        if (parsed := parse_rule(rule.rule)).metric.partition(".")[0] == "task"
+        and not any(parsed.matches(name) for name in known)
+    ]  # fmt: skip
+    if problems:
+        raise InputError(problems)
 
 
 def _as_problem(finding: Finding) -> Problem:

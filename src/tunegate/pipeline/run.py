@@ -101,6 +101,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         record = steps.train_adapter(session, run, stop)
         ledger = Ledger(prepared.config.run_dir)
         evaluated, comparisons = steps.test(session, run, steps.best_prompt(prepared, baselines), ledger, reopen)
+        steps.recall(session, run)
         decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
         card = write_card(
             prepared,
