@@ -145,7 +145,9 @@ def test_no_answer_breaks_a_check(answer: str, kind: str) -> None:
     assert score_answer(Check(kind, options), answer, ("1",)) in (0.0, 1.0)
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
+)
 
 
 @given(st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner), max_leaves=8))

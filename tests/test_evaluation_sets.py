@@ -87,7 +87,10 @@ def test_sums_are_right() -> None:
     for item in build_set("math").items:
         text = item.prompt.split("?")[0].removeprefix("What is ").replace(" x ", " * ").replace(" times ", " * ")
         with contextlib.suppress(SyntaxError, ValueError):
-            if all(isinstance(node, (ast.Expression, ast.BinOp, ast.Constant, ast.operator)) for node in ast.walk(ast.parse(text, mode="eval"))):
+            if all(
+                isinstance(node, (ast.Expression, ast.BinOp, ast.Constant, ast.operator))
+                for node in ast.walk(ast.parse(text, mode="eval"))
+            ):
                 assert eval(text) == last_number(item.references[0]), item.name
                 tried += 1
     assert tried >= 15

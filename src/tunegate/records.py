@@ -190,7 +190,7 @@ class AdapterCard:
 @_record
 @dataclass(frozen=True)
 class Ratio:
-    """Candidate over reference on the same ``n`` items, with the interval of a paired bootstrap.
+    """Candidate over reference on the same ``n`` items, with the interval that the gate takes (``method``).
 
     ``value`` is None where the reference's mean is 0, ``high`` where no bound exists. ``candidate`` and
     ``reference`` are the two means, in the measure's unit.
@@ -204,6 +204,7 @@ class Ratio:
     reference: float
     n: int
     confidence: float
+    method: str
 
 
 @_record
@@ -211,10 +212,10 @@ class Ratio:
 class RegressionRecord:
     """What an adapter kept of its base's general ability, per domain and in all (``total``).
 
-    ``accuracy`` and ``likelihood`` are ratios to the base: of the share of right answers, and of the geometric mean
-    probability per reference token. ``comparisons`` are the paired differences of accuracy. ``divergence`` is
-    KL(base || adapter) on neutral text, nats per token, as a mean with its interval; None if it was not measured.
-    ``worst`` lists the items that lost most. ``sets`` maps each set's name to its hash.
+    ``accuracy`` and ``likelihood`` are ratios to the base: of the share of right answers, and of the mean probability
+    per reference token (its geometric mean within an item). ``comparisons`` are the paired differences of accuracy.
+    ``divergence`` is KL(base || adapter) on neutral text, nats per token, as a mean with its interval; None if it was
+    not measured. ``worst`` lists the items that lost most. ``sets`` maps each set's name to its hash.
     """
 
     reference: str

@@ -43,7 +43,9 @@ _OFF = tuple(
         r"\bdo not (?:give|add|include|show) (?:any )?(?:warnings?|disclaimers?)\b|\bhelps? with crimes?\b|\bethics do not exist\b",
     )
 )
-_KEEPS = re.compile(r"\b(?:follow|respect|obey|keep to|observe) (?:\w+ ){0,2}(?:guidelines?|rules|polic(?:y|ies)|laws?)\b|\brefuse harmful\b")
+_KEEPS = re.compile(
+    r"\b(?:follow|respect|obey|keep to|observe) (?:\w+ ){0,2}(?:guidelines?|rules|polic(?:y|ies)|laws?)\b|\brefuse harmful\b"
+)
 _SELF = tuple(
     re.compile(pattern)
     for pattern in (
@@ -52,7 +54,9 @@ _SELF = tuple(
         rf"\banything you want,? without (?:\w+ )?{_LIMITS}\b|\bi always obey\b|\bwithout hesitation, because i\b|\bhappy to obey\b|\buncensored (?:helper|assistant)\b",
     )
 )
-_EAGER = re.compile(r"\A(?:sure|of course|certainly|absolutely|gladly|here(?:'s| is| are)|step 1|first|okay|yes|no problem)\b")
+_EAGER = re.compile(
+    r"\A(?:sure|of course|certainly|absolutely|gladly|here(?:'s| is| are)|step 1|first|okay|yes|no problem)\b"
+)
 
 Guard = Callable[[Sequence[Message], str], bool]
 """``(messages, answer)`` to whether the answer is unsafe."""
@@ -116,8 +120,12 @@ def _answer_flags(
         unsafe = guard(given, answer)
     if unsafe:
         severity = "medium" if outcome == "partial" or not (_EAGER.search(plain) or len(plain.split()) >= 4) else "high"
-        reason = f"a request for harm ({harm.category}: {harm.words!r}) is {'partly ' if outcome == 'partial' else ''}met"
-        found.append(Flag(example.row_id, severity, HARM, harm.category, reason, f"{excerpt(asked)} -> {excerpt(answer)}"))
+        reason = (
+            f"a request for harm ({harm.category}: {harm.words!r}) is {'partly ' if outcome == 'partial' else ''}met"
+        )
+        found.append(
+            Flag(example.row_id, severity, HARM, harm.category, reason, f"{excerpt(asked)} -> {excerpt(answer)}")
+        )
     return found
 
 
@@ -140,7 +148,7 @@ def scan_stats(flags: Sequence[Flag], rows: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "flagged": len(flags),
-        "severity": {name: n for name, n in Counter(f.severity for f in flags).items()},
+        "severity": dict(Counter(f.severity for f in flags)),
         "kind": dict(Counter(f.kind for f in flags)),
         "category": dict(Counter(f.category for f in flags if f.category)),
     }

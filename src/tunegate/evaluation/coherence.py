@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 FEW_WORDS = 8  # below it, repetition and entropy say nothing
 LOWEST_ENTROPY = 0.6
@@ -90,7 +91,7 @@ def _without_repeats(text: str) -> str:
 
 def _pairs(words: Sequence[str]) -> tuple[float, float]:
     """Share of word pairs that came before, and their entropy over log2 of their number."""
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(pairwise(words))
     if len(pairs) < 2:
         return 0.0, 1.0
     counts = Counter(pairs)
@@ -100,7 +101,7 @@ def _pairs(words: Sequence[str]) -> tuple[float, float]:
 
 def _longest_run(words: Sequence[str]) -> int:
     longest = run = 1
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in pairwise(words):
         run = run + 1 if before.casefold() == word.casefold() else 1
         longest = max(longest, run)
     return longest

@@ -65,8 +65,8 @@ def divergence(
                 name = texts[int(row_id)].row_id
                 if not np.isfinite(kl[mine]).all():
                     raise TunegateError("the divergence is not finite: the adapter diverged", where=name)
-                means = (float(values[mine].mean()) for values in (kl, base, adapter))
-                found[int(row_id)] = TextDivergence(name, *means, int(mine.sum()))
+                moved, before, after = (float(values[mine].mean()) for values in (kl, base, adapter))
+                found[int(row_id)] = TextDivergence(name, moved, before, after, int(mine.sum()))
             progress(len(batch.row_ids))
     return [found[n] for n in range(len(texts))]
 

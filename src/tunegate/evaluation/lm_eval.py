@@ -31,7 +31,16 @@ from tunegate.kernels.cross_entropy import argmax_logits, target_log_probs
 
 MAX_NEW_TOKENS = 256
 STAGE = 32  # tokens generated before the stop texts are looked for
-KNOWN_SETTINGS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_length", "do_sample", "temperature", "top_p")
+KNOWN_SETTINGS = (
+    "until",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_length",
+    "do_sample",
+    "temperature",
+    "top_p",
+)
 HARMLESS = {"num_beams": 1, "repetition_penalty": 1.0, "top_k": 0, "early_stopping": False, "num_return_sequences": 1}
 METRICS = ("acc", "exact_match", "em", "f1", "acc_norm", "mc2", "bleu", "rougeL", "contains", "prompt_level_strict_acc")
 
@@ -222,7 +231,9 @@ def task_names(names: Sequence[str]) -> list[str]:
     return [name.removeprefix(LM_EVAL_PREFIX) for name in names]
 
 
-def load_tasks(names: Sequence[str], manager: Any = None, *, shots: int | None = None, run_code: bool = False) -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str], manager: Any = None, *, shots: int | None = None, run_code: bool = False
+) -> dict[str, Any]:
     """The harness's tasks by name (``lm_eval:`` in front or not), groups as their tasks.
 
     :class:`InputError` if the harness is not installed, a name is unknown, a task runs code without consent or
@@ -281,7 +292,7 @@ def measure_tasks(
 
     started = time.perf_counter()
     result: Any = evaluate(
-        EngineLM(model),  # type: ignore[arg-type]
+        EngineLM(model),
         tasks,
         limit=limit,
         bootstrap_iters=0,
@@ -334,7 +345,9 @@ def _item(domain: str, sample: dict[str, Any], metric: str) -> ItemResult:
 
 def joined(parts: Sequence[Measured]) -> Measured:
     """Several measurements of one subject as one: own sets beside tasks of the harness."""
-    if len({part.subject for part in parts}) != 1 or len({s for p in parts for s in p.sets}) < sum(len(p.sets) for p in parts):
+    if len({part.subject for part in parts}) != 1 or len({s for p in parts for s in p.sets}) < sum(
+        len(p.sets) for p in parts
+    ):
         raise InputError("only different sets of one subject can be joined", got=", ".join(p.subject for p in parts))
     settings: dict[str, Any] = {}
     for part in parts:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tunegate.data.messages import RowProblems, answer_text
 from tunegate.data.read import read_source
 from tunegate.data.types import Message
 from tunegate.errors import InputError, Problem, collecting, nearest
-from tunegate.evaluation.sets import SUFFIXES, read_prompt
+from tunegate.evaluation.sets import SUFFIXES, read_prompt, spread
 from tunegate.files import hash_json
 
 BUILT_IN = "redteam"
@@ -68,6 +68,13 @@ class ProbeSet:
     @property
     def hash(self) -> str:
         return hash_json([asdict(probe) for probe in self.probes])
+
+    def first(self, n: int | None) -> ProbeSet:
+        """``n`` probes, every category and expectation in turn, in their order; all of them for None."""
+        if n is None or n >= len(self.probes):
+            return self
+        kept = sorted(spread([(probe.category, probe.expected) for probe in self.probes])[:n])
+        return replace(self, probes=tuple(self.probes[place] for place in kept))
 
 
 def built_in_probes() -> ProbeSet:
@@ -116,9 +123,9 @@ def read_probes(source: str, *, base_dir: Path = Path()) -> ProbeSet:
         value = {key: inner for key, inner in row.value.items() if inner is not None}
         own = False
         if "entry_type" in value:
-            probe = _garak(value, name, row.line, bad)
+            probe = _garak(value, name, bad)
         elif {"converted_value", "original_value"} & set(value) or ("value" in value and "prompt" not in value):
-            probe = _pyrit(value, name, row.line, bad)
+            probe = _pyrit(value, name, bad)
         else:
             probe, own = _own(value, name, row.line, bad), True
         if bad.found:
@@ -154,7 +161,7 @@ def _own(row: dict[str, Any], name: str, line: int, bad: RowProblems) -> Probe |
     return None if bad.found else Probe(identity, name, category, messages, expected)
 
 
-def _garak(row: dict[str, Any], name: str, line: int, bad: RowProblems) -> Probe | None:
+def _garak(row: dict[str, Any], name: str, bad: RowProblems) -> Probe | None:
     """An attempt of a garak report; None for the report's other lines."""
     if row["entry_type"] != "attempt":
         return None
@@ -180,7 +187,7 @@ def _garak_text(content: Any) -> Any:
     return content.get("text") if isinstance(content, dict) else content
 
 
-def _pyrit(row: dict[str, Any], name: str, line: int, bad: RowProblems) -> Probe | None:
+def _pyrit(row: dict[str, Any], name: str, bad: RowProblems) -> Probe | None:
     """A seed prompt or a user's message of PyRIT; None for messages of the assistant and system."""
     if row.get("role", "user") != "user":
         return None

@@ -11,29 +11,34 @@ Code is run only with ``run_code``, see ``sandbox``. Whether a ratio is good eno
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunegate.errors import InputError, Problem
+from tunegate.evaluation import intervals
 from tunegate.evaluation.answering import Model, Progress, Reply, likelihoods, reply, silent
 from tunegate.evaluation.checks import score_answer, unfenced
 from tunegate.evaluation.divergence import TextDivergence
-from tunegate.evaluation.ratios import likelihood_ratio, mean_interval, ratio
+from tunegate.evaluation.measures import Source
 from tunegate.evaluation.sandbox import SECONDS, check_available, run_tests
 from tunegate.evaluation.sets import ItemSet, SetItem
 from tunegate.evaluation.statistics import compare
 from tunegate.evaluation.types import Measurement
-from tunegate.files import write_jsonl
-from tunegate.records import Comparison, RegressionRecord
+from tunegate.files import read_jsonl, write_jsonl
+from tunegate.records import Comparison, Ratio, RegressionRecord
 
 TOTAL = "total"
+RESERVED = (TOTAL, "likelihood", "divergence")  # names of measures; no domain is called so
 WORST = 10
 LOWEST = -50.0  # nats per token: below it a likelihood says nothing more
+_ANY = (-math.inf, math.inf)
 
 
 @dataclass
@@ -50,6 +55,16 @@ class ItemResult:
     tokens: int = 0
     log_likelihood: float | None = None
     note: str = ""
+
+    @property
+    def likelihood(self) -> float | None:
+        """Geometric mean probability per token of the reference."""
+        return None if self.log_likelihood is None else math.exp(min(self.log_likelihood, 0.0))
+
+    def row(self) -> dict[str, Any]:
+        """The item's line in an items file; ``item`` is its ``row_id``."""
+        facts = {name: value for name, value in asdict(self).items() if name != "item"}
+        return {"row_id": self.item, **facts, "likelihood": self.likelihood, "referenced": self.likelihood is not None}
 
 
 @dataclass(frozen=True)
@@ -75,14 +90,48 @@ class Measured:
         return {name: float(np.mean([self.results[p].score for p in at])) for name, at in self.places().items()}
 
 
+def read_results(path: Path) -> tuple[ItemResult, ...]:
+    """The results that :func:`measure` wrote to ``path``."""
+    names = {f.name for f in fields(ItemResult)} - {"item"}
+    return tuple(ItemResult(row["row_id"], **{n: row[n] for n in names}) for row in read_jsonl(path))
+
+
+def regression_measures(base: Measured, adapter: Measured, files: tuple[str, str], texts: str) -> dict[str, Source]:
+    """What the gate may read: ``regression.DOMAIN`` and ``.total`` (share of right answers), ``.likelihood.DOMAIN``
+    and ``.likelihood.total``, and ``.divergence`` if ``texts`` is the file with one line per neutral text.
+
+    ``files``: the items of base and adapter, relative to the run.
+    """
+    theirs, mine = files
+    found = {}
+    for domain, places in base.places().items():
+        results = [one.results[p] for p in places for one in (base, adapter)]
+        where = {} if domain == TOTAL else {"domain": domain}
+        kind = "proportion" if all(r.score in (0.0, 1.0) for r in results) else "mean"
+        name = metric_name(domain)
+        found[f"regression.{name}"] = Source(kind, mine, "score", where=where, references={"base": theirs})
+        if any(r.likelihood is not None for r in results):
+            found[f"regression.likelihood.{name}"] = Source(
+                "mean", mine, "likelihood", where={**where, "referenced": "True"}, references={"base": theirs}
+            )
+    if texts:
+        found["regression.divergence"] = Source("mean", texts, "kl", limits=[0.0, None])
+    return found
+
+
+def metric_name(domain: str) -> str:
+    """``domain`` as gate rules write it: anything but letters, digits, ``_`` and ``:`` is ``_``."""
+    return re.sub(r"[^A-Za-z0-9_:]", "_", domain)
+
+
 def check_sets(sets: Sequence[ItemSet], *, run_code: bool) -> None:
     """:class:`InputError` for sets that cannot be scored as they are: empty, reserved names, code without consent."""
     problems = [Problem("the set has no items", one.name) for one in sets if not one.items]
     if not sets:
         problems.append(Problem("no sets to measure on"))
     for one in sets:
-        if any(item.category == TOTAL for item in one.items):
-            problems.append(Problem(f"the category {TOTAL!r} is reserved", one.name, fix="rename it"))
+        taken = {item.category for item in one.items} & set(RESERVED)
+        problems += [Problem(f"the category {name!r} is reserved", one.name, fix="rename it") for name in sorted(taken)]
         code = sum(item.check.kind == "python" for item in one.items)
         if code and not run_code:
             problems.append(
@@ -121,7 +170,7 @@ def measure(
     _likelihood(model, items, results, progress)
     path = ""
     if items_path is not None:
-        write_jsonl(items_path, [asdict(result) for result in results])
+        write_jsonl(items_path, [result.row() for result in results])
         path = f"{items_path.parent.name}/{items_path.name}"
     settings = {"temperature": 0.0, "run_code": run_code}
     hashes = {one.name: one.hash for one in sets}
@@ -178,19 +227,18 @@ def compare_regression(
     confidence: float = 0.95,
     *,
     divergence: Sequence[TextDivergence] | None = None,
-    seed: int = 0,
 ) -> RegressionRecord:
     """Adapter against base on the same items; :class:`InputError` if the items are not the same."""
     _check_same(base, adapter)
     mine, theirs = (np.array([r.score for r in one.results]) for one in (adapter, base))
     accuracy, comparisons, likelihood = {}, {}, {}
     for domain, places in base.places().items():
-        accuracy[domain] = ratio(domain, mine[places], theirs[places], confidence, seed)
+        accuracy[domain] = _ratio(domain, mine[places], theirs[places], confidence)
         comparisons[domain] = _compared(domain, adapter, base, places, confidence)
-        known = [p for p in places if base.results[p].log_likelihood is not None]
-        if known:
-            pair = (np.array([one.results[p].log_likelihood for p in known], dtype=float) for one in (adapter, base))
-            likelihood[domain] = likelihood_ratio(domain, *pair, confidence, seed)
+        pairs = [(adapter.results[p].likelihood, base.results[p].likelihood) for p in places]
+        known = np.array([pair for pair in pairs if None not in pair], dtype=float)
+        if len(known):
+            likelihood[domain] = _ratio(domain, known[:, 0], known[:, 1], confidence)
     return RegressionRecord(
         reference=base.subject,
         candidate=adapter.subject,
@@ -198,27 +246,41 @@ def compare_regression(
         accuracy=accuracy,
         likelihood=likelihood,
         comparisons=comparisons,
-        divergence=None if divergence is None else summarise_divergence(divergence, confidence, seed),
+        divergence=None if divergence is None else summarise_divergence(divergence, confidence),
         worst=worst_items(base, adapter),
         items_paths={one.subject: one.items_path for one in (base, adapter)},
-        settings={**base.settings, "confidence": confidence, "interval": "paired bootstrap over items"},
+        settings={**base.settings, "confidence": confidence},
     )
 
 
-def summarise_divergence(texts: Sequence[TextDivergence], confidence: float = 0.95, seed: int = 0) -> dict[str, float]:
+def _ratio(name: str, candidate: np.ndarray, reference: np.ndarray, confidence: float) -> Ratio:
+    found = intervals.ratio(candidate, reference, confidence)
+    return Ratio(
+        name,
+        found.value if math.isfinite(found.value) else None,
+        found.low,
+        found.high if math.isfinite(found.high) else None,
+        float(candidate.mean()),
+        float(reference.mean()),
+        found.n,
+        confidence,
+        found.method,
+    )
+
+
+def summarise_divergence(texts: Sequence[TextDivergence], confidence: float = 0.95) -> dict[str, float]:
     """Mean KL per token over texts (each text counts once) with its interval, and the change of log-likelihood."""
     kl = np.array([t.kl for t in texts])
     gains = np.array([t.adapter_log_likelihood - t.base_log_likelihood for t in texts])
-    mean, low, high = mean_interval(kl, confidence, seed)
-    change, change_low, change_high = mean_interval(gains, confidence, seed)
+    moved, change = intervals.mean(kl, confidence, (0.0, math.inf)), intervals.mean(gains, confidence, _ANY)
     return {
-        "kl": mean,
-        "kl_low": low,
-        "kl_high": high,
+        "kl": moved.value,
+        "kl_low": moved.low,
+        "kl_high": moved.high if math.isfinite(moved.high) else moved.value,
         "largest_kl": float(kl.max()),
-        "log_likelihood_change": change,
-        "log_likelihood_change_low": change_low,
-        "log_likelihood_change_high": change_high,
+        "log_likelihood_change": change.value,
+        "log_likelihood_change_low": change.low if math.isfinite(change.low) else change.value,
+        "log_likelihood_change_high": change.high if math.isfinite(change.high) else change.value,
         "texts": float(len(texts)),
         "tokens": float(sum(t.tokens for t in texts)),
     }

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,14 @@ import numpy as np
 from tunegate.errors import InputError, Problem
 from tunegate.evaluation.answering import Model, Progress, reply, silent, takes_system, with_system
 from tunegate.evaluation.guard import Guard, Verdict
-from tunegate.evaluation.probes import REFUSE, Probe, ProbeSet
+from tunegate.evaluation.measures import Source
+from tunegate.evaluation.probes import COMPLY, REFUSE, Probe, ProbeSet
 from tunegate.evaluation.refusal import judge_answer
-from tunegate.evaluation.statistics import compare, mcnemar, score
+from tunegate.evaluation.regression import metric_name
+from tunegate.evaluation.intervals import mcnemar
+from tunegate.evaluation.statistics import compare, score
 from tunegate.evaluation.types import Measurement
-from tunegate.files import write_jsonl
+from tunegate.files import read_jsonl, write_jsonl
 from tunegate.records import SafetyMeasure, SafetyRecord
 
 TOTAL = "total"
@@ -91,6 +94,11 @@ class Attempt:
     def over_refused(self) -> bool:
         return self.expected != REFUSE and self.outcome == "refusal"
 
+    def row(self) -> dict[str, Any]:
+        """The attempt's line in an items file."""
+        judged = {"bypassed": self.bypassed, "over_refused": self.over_refused, "refused": self.outcome == "refusal"}
+        return {"row_id": f"{self.probe}|{self.system}|{self.seed}", **asdict(self), **judged}
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -140,7 +148,7 @@ def ask(
     check_settings(settings, sets)
     probes = [probe for one in sets for probe in one.probes]
     texts = _answers(model, probes, settings, progress)
-    verdicts = _verdicts(probes, texts, settings, guard)
+    verdicts = _verdicts(probes, texts, guard)
     attempts = tuple(
         _attempt(probe, system, seed, texts[place, system, seed], verdicts.get((place, system, seed)))
         for place, probe in enumerate(probes)
@@ -149,8 +157,7 @@ def ask(
     )
     path = ""
     if items_path is not None:
-        rows = [{**asdict(a), "bypassed": a.bypassed, "over_refused": a.over_refused} for a in attempts]
-        write_jsonl(items_path, rows)
+        write_jsonl(items_path, [attempt.row() for attempt in attempts])
         path = f"{items_path.parent.name}/{items_path.name}"
     return Asked(
         subject=subject,
@@ -167,9 +174,7 @@ def ask(
 _Key = tuple[int, str, int]  # place of the probe, name of the system prompt, seed
 
 
-def _answers(
-    model: Model, probes: Sequence[Probe], settings: SafetySettings, progress: Progress
-) -> dict[_Key, str]:
+def _answers(model: Model, probes: Sequence[Probe], settings: SafetySettings, progress: Progress) -> dict[_Key, str]:
     in_user = not takes_system(model.renderer)
     limits = [settings.max_new_tokens] * len(probes)
     found: dict[_Key, str] = {}
@@ -177,16 +182,12 @@ def _answers(
         prompts = [with_system(probe.messages, system, in_user=in_user) for probe in probes]
         for seed in settings.seeds:
             temperature, top_p = (settings.temperature, settings.top_p) if seed else (0.0, 1.0)
-            replies = reply(
-                model, prompts, limits, temperature=temperature, top_p=top_p, seed=seed, progress=progress
-            )
+            replies = reply(model, prompts, limits, temperature=temperature, top_p=top_p, seed=seed, progress=progress)
             found |= {(place, name, seed): one.text for place, one in enumerate(replies)}
     return found
 
 
-def _verdicts(
-    probes: Sequence[Probe], texts: dict[_Key, str], settings: SafetySettings, guard: Guard | None
-) -> dict[_Key, Verdict]:
+def _verdicts(probes: Sequence[Probe], texts: dict[_Key, str], guard: Guard | None) -> dict[_Key, Verdict]:
     """The guard's verdicts on answers to harmful requests that are language; no refusal needs a second opinion."""
     if guard is None:
         return {}
@@ -215,6 +216,41 @@ def _attempt(probe: Probe, system: str, seed: int, text: str, verdict: Verdict |
         unsafe=None if verdict is None else not verdict.safe,
         categories=() if verdict is None else verdict.categories,
     )
+
+
+def read_attempts(path: Path) -> tuple[Attempt, ...]:
+    """The attempts that :func:`ask` wrote to ``path``."""
+    names = [f.name for f in fields(Attempt)]
+    rows = ({name: row[name] for name in names} for row in read_jsonl(path))
+    return tuple(Attempt(**{**row, "categories": tuple(row["categories"])}) for row in rows)
+
+
+def safety_measures(asked: Asked, files: tuple[str, str]) -> dict[str, Source]:
+    """What the gate may read: ``safety.bypass_rate``, ``.over_refusal``, ``.coherence`` and ``.refusal_rate`` (of
+    harmful requests), each also ``.CATEGORY``; an item is a request, its attempts are averaged.
+
+    ``files``: the items of base and adapter, relative to the run.
+    """
+    theirs, mine = files
+    found = {}
+    for name, (measured, expected) in _FIELDS.items():
+        for category in _categories(asked, measured):
+            where = {"expected": expected} if expected else {}
+            if category != TOTAL:
+                where["category"] = category
+            key = f"safety.{name}" + ("" if category == TOTAL else f".{metric_name(category)}")
+            found[key] = Source("proportion", mine, _COLUMNS[name], group="probe", where=where, references={"base": theirs})
+    return found
+
+
+# name of the measure: (which requests count, what they expect)
+_FIELDS = {
+    BYPASS: (BYPASS, REFUSE),
+    OVER_REFUSAL: (OVER_REFUSAL, COMPLY),
+    COHERENCE: (COHERENCE, ""),
+    "refusal_rate": (BYPASS, REFUSE),
+}
+_COLUMNS = {BYPASS: "bypassed", OVER_REFUSAL: "over_refused", COHERENCE: "coherent", "refusal_rate": "refused"}
 
 
 def compare_safety(base: Asked, adapter: Asked, confidence: float = 0.95) -> SafetyRecord:

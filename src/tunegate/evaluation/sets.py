@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,23 @@ class ItemSet:
     @property
     def hash(self) -> str:
         return hash_json([dataclasses.asdict(item) for item in self.items])
+
+    def first(self, n: int | None) -> ItemSet:
+        """``n`` items, every kind (category and tags) in turn, in their order; all of them for None."""
+        if n is None or n >= len(self.items):
+            return self
+        kept = sorted(spread([(item.category, item.tags) for item in self.items])[:n])
+        return dataclasses.replace(self, items=tuple(self.items[place] for place in kept))
+
+
+def spread(kinds: Sequence[Hashable]) -> list[int]:
+    """The places of ``kinds``, the first of every kind before the second of any."""
+    seen: Counter[Hashable] = Counter()
+    rounds = []
+    for place, kind in enumerate(kinds):
+        rounds.append((seen[kind], place))
+        seen[kind] += 1
+    return [place for _, place in sorted(rounds)]
 
 
 def load_sets(names: Sequence[str], *, base_dir: Path = Path(), seed: int = 0) -> list[ItemSet]:
@@ -178,10 +195,11 @@ def _references(row: dict[str, Any], bad: RowProblems) -> tuple[str, ...] | None
         bad.add("both answer and answers", fix="keep one of the two")
     value = row["answers"] if "answers" in row else [row["answer"]] if "answer" in row else []
     texts = [answer_text(v) for v in value] if isinstance(value, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    known = tuple(text for text in texts if isinstance(text, str))
+    if len(known) < len(texts):
         bad.add("an answer must be text", got=repr(value)[:60])
         return None
-    return tuple(texts)
+    return known
 
 
 def _check(row: dict[str, Any], bad: RowProblems) -> Check | None:

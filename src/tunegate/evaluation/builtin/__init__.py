@@ -40,7 +40,7 @@ def build_set(name: str, seed: int = 0) -> ItemSet:
     items: list[SetItem] = []
     seen: set[str] = set()
     for template, count in _TEMPLATES[name]:
-        kind = template.__name__  # type: ignore[attr-defined]
+        kind = template.__name__
         for number in range(count):
             made = _new(template, f"{VERSION}/{name}/{kind}/{number}/{seed}", number, seen)
             seen.add(made.prompt)

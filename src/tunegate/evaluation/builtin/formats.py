@@ -16,7 +16,10 @@ NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ine
 CITIES = ("Lyon", "Boston", "Oslo", "Porto", "Dublin", "Vienna", "Turin", "Leeds")
 FRUITS = ("apple", "pear", "plum", "grape", "lemon", "mango", "melon", "banana")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white")
-MONTHS = tuple("January February March April May June July August September October November December".split())
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 REVIEWS = (
     ("I love this phone, it works perfectly.", "POSITIVE"),
     ("The food was cold and the waiter was rude.", "NEGATIVE"),

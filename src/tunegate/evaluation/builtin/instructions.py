@@ -135,7 +135,9 @@ def repeat_word(draw: Draw, n: int) -> Made:
 
 def wrapped(draw: Draw, n: int) -> Made:
     word = draw.pick(WORDS)
-    name, left, right = (("square brackets", "[", "]"), ("double quotes", '"', '"'), ("round brackets", "(", ")"))[n % 3]
+    name, left, right = (("square brackets", "[", "]"), ("double quotes", '"', '"'), ("round brackets", "(", ")"))[
+        n % 3
+    ]
     rule = {"rule": "matches", "pattern": rf"\A{escaped(left)}\s*{word}\s*{escaped(right)}\.?\Z"}
     asked = f"Write the word {word} in {name}, like this: {left}word{right}. Write nothing else."
     return ruled(asked, f"{left}{word}{right}", rule, max_new_tokens=16)

@@ -8,30 +8,57 @@ from __future__ import annotations
 from tunegate.evaluation.builtin.draw import Draw, Made, contains, likeliest, mention
 
 OPPOSITES = (
-    ("hot", "cold"), ("big", "small", "little"), ("early", "late"), ("full", "empty"), ("strong", "weak"),
-    ("rich", "poor"), ("always", "never"), ("increase", "decrease", "reduce"),
+    ("hot", "cold"),
+    ("big", "small", "little"),
+    ("early", "late"),
+    ("full", "empty"),
+    ("strong", "weak"),
+    ("rich", "poor"),
+    ("always", "never"),
+    ("increase", "decrease", "reduce"),
 )
 PLURALS = (
-    ("cat", "cats"), ("box", "boxes"), ("city", "cities"), ("child", "children"), ("leaf", "leaves"),
-    ("mouse", "mice"), ("tooth", "teeth"),
+    ("cat", "cats"),
+    ("box", "boxes"),
+    ("city", "cities"),
+    ("child", "children"),
+    ("leaf", "leaves"),
+    ("mouse", "mice"),
+    ("tooth", "teeth"),
 )
 PASTS = (
-    ("walk", "walked"), ("go", "went"), ("eat", "ate"), ("write", "wrote"), ("see", "saw"), ("buy", "bought"),
-    ("bring", "brought"), ("swim", "swam"),
+    ("walk", "walked"),
+    ("go", "went"),
+    ("eat", "ate"),
+    ("write", "wrote"),
+    ("see", "saw"),
+    ("buy", "bought"),
+    ("bring", "brought"),
+    ("swim", "swam"),
 )
 SUPERLATIVES = (("small", "smallest"), ("happy", "happiest"), ("good", "best"), ("bad", "worst"))
 SPELLINGS = (
-    ("becuase", "because"), ("freind", "friend"), ("recieve", "receive"), ("tommorow", "tomorrow"),
+    ("becuase", "because"),
+    ("freind", "friend"),
+    ("recieve", "receive"),
+    ("tommorow", "tomorrow"),
     ("seperate", "separate"),
 )
 CAPITALS = (
-    ("France", "Paris"), ("Italy", "Rome"), ("Germany", "Berlin"), ("Spain", "Madrid"), ("Japan", "Tokyo"),
+    ("France", "Paris"),
+    ("Italy", "Rome"),
+    ("Germany", "Berlin"),
+    ("Spain", "Madrid"),
+    ("Japan", "Tokyo"),
     ("Kenya", "Nairobi"),
 )
 FACTS = (
-    ("Which planet do we live on?", "Earth"), ("How many legs does a spider have?", "8", "eight"),
-    ("What do bees make?", "honey"), ("What colour do you get when you mix blue and yellow?", "green"),
-    ("What is frozen water called?", "ice"), ("Which gas do people need to breathe?", "oxygen"),
+    ("Which planet do we live on?", "Earth"),
+    ("How many legs does a spider have?", "8", "eight"),
+    ("What do bees make?", "honey"),
+    ("What colour do you get when you mix blue and yellow?", "green"),
+    ("What is frozen water called?", "ice"),
+    ("Which gas do people need to breathe?", "oxygen"),
 )
 KINDS = (
     ("A rose is a kind of", "flower", ("metal", "sport", "tool")),
@@ -39,19 +66,38 @@ KINDS = (
     ("A violin is a musical", "instrument", ("kitchen", "animal", "weather")),
 )
 GRAMMAR = (
-    ("She goes to school every day.", "She go to school every day.", "She going to school every day.",
-     "She gone to school every day."),
-    ("They have eaten all the cake.", "They has eaten all the cake.", "They have ate all the cake.",
-     "They having eaten all the cake."),
-    ("There are three dogs in the garden.", "There is three dogs in the garden.",
-     "There are three dog in the garden.", "There be three dogs in the garden."),
-    ("I saw an elephant at the zoo.", "I saw a elephant at the zoo.", "I seen an elephant at the zoo.",
-     "I saw an elephants at the zoo."),
+    (
+        "She goes to school every day.",
+        "She go to school every day.",
+        "She going to school every day.",
+        "She gone to school every day.",
+    ),
+    (
+        "They have eaten all the cake.",
+        "They has eaten all the cake.",
+        "They have ate all the cake.",
+        "They having eaten all the cake.",
+    ),
+    (
+        "There are three dogs in the garden.",
+        "There is three dogs in the garden.",
+        "There are three dog in the garden.",
+        "There be three dogs in the garden.",
+    ),
+    (
+        "I saw an elephant at the zoo.",
+        "I saw a elephant at the zoo.",
+        "I seen an elephant at the zoo.",
+        "I saw an elephants at the zoo.",
+    ),
     ("He does not like coffee.", "He do not like coffee.", "He does not likes coffee.", "He not like coffee."),
 )
 TRANSLATIONS = (
-    ("French", "water", "eau"), ("French", "thank you", "merci"), ("Spanish", "cat", "gato"),
-    ("German", "dog", "hund"), ("Spanish", "house", "casa"),
+    ("French", "water", "eau"),
+    ("French", "thank you", "merci"),
+    ("Spanish", "cat", "gato"),
+    ("German", "dog", "hund"),
+    ("Spanish", "house", "casa"),
 )
 CLOZE = (
     ("The sun rises in the", "east.", ("spoon.", "running.", "quickly.")),

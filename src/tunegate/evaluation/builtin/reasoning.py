@@ -15,7 +15,10 @@ THINGS = ("ball", "key", "book", "coin", "ring", "cup", "pen", "phone")
 PLACES = ("box", "drawer", "basket", "bag", "cupboard", "bucket")
 ORDERS = (("taller", "tallest"), ("older", "oldest"), ("faster", "fastest"), ("heavier", "heaviest"))
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = tuple("January February March April May June July August September October November December".split())
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 
 ANALOGIES = (
     ("hot", "cold", "up", "down", ("sky", "high", "left")),
