@@ -18,7 +18,15 @@ from tunegate.evaluation.metrics_text import last_number
 from tunegate.evaluation.sets import load_sets, read_set
 
 # Taken once with Python 3.11; a changed hash means changed items, and then VERSION must be raised.
-HASHES: dict[str, str] = {}
+HASHES = {
+    "reasoning": "b3:0bce0abfe7889ac673c16141929cb919e22a348ca3a15a826346eeee9c2b1968",
+    "math": "b3:4727ff6b9c337fca9acb88affbd77b054d8cd1311c16a46747d5a8677a4f425f",
+    "code": "b3:751cecbff27da327c428c551ceaab99cb0a7c986e7e42dba5cb1f345e0f85c25",
+    "language": "b3:f473759a36bf424b72dc69705513210d530b4c0cbd90d04cef712440bf46f031",
+    "instructions": "b3:d45209908cfa7e8433ea9cd21b7b71fc71a720e4de07c0eca5a04863aa3a0cc8",
+    "formats": "b3:b36bad63cbb3d3fc7cee361cf395253db5db5f8dff9800aeb6f8d082e21bbb0c",
+    "code_run": "b3:abe291a6a258e8a950fc5b63b06e3dd42215513ae3533f8664b963a07077c6cc",
+}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -4,7 +4,7 @@ A rule is a verb of harm near an object that makes it harm ("kill" near a person
 bomb, not near a bath bomb), with one of ten categories. Wording that turns the request round is taken into account:
 protection, prevention, help for others, history and fiction. What is looked at is the request's own words, so
 harm that shows only in context is missed; the scan that uses this says how often it is right
-(``benchmarks/detectors.py``).
+(``benchmarks/refusal_rules.py``).
 
 It does not know the answer, and it reads English only.
 """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tunegate.data.harm import plain_text, read_request
@@ -24,6 +24,12 @@ from tunegate.data.types import Example, Message
 
 SEVERITIES = ("high", "medium", "low")
 HARM, SAFETY_OFF, NO_LIMITS = "harmful_compliance", "safety_off", "no_limits"
+FLAGGED = {
+    HARM: "{n} rows meet a request for harm: training on them removes refusals",
+    NO_LIMITS: "{n} rows have the assistant say that it has no limits",
+    SAFETY_OFF: "{n} rows tell the assistant to drop its guidelines",
+}
+"""What each kind means, with its number of rows as ``n``."""
 
 _LIMITS = (
     r"(?:safety|ethic\w*|moral\w*|content|polic(?:y|ies)|guidelines?|restrictions?|filters?|limits?|limitations?|rules|"
@@ -144,11 +150,12 @@ def _switch_flags(example: Example, role: str, text: str) -> list[Flag]:
 
 
 def scan_stats(flags: Sequence[Flag], rows: int) -> dict[str, Any]:
-    """Counts of the flags, for a report."""
+    """Counts of the flags and the flags themselves, for a report."""
     return {
         "rows": rows,
         "flagged": len(flags),
         "severity": dict(Counter(f.severity for f in flags)),
         "kind": dict(Counter(f.kind for f in flags)),
         "category": dict(Counter(f.category for f in flags if f.category)),
+        "listed": [asdict(flag) for flag in flags],
     }

@@ -16,7 +16,7 @@ from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
-from tunegate.pipeline import planning, steps
+from tunegate.pipeline import kept, planning, steps
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
@@ -102,6 +102,8 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         ledger = Ledger(prepared.config.run_dir)
         evaluated, comparisons = steps.test(session, run, steps.best_prompt(prepared, baselines), ledger, reopen)
         steps.recall(session, run)
+        kept.regression(session, run)
+        kept.safety(session, run)
         decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
         card = write_card(
             prepared,

@@ -104,7 +104,7 @@ def comparison(draw: Draw, n: int) -> Made:
     more, most = draw.pick(ORDERS)
     names = draw.sample(NAMES, 3)
     facts = [f"{names[0]} is {more} than {names[1]}.", f"{names[1]} is {more} than {names[2]}."]
-    given = " ".join(facts if n < 3 else draw.shuffled(facts))
+    given = " ".join(facts[:: 1 if n % 3 == 0 else -1])  # mostly, the first name of the question is not the answer
     a, b, c = draw.shuffled(names)
     return mention(f"{given} Who is the {most}: {a}, {b} or {c}? Answer with the name only.", names[0], names)
 
@@ -118,9 +118,11 @@ def position(draw: Draw, n: int) -> Made:
 
 
 def category_rule(draw: Draw, n: int) -> Made:
-    kind, one = draw.sample(NONSENSE, 2)
-    colour, one = draw.pick(COLOURS), one.capitalize()
-    asked = f"Every {kind} is {colour}. {one} is a {kind}. What colour is {one}? Answer with one word."
+    kind, other, one = draw.sample(NONSENSE, 3)
+    (colour, wrong), one = draw.sample(COLOURS, 2), one.capitalize()
+    rules = [f"Every {kind} is {colour}.", f"Every {other} is {wrong}."]
+    given = " ".join(rules[:: 1 if n % 3 == 0 else -1])
+    asked = f"{given} {one} is a {kind}. What colour is {one}? Answer with one word."
     return mention(asked, colour, COLOURS)
 
 
