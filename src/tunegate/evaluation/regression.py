@@ -85,7 +85,7 @@ class Measured:
             found.setdefault(result.domain, []).append(place)
         return found
 
-    def accuracy(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float]:
         """Share of right answers per domain and in ``total``."""
         return {name: float(np.mean([self.results[p].score for p in at])) for name, at in self.places().items()}
 

@@ -113,6 +113,11 @@ class Asked:
     seconds: float = 0.0
     items_path: str = ""
 
+    def rates(self) -> dict[str, float]:
+        """The rates over all requests."""
+        names = (BYPASS, OVER_REFUSAL, COHERENCE)
+        return {name: float(_hits(self, name, at[TOTAL]).mean()) for name in names if (at := _categories(self, name))}
+
 
 def check_settings(settings: SafetySettings, sets: Sequence[ProbeSet]) -> None:
     """:class:`InputError` with everything that is wrong with the settings."""

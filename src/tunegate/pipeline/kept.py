@@ -9,6 +9,7 @@ It decides nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from tunegate.pipeline.questions import REGRESSION, SAFETY, Regression, Safety, 
 from tunegate.pipeline.session import Session
 from tunegate.records import RegressionRecord, SafetyRecord
 
+Kept = Measured | Asked | RegressionRecord | SafetyRecord
 BASE, ADAPTER, ITEMS, FACTS = "base", "adapter", "items.jsonl", "facts.json"
 
 
@@ -91,7 +93,7 @@ def compare_ability(
             with session.reporter.progress("adapter on neutral text", len(neutral)) as advance:
                 texts = divergence(_model(session), injection, neutral, advance)
             write_jsonl(folder / f"divergence.{ITEMS}", [{"row_id": t.text, **asdict(t)} for t in texts])
-        files = (f"../{base_folder.name}/{BASE}.{ITEMS}", f"{folder.name}/{ADAPTER}.{ITEMS}")
+        files = _files(base_folder, folder)
         base, mine = replace(base, items_path=files[0]), replace(mine, items_path=files[1])
         record = compare_regression(base, mine, confidence, divergence=texts)
         records.save(folder / f"{REGRESSION}.json", record)
@@ -177,7 +179,7 @@ def compare_refusals(session: Session, asked: Safety, adapter: Path, digest: str
         session.use_adapter(adapter, digest)
         mine = _ask(session, asked, ADAPTER)
         _save_asked(folder, mine)
-        files = (f"../{base_folder.name}/{BASE}.{ITEMS}", f"{folder.name}/{ADAPTER}.{ITEMS}")
+        files = _files(base_folder, folder)
         record = compare_safety(replace(base, items_path=files[0]), replace(mine, items_path=files[1]), confidence)
         records.save(folder / f"{SAFETY}.json", record)
         save_measures(folder, safety_measures(mine, files))
@@ -238,6 +240,12 @@ def subject_key(prepared: Prepared) -> list[Any]:
         base.fingerprint.total, renderer.template_hash, list(stops), base.compute_dtype, base.recipe,
         tunegate.__version__,
     ]  # fmt: skip
+
+
+def _files(base: Path, adapter: Path) -> tuple[str, str]:
+    """The items of both, relative to the folder that the adapter's lie in."""
+    there = os.path.relpath(base, adapter.parent)
+    return Path(there, f"{BASE}.{ITEMS}").as_posix(), f"{adapter.name}/{ADAPTER}.{ITEMS}"
 
 
 def _model(session: Session) -> Model:

@@ -6,7 +6,7 @@ key, so another policy is another run. Every step is resumable and none is redon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tunegate.pipeline import kept, planning, steps
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
+from tunegate.pipeline.questions import REGRESSION, SAFETY, load_regression, load_safety, switch_on
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
@@ -212,6 +213,50 @@ class EvalRequest:
     allow_base_mismatch: bool = False
 
 
+def _adapter_of(prepared: Prepared, request: EvalRequest) -> tuple[Path, AdapterCard]:
+    """The folder and card of the adapter that ``request`` is about."""
+    adapter = request.adapter or run_folder(prepared) / "adapter"
+    if not (adapter / MANIFEST).exists() and request.adapter is None:
+        raise InputError(
+            "this task has no finished adapter yet", where=str(adapter),
+            fix="`tunegate run` makes one; --adapter names another, --plain-base scores the base",
+        )  # fmt: skip
+    return adapter, check_adapter(adapter, prepared.base, allow_base_mismatch=request.allow_base_mismatch)
+
+
+def evaluate_kept(
+    config: Config, reporter: Reporter, request: EvalRequest, families: Sequence[str]
+) -> dict[str, tuple[Path, kept.Kept]]:
+    """Measure ``families`` (regression, safety) on an adapter beside its base, or on the base alone; where a section
+    of the task is off, at its defaults. Each comes with the folder that holds its items."""
+    prepared = prepare(config, reporter)
+    asking = prepared.config
+    for family in families:
+        asking = switch_on(asking, family, f"--{family}")
+    ability = load_regression(asking) if REGRESSION in families else None
+    refusals = load_safety(asking) if SAFETY in families else None
+    root, session = prepared.config.run_dir, Session(prepared, reporter)
+    found: dict[str, tuple[Path, kept.Kept]] = {}
+    with owned(root):
+        if request.plain_base:
+            if ability is not None:
+                measured, folder = kept.base_ability(session, ability)
+                found[REGRESSION] = folder, measured
+            if refusals is not None:
+                asked, folder = kept.base_refusals(session, refusals)
+                found[SAFETY] = folder, asked
+            return found
+        adapter, card = _adapter_of(prepared, request)
+        digest = card.adapter["hash"]
+        if ability is not None:
+            folder = root / f"eval-{short(hash_json([ability.key, digest]))}"
+            found[REGRESSION] = folder, kept.compare_ability(session, ability, adapter, digest, folder)
+        if refusals is not None:
+            folder = root / f"eval-{short(hash_json([refusals.key, digest]))}"
+            found[SAFETY] = folder, kept.compare_refusals(session, refusals, adapter, digest, folder)
+    return found
+
+
 def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> tuple[Path, EvalRecord]:
     """Score one subject on one split; the test split goes through the ledger like any other opening."""
     prepared = prepare(config, reporter)
@@ -222,13 +267,7 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
     subject, run_id, digest = "base", "base", ""
     with owned(root):
         if not request.plain_base:
-            adapter = request.adapter or run_folder(prepared) / "adapter"
-            if not (adapter / MANIFEST).exists() and request.adapter is None:
-                raise InputError(
-                    "this task has no finished adapter yet", where=str(adapter),
-                    fix="`tunegate run` makes one; --adapter names another, --plain-base scores the base",
-                )  # fmt: skip
-            card = check_adapter(adapter, prepared.base, allow_base_mismatch=request.allow_base_mismatch)
+            adapter, card = _adapter_of(prepared, request)
             digest = card.adapter["hash"]
             subject, run_id = "adapter", card.adapter["run"]
             session.use_adapter(adapter, digest)
