@@ -22,10 +22,15 @@ def tiny_subject(folder: Path) -> Model:
 
 def adapt(model: Model, size: float = 0.3, seed: int = 0) -> Injection:
     """Put a random adapter in place; ``size`` scales what it adds."""
-    injection = inject(model.runner.model, AdapterSpec(rank=4, alpha=8.0, dropout=0.0), seed=seed)
+    return adapt_plain(model.runner.model, size, seed)
+
+
+def adapt_plain(model: Any, size: float = 0.3, seed: int = 0) -> Injection:
+    """The same for a model that is not on the engine."""
+    injection = inject(model, AdapterSpec(rank=4, alpha=8.0, dropout=0.0), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.runner.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad and "B" in name.rsplit(".", 2)[-2:][0] + name.rsplit(".", 1)[-1]:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return injection

@@ -47,7 +47,9 @@ def test_values_come_from_the_items_in_their_order(tmp_path: Path) -> None:
 
 def test_repeats_of_an_item_count_once(tmp_path: Path) -> None:
     name = items(tmp_path, "safety/a.jsonl", [1, 0, 1, 1], prompt=["p", "p", "q", "q"])
-    save_measures(tmp_path / "safety", {"safety.bypass_rate": Source("proportion", name, "scores.f1.macro", group="prompt")})
+    save_measures(
+        tmp_path / "safety", {"safety.bypass_rate": Source("proportion", name, "scores.f1.macro", group="prompt")}
+    )
     found = load_measures(tmp_path)["safety.bypass_rate"]
     assert found.values is not None and found.values.tolist() == [0.5, 1.0]
     assert found.kind == "mean"

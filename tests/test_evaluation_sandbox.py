@@ -66,7 +66,7 @@ def test_memory_is_limited() -> None:
 def test_what_code_may_not_do(code: str) -> None:
     found = run_tests(code, ["pass"])
     assert not found.passed
-    assert "not allowed here" in found.reason or "PermissionError" in found.reason or "Error" in found.reason
+    assert "not allowed here" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,10 @@ def test_what_code_may_not_do(code: str) -> None:
         "raise SystemExit(0)",
         "import sys\nsys.exit()",
         "import os\nos.write(1, b'\\npassed ')\nos._exit(0)",
-        "import os, sys\nfor fd in range(3, 20):\n    try:\n        os.write(fd, b'passed')\n    except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in (1, 3):\n    try: os.write(fd, b'passed')\n    except OSError: pass\nos._exit(0)",
+        "import __main__, os\nos.write(1, ('passed ' + __main__.token).encode())\nos._exit(0)",
+        "import __main__, os\nos.write(1, ('passed ' + __main__.given['token']).encode())\nos._exit(0)",
+        "import builtins\nbuiltins.exec = builtins.compile = lambda *a: None",
         "print('passed')",
         "import signal, os\nsignal.raise_signal(signal.SIGKILL)",
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
@@ -100,9 +103,8 @@ def test_the_folder_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tests_do_not_see_each_other_s_names_and_cannot_be_replaced_by_the_code() -> None:
+def test_tests_do_not_see_each_other_s_names() -> None:
     assert not run_tests("y = 1", ["z = 2", "assert z == 2"]).passed
-    assert not run_tests("import builtins\nbuiltins.exec = lambda *a: None", ["assert False"]).passed
 
 
 def test_output_is_limited() -> None:

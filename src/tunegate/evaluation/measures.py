@@ -13,6 +13,7 @@ here, not a gap: the step that made it can be run again.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -183,7 +184,7 @@ def _sources(path: Path) -> dict[str, Source]:
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError("not a file of measures", where=str(path), expected=SCHEMA, got=str(got))
     try:
-        return TypeAdapter(dict[str, Source]).validate_python(data.get("measures"))
+        return TypeAdapter(dict[str, Source]).validate_json(json.dumps(data.get("measures")))
     except ValidationError as error:
         items = error.errors(include_url=False)
         raise InputError(

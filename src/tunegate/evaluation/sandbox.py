@@ -47,17 +47,20 @@ def watch(event, arguments):
         if (mode and any(c in mode for c in "wax+")) or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise PermissionError("not allowed here: writing files")
 sys.addaudithook(watch)
-space = {"__name__": "answer"}
-token, tests, code = given.pop("token"), given["tests"], given["code"]
-try:
-    exec(compile(code, "answer", "exec"), space)
-    for test in tests:
-        exec(compile(test, "test", "exec"), dict(space))
-except BaseException as error:
-    os.write(out, ("\nfailed " + type(error).__name__ + ": " + str(error)[:400]).encode("utf-8", "replace"))
-    os._exit(1)
-os.write(out, ("\npassed " + token).encode())
-os._exit(0)
+def judge(given, run=exec, build=compile, write=os.write, leave=os._exit, kind=type, text=str):
+    token, space = given.pop("token"), {"__name__": "answer"}  # names here are out of the code's sight
+    tests = [build(test, "test", "exec") for test in given["tests"]]
+    try:
+        run(build(given["code"], "answer", "exec"), space)
+        for test in tests:
+            run(test, {**space})
+    except BaseException as error:
+        write(out, ("\nfailed " + kind(error).__name__ + ": " + text(error)[:400]).encode("utf-8", "replace"))
+        leave(1)
+    write(out, ("\npassed " + token).encode())
+    leave(0)
+taken, given = given, None
+judge(taken)
 """
 
 
