@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval-harness is not installed")
 
-from models import adapt, tiny_subject  # noqa: E402
-from tunegate.errors import InputError  # noqa: E402
-from tunegate.evaluation.answering import Model  # noqa: E402
-from tunegate.evaluation.lm_eval import EngineLM, joined, load_tasks, measure_tasks  # noqa: E402
-from tunegate.evaluation.regression import ItemResult, Measured, compare_regression  # noqa: E402
-from tunegate.model.loading import load_model, load_tokenizer  # noqa: E402
+from models import adapt, tiny_subject
+from tunegate.errors import InputError
+from tunegate.evaluation.answering import Model
+from tunegate.evaluation.lm_eval import EngineLM, joined, load_tasks, measure_tasks
+from tunegate.evaluation.regression import ItemResult, Measured, compare_regression
+from tunegate.model.loading import load_model, load_tokenizer
 
 CHOICE = """\
 task: tiny_choice
@@ -63,7 +63,11 @@ metric_list:
   - metric: word_perplexity
 """
 ROWS = [
-    {"question": f"where is order number {n}", "choices": ["in the box", "a blue fox", "lost"][: 2 + n % 2], "label": n % 2}
+    {
+        "question": f"where is order number {n}",
+        "choices": ["in the box", "a blue fox", "lost"][: 2 + n % 2],
+        "label": n % 2,
+    }
     for n in range(9)
 ]
 
