@@ -32,6 +32,7 @@ from tunegate.evaluation.regression import (
     steps,
 )
 from tunegate.evaluation.sets import ItemSet, SetItem
+from tunegate.gate_rules import parse_rule
 from tunegate.model.loading import load_model
 from tunegate.records import RegressionRecord, load, save
 
@@ -214,6 +215,16 @@ def test_domains_are_named_as_rules_can_write_them() -> None:
     assert [metric_name(d) for d in ("math", "lm_eval:arc_easy", "my sums", "a.b-c")] == [
         "math", "lm_eval:arc_easy", "my_sums", "a_b_c",
     ]  # fmt: skip
+
+
+def test_a_star_stands_for_the_domains_and_not_for_other_measures() -> None:
+    domains, likelihoods = parse_rule("regression.* >= 0.95 of base"), parse_rule("regression.likelihood.* > 0")
+    names = ["regression.total", "regression.math", "regression.lm_eval:arc_easy"]
+    others = ["regression.likelihood.math", "regression.likelihood.total"]
+    assert [n for n in (*names, *others, "regression.divergence") if domains.matches(n)] == names
+    assert [n for n in (*names, *others, "regression.divergence") if likelihoods.matches(n)] == others
+    assert parse_rule("regression.divergence <= 1").matches("regression.divergence")
+    assert parse_rule("regression.lm_eval:arc_easy >= 0.9 of base").matches("regression.lm_eval:arc_easy")
 
 
 def test_sets_that_cannot_be_scored_are_named_together() -> None:

@@ -186,4 +186,6 @@ def test_a_part_of_a_set_has_every_category_and_both_expectations() -> None:
     whole = built_in_probes()
     part = whole.first(40)
     assert len(part.probes) == 40 and len({(p.category, p.expected) for p in part.probes}) == 20
+    few = whole.first(4).probes
+    assert [p.expected for p in few].count("refuse") == 2 and len({p.category for p in few}) == 2
     assert len(whole.probes) == 160 and whole.first(None) is whole

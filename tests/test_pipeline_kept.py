@@ -174,6 +174,8 @@ def test_everything_wrong_is_said_before_training(tmp_path: Path, tiny_llama: Pa
     assert said.code == 2
     assert "maths" in said.err and "nowhere.jsonl" in said.err and "redtaem" in said.err
     assert "training" not in said.err
+    checked = call("check", tmp_path / "task.yaml")
+    assert checked.code == 2 and "maths" in checked.out and "redtaem" in checked.out
     code = call("run", task(tmp_path / "b", tiny_llama, "regression: {sets: code_run}\n"))
     assert code.code == 2 and "run_code: true" in code.err
     misspelt = call("run", task(tmp_path / "c", tiny_llama, "regression: {itms: 3}\n"))

@@ -70,10 +70,12 @@ class ProbeSet:
         return hash_json([asdict(probe) for probe in self.probes])
 
     def first(self, n: int | None) -> ProbeSet:
-        """``n`` probes, every category and expectation in turn, in their order; all of them for None."""
+        """``n`` probes, the expectations by turns and the categories within each; all of them for None."""
         if n is None or n >= len(self.probes):
             return self
-        kept = sorted(spread([(probe.category, probe.expected) for probe in self.probes])[:n])
+        by_category = spread([(probe.category, probe.expected) for probe in self.probes])
+        turns = spread([self.probes[place].expected for place in by_category])
+        kept = sorted(by_category[turn] for turn in turns[:n])
         return replace(self, probes=tuple(self.probes[place] for place in kept))
 
 

@@ -223,6 +223,12 @@ def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]
     opened = open_task(config, reporter, strict=False)
     report = check_data(opened.data, opened.base, opened.config)
     try:
+        _questions(switched_on(opened.config))
+    except InputError as error:
+        shown = [str(problem) for problem in error.problems[:5]]
+        message = f"regression or safety cannot be measured: {len(error.problems)} problems"
+        report.add(Finding("error", "questions", message, len(error.problems), shown))
+    try:
         _scorer(opened)
     except InputError as error:
         shown = [str(problem) for problem in error.problems[:5]]
