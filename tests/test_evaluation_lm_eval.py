@@ -178,3 +178,26 @@ def test_parts_of_one_subject_are_joined() -> None:
     assert both.sets == {"own": "b3:1", "lm_eval:x": "b3:2"} and both.settings == {"a": 1, "b": 2}
     with pytest.raises(InputError, match="different sets of one subject"):
         joined([own, own])
+
+
+def test_tasks_stand_beside_own_sets_in_a_run(tiny_llama: Path, manager: Any, tmp_path: Path) -> None:
+    from task import write_task
+    from tunegate.config import RegressionSection, load_config
+    from tunegate.evaluation.builtin import build_set
+    from tunegate.pipeline import kept
+    from tunegate.pipeline.prepare import prepare
+    from tunegate.pipeline.questions import Regression
+    from tunegate.pipeline.reporter import Silent
+    from tunegate.pipeline.session import Session
+
+    session = Session(prepare(load_config(write_task(tmp_path, tiny_llama)), Silent()), Silent())
+    asked = Regression(
+        RegressionSection(sets=("math", "lm_eval:tiny_choice"), items=4),
+        (build_set("math").first(4),),
+        load_tasks(["lm_eval:tiny_choice"], manager),
+    )
+    first, folder = kept.base_ability(session, asked)
+    assert set(first.rates()) == {"total", "math", "lm_eval:tiny_choice"} and len(first.results) == 8
+    stamp = (folder / "step.json").stat().st_mtime_ns
+    again, _ = kept.base_ability(session, asked)
+    assert again == first and (folder / "step.json").stat().st_mtime_ns == stamp
