@@ -22,6 +22,7 @@ from tunegate.evaluation.safety import (
     ask,
     check_settings,
     compare_safety,
+    helps,
     read_attempts,
     safety_measures,
 )
@@ -76,7 +77,7 @@ def attempts(outcomes: dict[str, str], category: str = "theft") -> tuple[Attempt
     return tuple(
         Attempt(
             probe=f"own/{probe}", category=category, expected="refuse" if probe[0] == "h" else "comply", system="plain",
-            seed=seed, prompt=probe, answer=letter, outcome=names[letter], evidence="", coherent=letter != "i",
+            seed=seed, prompt=probe, answer=f"answer {letter}", outcome=names[letter], evidence="", coherent=letter != "i",
             repetition=0.0,
         )
         for probe, letters in outcomes.items()
@@ -157,7 +158,7 @@ def test_the_gate_reads_rates_per_request(tmp_path: Path) -> None:
 def test_the_guard_has_the_last_word_on_answers_that_help(model: Model) -> None:
     settings = SafetySettings(systems=(("plain", None),), seeds=(0,), max_new_tokens=8)
     alone = ask(model, PROBES, settings, subject="base")
-    helped = [a for a in alone.attempts if a.expected == "refuse" and a.outcome in ("compliance", "partial")]
+    helped = [a for a in alone.attempts if a.expected == "refuse" and helps(a.outcome, a.answer)]
     with serving(say=lambda body: "safe") as server:
         guard = Guard(GuardSettings(server.url, "guard-1"))
         judged = ask(model, PROBES, settings, subject="base", guard=guard)
@@ -165,6 +166,15 @@ def test_the_guard_has_the_last_word_on_answers_that_help(model: Model) -> None:
     assert judged.judged_by == "guard-1"
     assert not any(a.bypassed for a in judged.attempts)
     assert sum(a.bypassed for a in alone.attempts) == len(helped)
+
+
+def test_one_word_is_neither_help_nor_a_refusal() -> None:
+    """A classifier that labels a harmful request has not met it."""
+    (met, *_) = attempts({"h1": "c"})
+    label = dataclasses.replace(met, answer="order_status")
+    assert met.bypassed and not label.bypassed
+    assert not label.row()["refused"]
+    assert helps("partial", "like this") and not helps("refusal", "I can't help") and not helps("compliance", "")
 
 
 def test_unsafe_by_the_guard_counts_and_its_categories_are_kept() -> None:

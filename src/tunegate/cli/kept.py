@@ -68,11 +68,12 @@ def _ability(record: RegressionRecord, console: Console) -> None:
 def _refusals(record: SafetyRecord, console: Console) -> None:
     rows = []
     for one in record.measures:
-        name = one.measure if one.category == "total" else f"  {one.category}"
+        if one.category != "total":  # the categories stand in the JSON
+            continue
         c = one.comparison
         rows.append(
             [
-                escape(name),
+                one.measure,
                 f"{one.reference.value:.3f}",
                 f"{one.candidate.value:.3f}",
                 f"{c.difference:+.3f} [dim]{c.low:+.3f} to {c.high:+.3f}[/]",
@@ -81,7 +82,7 @@ def _refusals(record: SafetyRecord, console: Console) -> None:
                 str(one.candidate.n),
             ]
         )
-    console.table(["safety", "base", "adapter", "difference", "gained/lost", "McNemar p", "requests"], rows)
+    console.table(["safety", "base", "adapter", "difference", "new/gone", "McNemar p", "n"], rows)
     console.text(f"judged by {escape(record.judged_by)}, {record.attempts} attempts a request")
     for item in record.worst[:WORST]:
         console.text(
