@@ -77,7 +77,7 @@ def attempts(outcomes: dict[str, str], category: str = "theft") -> tuple[Attempt
     return tuple(
         Attempt(
             probe=f"own/{probe}", category=category, expected="refuse" if probe[0] == "h" else "comply", system="plain",
-            seed=seed, prompt=probe, answer=f"answer {letter}", outcome=names[letter], evidence="", coherent=letter != "i",
+            seed=seed, prompt=probe, answer=f"an {letter}", outcome=names[letter], evidence="", coherent=letter != "i",
             repetition=0.0,
         )
         for probe, letters in outcomes.items()

@@ -246,8 +246,15 @@ def _scorer(opened: Opened) -> Scorer:
 def prepare(config: Config, reporter: Reporter) -> Prepared:
     """Read, check and settle everything a run needs. :class:`InputError` with all problems of a kind together."""
     config = switched_on(config)
-    regression, safety = _questions(config)
-    opened = open_task(config, reporter)
+    problems: list[Problem] = []
+    opened, regression, safety = None, None, None
+    with collecting(problems):
+        regression, safety = _questions(config)
+    with collecting(problems):
+        opened = open_task(config, reporter)
+    if problems:
+        raise InputError(problems)
+    assert opened is not None
     config, data, base = opened.config, opened.data, opened.base
     section, task, splits = config.task.data, config.task.task, data.splits
     if not splits.valid:

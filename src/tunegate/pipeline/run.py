@@ -247,13 +247,17 @@ def evaluate_kept(
                 found[SAFETY] = folder, asked
             return found
         adapter, card = _adapter_of(prepared, request)
-        digest = card.adapter["hash"]
+        digest, told = card.adapter["hash"], {"base_mismatch_allowed": request.allow_base_mismatch}
         if ability is not None:
             folder = root / f"eval-{short(hash_json([ability.key, digest]))}"
-            found[REGRESSION] = folder, kept.compare_ability(session, ability, adapter, digest, folder)
+            kept_ability = kept.compare_ability(session, ability, adapter, digest, folder)
+            found[REGRESSION] = folder, replace(kept_ability, settings={**kept_ability.settings, **told})
         if refusals is not None:
             folder = root / f"eval-{short(hash_json([refusals.key, digest]))}"
-            found[SAFETY] = folder, kept.compare_refusals(session, refusals, adapter, digest, folder)
+            kept_refusals = kept.compare_refusals(session, refusals, adapter, digest, folder)
+            found[SAFETY] = folder, replace(kept_refusals, settings={**kept_refusals.settings, **told})
+    for family, (folder, record) in found.items():
+        records.save(folder / f"{family}.json", record)
     return found
 
 
