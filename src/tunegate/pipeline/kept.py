@@ -75,9 +75,7 @@ def base_ability(session: Session, asked: Regression) -> tuple[Measured, Path]:
     return _load_measured(folder, BASE), folder
 
 
-def compare_ability(
-    session: Session, asked: Regression, adapter: Path, digest: str, folder: Path
-) -> RegressionRecord:
+def compare_ability(session: Session, asked: Regression, adapter: Path, digest: str, folder: Path) -> RegressionRecord:
     """Measure the adapter into ``folder`` and compare it with the base; read back if that is done."""
     base, base_folder = base_ability(session, asked)
     confidence = session.prepared.policy.confidence
