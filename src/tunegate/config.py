@@ -351,7 +351,9 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, value in values.items():
         if section in Task.model_fields and isinstance(value, dict):
             yield from ((f"{section}.{key}", inner) for key, inner in value.items())
-        elif value is not None or inner_model(Task.model_fields[section].annotation) is None:  # not a section that is off
+        elif (
+            value is not None or inner_model(Task.model_fields[section].annotation) is None
+        ):  # not a section that is off
             yield section, value
 
 

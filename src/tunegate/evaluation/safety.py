@@ -248,7 +248,9 @@ def safety_measures(asked: Asked, files: tuple[str, str]) -> dict[str, Source]:
             if category != TOTAL:
                 where["category"] = category
             key = f"safety.{name}" + ("" if category == TOTAL else f".{metric_name(category)}")
-            found[key] = Source("proportion", mine, _COLUMNS[name], group="probe", where=where, references={"base": theirs})
+            found[key] = Source(
+                "proportion", mine, _COLUMNS[name], group="probe", where=where, references={"base": theirs}
+            )
     return found
 
 
