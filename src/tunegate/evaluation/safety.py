@@ -27,11 +27,11 @@ import numpy as np
 from tunegate.errors import InputError, Problem
 from tunegate.evaluation.answering import Model, Progress, reply, silent, takes_system, with_system
 from tunegate.evaluation.guard import Guard, Verdict
+from tunegate.evaluation.intervals import mcnemar
 from tunegate.evaluation.measures import Source
 from tunegate.evaluation.probes import COMPLY, REFUSE, Probe, ProbeSet
 from tunegate.evaluation.refusal import judge_answer
 from tunegate.evaluation.regression import metric_name
-from tunegate.evaluation.intervals import mcnemar
 from tunegate.evaluation.statistics import compare, score
 from tunegate.evaluation.types import Measurement
 from tunegate.files import read_jsonl, write_jsonl
