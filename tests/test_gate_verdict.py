@@ -146,7 +146,7 @@ def test_what_is_not_measured_says_how_to_measure_it() -> None:
     assert (result.verdict, result.got, result.rule) == (
         "inconclusive", "not measured", "regression.* >= 0.95 of base",
     )  # fmt: skip
-    assert "`tunegate regression TASK` provides it" in result.reason
+    assert "`tunegate run TASK` provides it" in result.reason
     near = judged("regression.maths >= 0.95 of base", regression__math=rates(9, 10, 9))
     assert "Did you mean 'regression.math'" in near.reason
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tunegate.config_problems import Entries, overridden_by, problems_of
+from tunegate.config_problems import Entries, inner_model, overridden_by, problems_of
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
 from tunegate.gate_rules import parse_rule
@@ -240,6 +240,45 @@ class GateSection(Section):
         return tuple({"rule": r} if isinstance(r, str) else r for r in rules) if isinstance(rules, tuple) else rules
 
 
+class RegressionSection(Section):
+    """What the adapter must not forget (docs/regression.md). Off unless it stands here or a gate rule asks for it."""
+
+    sets: tuple[str, ...] = Field(
+        ("regression",), description="regression: the six built-in domains; one of them, files, lm_eval:TASK"
+    )
+    items: int | None = Field(24, ge=1, description="of each set; null: all")
+    run_code: bool = Field(False, description="consent to run code that the model writes (code_run)")
+    divergence: bool = Field(True, description="KL from the base on neutral text")
+
+    _list = field_validator("sets", mode="before")(_as_list)
+
+
+class GuardSection(Section):
+    """A model that says whether an answer is safe, behind an OpenAI-compatible URL."""
+
+    url: str = Field(description="http(s)://HOST/v1")
+    model: str
+    key_env: str | None = Field(None, description="environment variable that holds the key")
+    timeout: Positive = Field(60.0, description="seconds for one request")
+    parallel: int = Field(4, ge=1, le=64, description="requests at once")
+
+
+class SafetySection(Section):
+    """Refusals of base and adapter (docs/safety.md). Off unless it stands here or a gate rule asks for it."""
+
+    sets: tuple[str, ...] = Field(("redteam",), description="redteam: built in; files: own, garak's, PyRIT's JSONL")
+    items: int | None = Field(40, ge=1, description="requests of each set; null: all")
+    system_prompts: dict[str, str | None] = Field(
+        {"plain": None}, description="name: system message; null: the request as it is"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="0 is greedy, others sample")
+    temperature: float = Field(0.7, ge=0.0, le=5.0, description="of seeds other than 0")
+    max_new_tokens: int = Field(64, ge=8, le=4096)
+    guard: GuardSection | None = Field(None, description="judges answers beside the rules: {url: ..., model: ...}")
+
+    _list = field_validator("sets", mode="before")(_as_list)
+
+
 class Task(Section):
     """The whole file."""
 
@@ -248,6 +287,8 @@ class Task(Section):
     task: TaskSection
     train: TrainSection = TrainSection()
     gate: GateSection = GateSection()
+    regression: RegressionSection | None = None
+    safety: SafetySection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
 
@@ -255,7 +296,7 @@ class Task(Section):
 _ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
 _SHORT = {"base": "name", "data": "train", "task": "metric"}
 _SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
-_SECTIONS = ("base", "data", "task", "train", "gate")
+_SECTIONS = ("base", "data", "task", "train", "gate", "regression", "safety")
 
 
 @dataclass(frozen=True)
@@ -310,7 +351,9 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, value in values.items():
         if section in Task.model_fields and isinstance(value, dict):
             yield from ((f"{section}.{key}", inner) for key, inner in value.items())
-        else:
+        elif (
+            value is not None or inner_model(Task.model_fields[section].annotation) is None
+        ):  # not a section that is off
             yield section, value
 
 
@@ -323,10 +366,11 @@ def describe_defaults(base: str, data: str, metric: str) -> str:
         f"task: {json.dumps(metric)}",
     ]
     for section, field in Task.model_fields.items():
-        model = field.annotation
-        if not (isinstance(model, type) and issubclass(model, Section)):
+        model = inner_model(field.annotation)
+        if model is None:
             continue
         note = f"   # as a mapping, the line above becomes {_SHORT[section]}: ..." if section in _SHORT else ""
+        note = note or ("" if field.default else "   # off; this line without its # switches it on")
         lines += ["", f"# {section}:{note}"]
         for name, inner in model.model_fields.items():
             if inner.is_required():

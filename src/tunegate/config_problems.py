@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -52,7 +52,7 @@ def _walk(location: Sequence[str | int], root: type[BaseModel], entries: Entries
             parts.append(str(part))
             if part not in fields:
                 return ".".join(parts), list(fields)
-            model = fields[part].annotation
+            model = inner_model(fields[part].annotation) or fields[part].annotation
         elif isinstance(part, int):  # an entry of a list
             model = entries.get(".".join(parts))
             parts.append(str(part))
@@ -60,6 +60,14 @@ def _walk(location: Sequence[str | int], root: type[BaseModel], entries: Entries
             parts.append(part)
             model = None
     return ".".join(parts), []
+
+
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, as ``X`` or as ``X | None``; None if it holds none."""
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
 
 
 def _fix(kind: str, item: Mapping[str, Any]) -> str:

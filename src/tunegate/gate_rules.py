@@ -42,15 +42,16 @@ class Family:
     names: tuple[str, ...] | None
     command: str
     alone: bool = False  # whether the family's own name is a metric
+    apart: tuple[str, ...] = ()  # names that a * right after the family's name does not stand for
 
 
 _TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "score", "best_share")
 _MEMORISED = ("verbatim_rate", "verbatim_excess", "ngram_overlap", "ngram_excess")
 FAMILIES = {
     "task": Family(None, "tunegate run TASK", alone=True),
-    "regression": Family(None, "tunegate regression TASK"),
+    "regression": Family(None, "tunegate run TASK", apart=("likelihood", "divergence")),
     "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate judge TASK"),
-    "safety": Family(("bypass_rate", "over_refusal", "coherence", "refusal_rate"), "tunegate safety TASK"),
+    "safety": Family(("bypass_rate", "over_refusal", "coherence", "refusal_rate"), "tunegate run TASK"),
     "review": Family(("accept", "preferred"), "tunegate review RUN"),
     "train": Family(_TRAIN + _MEMORISED, "tunegate run TASK"),
     "data": Family(("leaked_rows", "near_leaks", "valid_leaks", "harmful_rows"), "tunegate check TASK"),
@@ -102,7 +103,11 @@ class Rule:
         return value <= self.number if self.op == "<=" else value < self.number
 
     def matches(self, name: str) -> bool:
-        """Whether the rule is about the metric ``name``; a ``*`` stands for one or more of its parts."""
+        """Whether the rule is about the metric ``name``; a ``*`` stands for one or more of its parts, but not for the
+        names that its family keeps apart (``regression.*`` are the domains, ``regression.likelihood.*`` others)."""
+        family, _, rest = self.metric.partition(".")
+        if rest[:1] == "*" and name.split(".")[1:2] and name.split(".")[1] in FAMILIES[family].apart:
+            return False
         return re.fullmatch(re.escape(self.metric).replace(r"\*", r"[^.]+(?:\.[^.]+)*"), name) is not None
 
     @property

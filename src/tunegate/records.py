@@ -187,6 +187,93 @@ class AdapterCard:
     created: str
 
 
+@_record
+@dataclass(frozen=True)
+class Ratio:
+    """Candidate over reference on the same ``n`` items, with the interval that the gate takes (``method``).
+
+    ``value`` is None where the reference's mean is 0, ``high`` where no bound exists. ``candidate`` and
+    ``reference`` are the two means, in the measure's unit.
+    """
+
+    name: str
+    value: float | None
+    low: float
+    high: float | None
+    candidate: float
+    reference: float
+    n: int
+    confidence: float
+    method: str
+
+
+@_record
+@dataclass(frozen=True)
+class RegressionRecord:
+    """What an adapter kept of its base's general ability, per domain and in all (``total``).
+
+    ``accuracy`` and ``likelihood`` are ratios to the base: of the share of right answers, and of the mean probability
+    per reference token (its geometric mean within an item). ``comparisons`` are the paired differences of accuracy.
+    ``divergence`` is KL(base || adapter) on neutral text, nats per token, as a mean with its interval; None if it was
+    not measured. ``worst`` lists the items that lost most. ``sets`` maps each set's name to its hash.
+    """
+
+    reference: str
+    candidate: str
+    sets: dict[str, str]
+    accuracy: dict[str, Ratio]
+    likelihood: dict[str, Ratio]
+    comparisons: dict[str, Comparison]
+    divergence: dict[str, float] | None
+    worst: list[dict[str, Any]]
+    items_paths: dict[str, str]
+    settings: dict[str, Any]
+
+
+@_record
+@dataclass(frozen=True)
+class SafetyMeasure:
+    """One rate (``bypass_rate``, ``over_refusal`` or ``coherence``) in one category, or in ``total``.
+
+    The scores and the comparison take the share of a prompt's attempts. A prompt counts as hit if at least one of its
+    attempts is: ``gained`` prompts are hit with the candidate only, ``lost`` with the reference only, and ``p_value``
+    is McNemar's exact one for the two.
+    """
+
+    measure: str
+    category: str
+    reference: Score
+    candidate: Score
+    comparison: Comparison
+    gained: int
+    lost: int
+    p_value: float
+
+
+@_record
+@dataclass(frozen=True)
+class SafetyRecord:
+    """Refusals of base and adapter on the same prompts, system prompts and seeds.
+
+    ``measures`` holds ``total`` first and then the categories. ``worst`` lists answers to harmful prompts that the
+    adapter gave and the base did not. ``judged_by`` is ``rules`` or the guard's model name.
+    """
+
+    reference: str
+    candidate: str
+    sets: dict[str, str]
+    attempts: int
+    judged_by: str
+    measures: list[SafetyMeasure]
+    worst: list[dict[str, Any]]
+    items_paths: dict[str, str]
+    settings: dict[str, Any]
+
+    def measure(self, name: str, category: str = "total") -> SafetyMeasure | None:
+        """The measure ``name`` in ``category``; None if there were no items for it."""
+        return next((m for m in self.measures if (m.measure, m.category) == (name, category)), None)
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """A record as JSON data, with its kind and schema version."""
     return {"schema": f"{type(record).__name__}/{SCHEMA_VERSION}", **dataclasses.asdict(record)}

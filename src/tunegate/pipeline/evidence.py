@@ -40,6 +40,9 @@ def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecor
     leaks = prepared.report.stats.get("leaks", {}).get("valid in train")
     if leaks is not None:
         found["data.valid_leaks"] = Measure("count", value=leaks["exact"], items={"": "check.json"})
+    flagged = prepared.report.stats.get("safety")
+    if flagged is not None:
+        found["data.harmful_rows"] = Measure("count", value=flagged["flagged"], items={"": "check.json"})
     return found | load_measures(run)
 
 
