@@ -128,8 +128,8 @@ class Source:
     ``items``: JSONL file with one object per item, relative to the run; ``field``: dotted path to the number (true
     and false count as 1 and 0); ``where``: only the items whose fields equal these; ``references``: subject → its
     items file, with the same ``row_id``s. ``group``: the field that repeats of an item share; a proportion of repeats
-    becomes a mean. ``others``: the items file of an excess. ``limits`` None on a side: no end. Without ``field`` the number is ``value`` and ``items`` says
-    which file it comes from.
+    becomes a mean. ``others``: the items file of an excess. ``limits`` None on a side: no end. Without ``field`` the
+    number is ``value``, and ``items`` says which file it comes from.
     """
 
     kind: str
@@ -184,6 +184,7 @@ def _sources(path: Path) -> dict[str, Source]:
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError("not a file of measures", where=str(path), expected=SCHEMA, got=str(got))
     try:
+        # as JSON: strict validation of Python values takes no mapping for a dataclass
         return TypeAdapter(dict[str, Source]).validate_json(json.dumps(data.get("measures")))
     except ValidationError as error:
         items = error.errors(include_url=False)
