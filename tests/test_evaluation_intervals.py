@@ -194,7 +194,7 @@ def test_swapping_the_subjects_inverts_the_ratio() -> None:
     assert (forth.low, forth.high) == pytest.approx((1 / back.high, 1 / back.low), rel=1e-5)
 
 
-def test_a_ratio_of_graded_means_is_close_to_fiellers() -> None:
+def test_a_ratio_of_graded_means_is_fiellers_or_a_little_wider() -> None:
     random = np.random.default_rng(8)
     theirs = random.beta(6, 3, 300)
     mine = np.clip(theirs * 0.97 + random.normal(0, 0.08, 300), 0, 1)
@@ -202,7 +202,8 @@ def test_a_ratio_of_graded_means_is_close_to_fiellers() -> None:
     s = np.cov(mine, theirs) / 300
     a, b, t = mine.mean(), theirs.mean(), stats.t.ppf(0.975, 299)
     roots = np.sort(np.roots([b * b - t * t * s[1, 1], -2 * (a * b - t * t * s[0, 1]), a * a - t * t * s[0, 0]]))
-    assert (found.low, found.high) == pytest.approx(tuple(roots), abs=0.002)
+    assert roots[0] - 0.006 <= found.low <= roots[0] + 0.002  # wider for what was not seen
+    assert roots[1] - 0.002 <= found.high <= roots[1] + 0.006
     assert found.method == "BCa bootstrap"
 
 

@@ -18,10 +18,9 @@ One score test stands behind Wilson, Tango, Nam and Blackwelder, and the floor u
 ``y`` (the score minus the threshold, or the score minus r times the reference's) can have mean zero: its variance is
 that of the most likely distribution on the values seen, and on the ends of the scale, that has mean zero. On 0/1
 scores this is the textbook test, and where all scores are equal, where a bootstrap has no width, it still has one:
-what was not seen may still occur. For graded differences and ratios the ends are those seen, unless all are equal:
-a rare large loss of which no example was seen is then not allowed for. A bootstrap of n items is too narrow by about
-``sqrt((n-1)/n)`` and by the normal quantile where Student's belongs (Hesterberg 2015), so BCa is read at the level
-expanded by both.
+what was not seen may still occur, up to the ends of the scale. So few graded pairs show little: a rare large loss
+that none of them met could undo the gain. A bootstrap of n items is too narrow by about ``sqrt((n-1)/n)`` and by the
+normal quantile where Student's belongs (Hesterberg 2015), so BCa is read at the level expanded by both.
 
 All intervals are two-sided at ``confidence``: each bound is wrong in about half of the rest. Everything random has
 a fixed seed. Items are taken as independent: repeats of an item belong averaged before they come here.
@@ -98,14 +97,11 @@ def mean(scores: np.ndarray, confidence: float = 0.95, limits: Range = UNIT, see
     if limits == UNIT and is_binary(scores):
         return proportion(round(float(scores.sum())), len(scores), confidence)
     value = float(scores.mean())
-    low, high = _mean_bounds(scores, value, confidence, limits, limits, seed)
+    low, high = _mean_bounds(scores, value, confidence, limits, seed)
     return Interval(value, low, high, len(scores), "BCa bootstrap")
 
 
-def _mean_bounds(
-    values: np.ndarray, value: float, confidence: float, limits: Range, ends: Range, seed: int
-) -> tuple[float, float]:
-    """``ends``: how far the score test lets a value that was not seen lie, at most ``limits``."""
+def _mean_bounds(values: np.ndarray, value: float, confidence: float, limits: Range, seed: int) -> tuple[float, float]:
     found = bca((values,), _mean_of, confidence, seed)
     if not all(map(math.isfinite, limits)):
         low, high = found or (-math.inf, math.inf)
@@ -114,7 +110,7 @@ def _mean_bounds(
     z, (unique, counts) = z_of(confidence), np.unique(values, return_counts=True)
 
     def statistic(mu: float) -> float:
-        return float(score_test(unique - mu, ends[0] - mu, ends[1] - mu, counts)[0])
+        return float(score_test(unique - mu, limits[0] - mu, limits[1] - mu, counts)[0])
 
     low = min(low, _where(statistic, z, value, limits[0]))
     high = max(high, _where(statistic, z, value, limits[1]))
@@ -194,7 +190,7 @@ def difference(
         p_value, method = mcnemar(wins, losses), "Tango, McNemar"
     else:
         value, width = float(gains.mean()), limits[1] - limits[0]
-        low, high = _mean_bounds(gains, value, confidence, (-width, width), seen_ends(gains, (-width, width)), seed)
+        low, high = _mean_bounds(gains, value, confidence, (-width, width), seed)
         p_value, method = sign_flip(gains, seed), "BCa bootstrap, sign-flip test"
     if p_value > 1 - confidence:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -222,22 +218,12 @@ def ratio(
 
         def statistic(r: float) -> float:
             y, ends = pairs[0] - r * pairs[1], (limits[0] - r * limits[1], limits[1] - r * limits[0])
-            return float(score_test(y, *(ends if binary else seen_ends(y, ends)), counts)[0])
+            return float(score_test(y, *ends, counts)[0])
 
         low = min(low, _where(statistic, z, value, 0.0))
         bounded = statistic(_WIDEST_RATIO) < -z
         high = max(high, _where(statistic, z, value, _WIDEST_RATIO)) if bounded else math.inf
     return Interval(value, max(low, 0.0), high, n, "Nam-Blackwelder" if binary else "BCa bootstrap")
-
-
-def seen_ends(y: np.ndarray, limits: Range) -> Range:
-    """The range of paired y (n,), or ``limits`` if all are equal.
-
-    Two subjects' graded scores mostly differ by little of what the scale allows. If the score test let each
-    difference that was not seen be as large as the scale, it would double the width of most intervals; so it does
-    only where nothing else gives a width.
-    """
-    return limits if float(np.ptp(y)) <= _TIE else (float(y.min()), float(y.max()))
 
 
 def sign_flip(gains: np.ndarray, seed: int = 0) -> float:
