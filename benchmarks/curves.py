@@ -54,8 +54,8 @@ def main() -> None:
     lines = [[s, *(f"{losses[name][s - 1]:.6f}" for name in losses)] for s in at]
     text = (
         f"# Loss curves in fp32: tunegate and PEFT\n\n{common.describe(machine)}\n\n{args.steps} steps of "
-        f"{args.tokens_per_step} row tokens. Largest difference tunegate to PEFT {found['gap']:.2e}, PEFT to itself with "
-        f"the rows of each batch in reverse {found['noise']:.2e}.\n\n" + common.table(["step", *losses], lines)
+        f"{args.tokens_per_step} row tokens. Largest difference tunegate to PEFT {found['gap']:.2e}, PEFT to itself "
+        f"with the rows of each batch in reverse {found['noise']:.2e}.\n\n" + common.table(["step", *losses], lines)
     )
     common.write("curves", {"machine": machine, **found, "losses": losses}, text, args.output)
     print(text)

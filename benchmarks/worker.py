@@ -73,7 +73,7 @@ def tunegate_model(spec: dict[str, Any]) -> Any:
 
     from tunegate.config import load_config
     from tunegate.pipeline.prepare import prepare
-    from tunegate.pipeline.reporter import Reporter
+    from tunegate.pipeline.reporter import Silent
     from tunegate.pipeline.session import Session
 
     folder = Path(spec["folder"])
@@ -84,7 +84,7 @@ def tunegate_model(spec: dict[str, Any]) -> Any:
     base = {"name": spec["base"], "quantization": spec["quantization"], "compute_dtype": spec["dtype"]}
     task = {"base": base, "data": {"train": "rows.jsonl"}, "task": "exact_match"}
     (folder / "task.yaml").write_text(json.dumps(task), encoding="utf-8")
-    session = Session(prepare(load_config(folder / "task.yaml"), Reporter()), Reporter())
+    session = Session(prepare(load_config(folder / "task.yaml"), Silent()), Silent())
     return session.model
 
 
