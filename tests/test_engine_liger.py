@@ -76,17 +76,39 @@ def test_the_runner_believes_only_what_it_has_seen() -> None:
     assert other._try_liger("no Liger kernels (a reason)") == "no Liger kernels (a reason)"
 
 
-@pytest.mark.skipif(
+INTERPRETED = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs liger-kernel, and TRITON_INTERPRET=1 for a machine without a GPU",
 )
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_ligers_own_gated_products_are_these(name: str) -> None:
+    found = liger.operations()
+    assert isinstance(found, liger.Operations), found
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(6, 64, generator=generator).requires_grad_() for _ in range(2))
+    grad = torch.randn(6, 64, generator=generator)
+    results = []
+    for product in (found.gated[name], PLAIN.gated[name]):
+        out = product(gate * 1, up * 1)  # Liger writes its gradients over its inputs
+        results.append((out.detach().clone(), *torch.autograd.grad(out, (gate, up), grad.clone())))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+@INTERPRETED
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_ligers_own_kernels_are_these_operations(offset: float) -> None:
+def test_ligers_own_norm_is_this(offset: float) -> None:
     found = liger.operations()
     assert isinstance(found, liger.Operations), found
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(6, 64, generator=generator), torch.randn(64, generator=generator)
-    up = torch.randn(6, 64, generator=generator)
-    assert torch.allclose(found.rms_norm(x, weight, 1e-6, offset), rms_norm(x, weight, 1e-6, offset), atol=1e-5)
-    for name, product in found.gated.items():
-        assert torch.allclose(product(x.clone(), up.clone()), PLAIN.gated[name](x, up), atol=1e-5)
+    try:
+        got = found.rms_norm(x, weight, 1e-6, offset)
+    except Exception as error:
+        if "'float' object has no attribute 'to'" in str(error):
+            pytest.skip("this version of Triton's interpreter passes eps as a Python float")
+        raise
+    assert torch.allclose(got, rms_norm(x, weight, 1e-6, offset), atol=1e-5)

@@ -90,13 +90,14 @@ def test_a_varlen_library_gives_the_twins_attention(
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     wanted = attention(*tensors, plan, scale=0.3, window=window, softcap=softcap)
     got = gpu.attention(library, *tensors, plan.sequences, 0.3, window, softcap)
-    assert torch.allclose(got, wanted)
+    close = 1e-5 if softcap else 1e-9  # the twin's softmax is fp32 where it caps
+    assert torch.allclose(got, wanted, atol=close)
     weights = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
     for mine, theirs in zip(
         torch.autograd.grad((got * weights).sum(), tensors), torch.autograd.grad((wanted * weights).sum(), tensors),
         strict=True,
     ):  # fmt: skip
-        assert torch.allclose(mine, theirs)
+        assert torch.allclose(mine, theirs, atol=close)
 
 
 def test_torchs_own_kernel_takes_these_calls() -> None:

@@ -31,9 +31,9 @@ class Operations:
 def operations() -> Operations | str:
     """Liger's, or the reason why there are none."""
     try:
-        from liger_kernel.ops.geglu import LigerGELUMulFunction  # type: ignore[import-not-found]
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found]
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # type: ignore[import-not-found]
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except Exception as error:  # it imports Triton, which looks for a driver
         return f"no Liger kernels ({type(error).__name__}: {error})"
 

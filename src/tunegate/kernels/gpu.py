@@ -15,6 +15,7 @@ It imports nothing before it is asked, and does not look at the norms and gated 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -147,17 +148,20 @@ def attention_library() -> Attention:
     """What this process uses. Imports ``flash_attn`` where it is installed."""
     if os.environ.get("TUNEGATE_KERNELS", "").lower() in ("off", "0", "no"):
         return Attention(TWIN, None, "switched off by TUNEGATE_KERNELS")
-    flash: Callable[..., Any] | None = None
-    own: Callable[..., Any] | None = None
+    return choose(
+        os.environ.get(VARIABLE, ""),
+        _function("flash_attn", "flash_attn_varlen_func"),
+        _function("torch.nn.attention.varlen", "varlen_attn"),
+    )
+
+
+def _function(module: str, name: str) -> Callable[..., Any] | None:
+    """The function, or None where it cannot be imported: a build for another torch fails to load."""
     try:
-        from flash_attn import flash_attn_varlen_func as flash  # type: ignore[import-not-found, no-redef]
-    except (ImportError, OSError):  # a build for another torch fails to load
-        flash = None
-    try:
-        from torch.nn.attention.varlen import varlen_attn as own  # type: ignore[no-redef]
-    except ImportError:
-        own = None
-    return choose(os.environ.get(VARIABLE, ""), flash, own)
+        found: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    except (ImportError, OSError):
+        return None
+    return found
 
 
 def takes(library: Attention, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> bool:
