@@ -3,7 +3,7 @@
 Each task trains one rank in its run folder, as a sweep on one machine does. The driver looks at the folders and asks
 the same :func:`~tunegate.pipeline.sweep.decide`; once nothing is left to decide it tells the other tasks to stop
 through an actor, and they stop after their step with a checkpoint. A task that dies is started again by Ray and goes
-on from its checkpoint. A rank is not pruned while others train: that would need the lower rank's end.
+on from its checkpoint. A rank is pruned only once the lower one has ended.
 
 All nodes must see the task, its data, the base and the run folder under the same paths, and have this version of
 tunegate; a node that prepares another run refuses. It starts a local Ray where no cluster is found (``RAY_ADDRESS``).
@@ -73,7 +73,7 @@ def climb_on_ray(session: Session, trials: Sequence[Trial], over: Callable[[], b
     if mine:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
-        board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+        board = ray.remote(Board).options(num_cpus=0).remote()
         cores, asked = _share(ray.cluster_resources(), trials)
         reporter.line(f"Ray: {len(ray.nodes())} nodes, {cores:g} CPUs a trial")
         remote = ray.remote(max_retries=2)(_train)
@@ -86,7 +86,7 @@ def climb_on_ray(session: Session, trials: Sequence[Trial], over: Callable[[], b
                 )  # fmt: skip
                 waiting[task] = trial
         try:
-            _follow(ray, board, waiting, trials, over, stop, reporter)
+            _follow(ray, waiting, trials, over, stop, reporter)
         finally:
             _stop_all(ray, board, waiting)
     finally:
@@ -105,7 +105,6 @@ def _share(resources: dict[str, float], trials: Sequence[Trial]) -> tuple[float,
 
 def _follow(
     ray: Any,
-    board: Any,
     waiting: dict[Any, Trial],
     trials: Sequence[Trial],
     over: Callable[[], bool],

@@ -21,7 +21,7 @@ from tunegate.errors import InputError
 from tunegate.evaluation.regression import summarise_divergence
 from tunegate.evaluation.statistics import detectable_gain, score
 from tunegate.evaluation.sweeping import Climb, fit_forgetting, forgetting_band
-from tunegate.files import update_json, write_bytes, write_text
+from tunegate.files import canonical_json, read_json, write_bytes, write_json, write_text
 from tunegate.pipeline.kept import REGRESSION
 from tunegate.pipeline.reporter import count
 from tunegate.pipeline.sweep import Trial, measured
@@ -244,28 +244,32 @@ def describe_curve(record: SweepRecord) -> str:
 
 
 def write_report(folder: Path, record: SweepRecord) -> bool:
-    """sweep.json, sweep.md and sweep.png in ``folder``, unless they say this already; whether the picture is there."""
-    plots, picture = can_draw(), folder / "sweep.png"
-    if update_json(folder / "sweep.json", records.to_json(record)) or (plots and not picture.exists()):
+    """sweep.md, sweep.png and last sweep.json in ``folder``, unless they are there; whether there is a picture."""
+    plots, picture, result = can_draw(), folder / "sweep.png", folder / "sweep.json"
+    content = records.to_json(record)
+    if (plots and not picture.exists()) or not _holds(result, content):
         write_text(folder / "sweep.md", _page(record, plots))
         if plots:
             write_bytes(picture, draw(record))
         else:
             picture.unlink(missing_ok=True)  # of an earlier result
+        write_json(result, content)
     return picture.exists()
+
+
+def _holds(path: Path, content: dict[str, Any]) -> bool:
+    try:
+        return canonical_json(read_json(path)) == canonical_json(content)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _page(record: SweepRecord, picture: bool) -> str:
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    lines = [
-        f"# Sweep of {record.name}",
-        "",
-        recommendation(record),
-        "",
-        record.reason[:1].upper() + record.reason[1:] + ".",
-    ]
+    reason, fit = record.reason, describe_curve(record)
+    lines = [f"# Sweep of {record.name}", "", recommendation(record), "", reason[:1].upper() + reason[1:] + "."]
     if record.settings:
         lines += ["", "```yaml", yaml_lines(record.settings), "```"]
     lines += ["", row(HEADER), row(["---"] * len(HEADER)), *(row(cells) for cells in table(record))]
@@ -283,7 +287,9 @@ def recommendation(record: SweepRecord) -> str:
     if best is None:
         return "No recommendation yet."
     so_far = "" if record.finished else " so far"
-    text = f"Recommended{so_far}: rank {best['rank']}, trained for {record.epochs:g} epochs; epoch {best['epoch']:g} is kept."
-    if best["epoch"] < record.epochs - 1e-9:
+    text = (
+        f"Recommended{so_far}: rank {best['rank']}, {record.epochs:g} epochs, of which epoch {best['epoch']:g} is kept."
+    )
+    if kept < epochs - 1e-9:
         text += " Fewer epochs alone would follow another learning-rate schedule, which was not measured."
     return text
