@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from task import call, write_task
+from test_pipeline_sweep import task as task_with_regression
 from tunegate.files import read_json
 
 ARGUMENTS = ("--ranks", "2,4,8", "--epochs", 2)
@@ -37,7 +38,7 @@ def result(said: Any) -> dict[str, Any]:
 
 @needs_ray
 def test_all_ranks_at_once_decide_as_one_after_another(cluster: Any, tmp_path: Path, tiny_llama: Path) -> None:
-    here, there = write_task(tmp_path / "here", tiny_llama), write_task(tmp_path / "ray", tiny_llama)
+    here, there = (task_with_regression(tmp_path / name, tiny_llama) for name in ("here", "ray"))
     one, all_at_once = (
         result(call("sweep", here, *ARGUMENTS, "--json")),
         result(call("sweep", there, *ARGUMENTS, "--ray", "--json")),
@@ -47,6 +48,8 @@ def test_all_ranks_at_once_decide_as_one_after_another(cluster: Any, tmp_path: P
         assert alone["run"] == other["run"]
         for mine, theirs in zip(alone["points"], other["points"], strict=False):  # one may have trained on
             assert mine == theirs
+        if alone["status"] == other["status"]:
+            assert alone["regression"] == other["regression"]
         both = [path.parent / "runs" / "task" / alone["run"] / ADAPTER for path in (here, there)]
         if all(path.exists() for path in both):
             assert both[0].read_bytes() == both[1].read_bytes()

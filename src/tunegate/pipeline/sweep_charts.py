@@ -116,7 +116,8 @@ def draw(record: SweepRecord) -> bytes:
     right.set_xscale("log")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -286,10 +286,8 @@ def recommendation(record: SweepRecord) -> str:
     best = record.recommended
     if best is None:
         return "No recommendation yet."
-    so_far = "" if record.finished else " so far"
-    text = (
-        f"Recommended{so_far}: rank {best['rank']}, {record.epochs:g} epochs, of which epoch {best['epoch']:g} is kept."
-    )
+    so_far, epochs, kept = "" if record.finished else " so far", record.epochs, best["epoch"]
+    text = f"Recommended{so_far}: rank {best['rank']}, {epochs:g} epochs, of which epoch {kept:g} is kept."
     if kept < epochs - 1e-9:
         text += " Fewer epochs alone would follow another learning-rate schedule, which was not measured."
     return text
