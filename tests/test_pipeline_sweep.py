@@ -149,6 +149,13 @@ def test_a_budget_stops_and_the_same_command_goes_on(tmp_path: Path, tiny_llama:
     assert said.code == 0 and same(record_of(path)) == same(record_of(swept))
 
 
+def test_a_run_without_its_log_is_refused(copy: Path) -> None:
+    first = record_of(copy).trials[0]
+    (root(copy) / first.run / "train" / "log.jsonl").unlink()
+    said = call("sweep", copy, *ARGUMENTS)
+    assert said.code == 2 and "holds no evaluation" in said.err and first.run in said.err
+
+
 def same(record: SweepRecord) -> dict[str, Any]:
     """A record without its times."""
     found = json.loads(json.dumps(record, default=vars))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,9 @@ def cluster() -> Iterator[Any]:
     """A local Ray with two CPUs, shared by the tests; the command finds it running."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {"env_vars": {"PYTHONPATH": paths}}  # for tasks that are defined here
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield ray
     ray.shutdown()
 
@@ -75,6 +78,38 @@ def test_a_trial_that_fails_says_why(cluster: Any, tmp_path: Path, tiny_llama: P
     cluster.get(board.stop.remote([2]))
     assert cluster.get(task.remote(prepared.config, 2, 1.0, "b3:another", board, 1, {})) == []  # told to stop
     assert not list(prepared.config.run_dir.glob("run-*"))
+
+
+def dies_once(marker: Path, *arguments: Any) -> list[dict[str, str]]:
+    """A task whose process is killed at its second evaluation, the first time."""
+    from test_pipeline_kill import Point, _count
+    from tunegate.pipeline.sweep_ray import _train
+
+    if not marker.exists():
+        marker.touch()
+        _count(Point("rename", "divergence.jsonl", 2), "kill", marker.with_suffix(".log"))
+    return _train(*arguments)
+
+
+@needs_ray
+def test_a_task_that_dies_goes_on_from_its_checkpoint(cluster: Any, tmp_path: Path, tiny_llama: Path) -> None:
+    from tunegate.config import load_config
+    from tunegate.pipeline.prepare import prepare
+    from tunegate.pipeline.reporter import Silent
+    from tunegate.pipeline.sweep import trial_of
+    from tunegate.pipeline.sweep_ray import Board
+
+    path, marker = write_task(tmp_path / "dies", tiny_llama), tmp_path / "died"
+    trial = trial_of(prepare(load_config(path), Silent()), 2, 2.0)
+    board = cluster.remote(Board).options(num_cpus=0).remote()
+    arguments = (trial.prepared.config, 2, 2.0, trial.prepared.run_key, board, 1, {})
+    assert cluster.get(cluster.remote(max_retries=2)(dies_once).remote(marker, *arguments)) == []
+    assert "divergence.jsonl" in marker.with_suffix(".log").read_text().splitlines()[-1]  # there it was killed
+    assert trial.complete and '"event": "resume"' in (trial.folder / "train" / "log.jsonl").read_text()
+    other = write_task(tmp_path / "lives", tiny_llama)
+    assert call("sweep", other, "--ranks", "2", "--epochs", 2).code == 0
+    alone = other.parent / "runs" / "task" / trial.folder.name / ADAPTER
+    assert (trial.folder / ADAPTER).read_bytes() == alone.read_bytes()
 
 
 @needs_ray

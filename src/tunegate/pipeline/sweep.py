@@ -102,6 +102,11 @@ class Trial:
     def curve(self) -> Curve:
         complete = self.complete  # asked first: another process may be training
         points = [measured(self.prepared, self.items(event["step"])) for event in self.evaluations()]
+        if complete and not points:
+            raise InputError(
+                "the training log of this run holds no evaluation", where=str(self.folder / "train" / "log.jsonl"),
+                fix="restore it, or remove the run's folder; the same command makes it again",
+            )  # fmt: skip
         return Curve(self.rank, tuple(points), complete)
 
     def record(self) -> RunRecord | None:
