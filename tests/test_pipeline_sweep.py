@@ -82,7 +82,7 @@ def test_a_sweep_leaves_runs_a_record_and_a_page(swept: Path) -> None:
     assert second.points[0].parameters == 2 * first.points[0].parameters and second.alpha == 2 * first.alpha
     assert second.lower == 2 and second.gain is not None and second.gain.n == first.points[0].score.n
     page = (folder_of(swept) / "sweep.md").read_text(encoding="utf-8")
-    assert "**recommended**" in page and "  rank: " in page and "The test split was not opened" in page
+    assert "| recommended |" in page and "  rank: " in page and "The test split was not opened" in page
 
 
 def test_the_test_set_stays_closed_and_the_base_is_asked_once(swept: Path) -> None:

@@ -36,11 +36,13 @@ def forgotten(trials: Sequence[SweepTrial]) -> list[tuple[int, float, float]]:
 def charts(record: SweepRecord) -> list[str]:
     """Scores by epoch, and forgetting over parameters * steps with its curve, as text."""
     scores = {f"rank {t.rank}": [(p.epoch, p.score.value) for p in t.points] for t in record.trials if t.points}
-    drawn = [chart(scores, f"{record.metric} on the validation split, by epoch")] if scores else []
+    drawn = []
+    if sum(map(len, scores.values())) > 1:
+        drawn.append(chart(scores, f"{record.metric} on the validation split, by epoch"))
     moved: dict[str, list[tuple[float, float]]] = {}
     for rank, work, kl in forgotten(record.trials):
         moved.setdefault(f"rank {rank}", []).append((work, kl))
-    if moved:
+    if sum(map(len, moved.values())) > 1:
         line = [(b["x"], b["value"]) for b in record.curve["band"]] if record.curve is not None else []
         title = "KL from the base on neutral text, nats a token, by trained parameters * steps (log)"
         drawn.append(chart(moved, title, line, log_x=True))

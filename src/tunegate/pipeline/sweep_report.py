@@ -170,7 +170,7 @@ def _dearer(kept: SweepTrial, higher: SweepTrial) -> list[str]:
     one, other = _kept(kept).forgetting, _kept(higher).forgetting
     if one is None or other is None:
         return []
-    return [f"it forgets {other['kl']:.3g} nats a token at its best, rank {kept.rank} {one['kl']:.3g}"]
+    return [f"at its best it moved the base by {other['kl']:.3g} nats a token, rank {kept.rank} by {one['kl']:.3g}"]
 
 
 def _gain(found: Comparison) -> str:
@@ -211,9 +211,6 @@ def table(record: SweepRecord) -> list[list[str]]:
         for point in trial.points:
             found, kept = point.score, point.step == trial.kept
             moved, ratio = point.forgetting, trial.regression
-            chosen = record.recommended is not None and record.recommended["rank"] == trial.rank
-            notes = [trial.status] if point is trial.points[-1] and trial.status != COMPLETE else []
-            notes += (["**recommended**"] if chosen else ["best"]) if kept else []
             rows.append([
                 str(trial.rank), f"{point.epoch:g}", count(point.parameters), str(point.step),
                 f"{found.value:.4f} ({found.low:.3f} to {found.high:.3f})",
@@ -221,9 +218,16 @@ def table(record: SweepRecord) -> list[list[str]]:
                 "" if moved is None else f"{moved['kl']:.4g} ({moved['kl_low']:.3g} to {moved['kl_high']:.3g})",
                 "" if ratio is None or not kept or ratio.value is None
                 else f"{ratio.value:.3f} ({ratio.low:.3f} to {_top(ratio.high)})",
-                ", ".join(notes),
+                ", ".join(notes(record, trial, point)),
             ])  # fmt: skip
     return rows
+
+
+def notes(record: SweepRecord, trial: SweepTrial, point: SweepPoint) -> list[str]:
+    """What a point's line says beside its figures."""
+    chosen = record.recommended is not None and record.recommended["rank"] == trial.rank
+    found = [trial.status] if point is trial.points[-1] and trial.status != COMPLETE else []
+    return found + ((["recommended"] if chosen else ["best"]) if point.step == trial.kept else [])
 
 
 def _top(high: float | None) -> str:
