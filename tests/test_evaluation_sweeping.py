@@ -42,6 +42,9 @@ def test_a_planted_curve_is_recovered_between_its_points(exponent: float, shift:
 def test_too_few_points_are_refused() -> None:
     with pytest.raises(InputError, match="cannot be fitted"):
         fit_forgetting([1, 2, 3], [0.1, 0.2, 0.3])
+    with pytest.raises(InputError, match="2 amounts"):
+        fit_forgetting([1, 2, 2, 1], [0.1, 0.2, 0.3, 0.1])
+    assert forgetting_band([1, 2, 2, 4], [0.1, 0.19, 0.21, 0.4], [2.0]).low[0] < 0.2  # two runs at the same work
 
 
 def test_the_number_of_looks_decides_a_borderline_gain() -> None:

@@ -28,7 +28,7 @@ from tunegate.evaluation.statistics import compare
 from tunegate.evaluation.types import Measurement
 from tunegate.records import Comparison
 
-FEWEST_POINTS = 4  # three parameters and one to spare
+FEWEST_POINTS, FEWEST_PLACES = 4, 3  # three parameters, and a point to spare
 EXPONENTS = (0.01, 3.0)
 _SHIFTS = (-12.0, 12.0)  # logarithm of the shift over the middle of the points
 _GRID = 80  # exponents, and shifts, that the band looks at
@@ -154,8 +154,8 @@ class ForgettingCurve:
 def fit_forgetting(work: Sequence[float], forgetting: Sequence[float]) -> ForgettingCurve:
     """Least squares over shift and exponent; the scale is linear given those and is solved for exactly.
 
-    :class:`InputError` for fewer than :data:`FEWEST_POINTS` different ``work``, or numbers that are not finite, not
-    positive in ``work`` or all zero in ``forgetting``.
+    :class:`InputError` for fewer than :data:`FEWEST_POINTS` points at :data:`FEWEST_PLACES` different ``work``, or
+    numbers that are not finite, not positive in ``work`` or all zero in ``forgetting``.
     """
     from scipy.optimize import least_squares
 
@@ -180,11 +180,12 @@ def _scaled(work: Sequence[float], forgetting: Sequence[float]) -> tuple[np.ndar
     """Both (n,) over their size, and those sizes."""
     x, y = np.asarray(work, dtype=np.float64), np.asarray(forgetting, dtype=np.float64)
     usable = x.shape == y.shape and np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all()
-    if not usable or len(np.unique(x)) < FEWEST_POINTS or not (y @ y > 0):
+    few = len(x) < FEWEST_POINTS or len(np.unique(x)) < FEWEST_PLACES
+    if not usable or few or not (y @ y > 0):
         raise InputError(
             "a forgetting curve cannot be fitted",
-            expected=f"{FEWEST_POINTS} different amounts of training with a finite, not all zero forgetting",
-            got=f"{len(x)} and {len(y)} values",
+            expected=f"{FEWEST_POINTS} points at {FEWEST_PLACES} amounts of training, finite and not all zero",
+            got=f"{len(x)} and {len(y)} values at {len(np.unique(x))} amounts",
             fix="train more ranks or epochs",
         )
     middle, size = float(np.exp(np.log(x).mean())), float(np.sqrt(y @ y))

@@ -123,7 +123,7 @@ def _curve(trials: Sequence[SweepTrial], confidence: float) -> tuple[dict[str, A
         found = fit_forgetting(work, moved)
     except InputError as error:
         problem = error.problems[0]
-        return None, f"{problem.what}: {problem.expected} are needed, there are {len(set(work))}"
+        return None, f"{problem.what}: it takes {problem.expected}; there are {problem.got}"
     at = np.geomspace(min(work), max(work), BAND_POINTS)
     band = forgetting_band(work, moved, list(at), confidence)
     value = np.asarray(found.at(at))
