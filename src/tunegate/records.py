@@ -274,6 +274,73 @@ class SafetyRecord:
         return next((m for m in self.measures if (m.measure, m.category) == (name, category)), None)
 
 
+@_record
+@dataclass(frozen=True)
+class SweepPoint:
+    """One evaluation of a sweep's trial on the validation split, after ``step`` steps.
+
+    ``parameters`` are the trained ones. ``forgetting`` is KL(base || adapter) on neutral text, nats per token (``kl``
+    with ``kl_low`` and ``kl_high``); None if it was not measured at this step. ``items_path``: relative to the sweep's
+    folder.
+    """
+
+    epoch: float
+    step: int
+    parameters: int
+    score: Score
+    valid_loss: float | None
+    forgetting: dict[str, float] | None
+    items_path: str
+
+
+@_record
+@dataclass(frozen=True)
+class SweepTrial:
+    """One rank: a run folder ``run``. ``status`` is complete, pruned, cut off, not needed or not started.
+
+    ``kept`` is the step of the best point. ``gain`` compares it with the best of the rank ``lower``; ``raised`` says
+    whether that is significant; all None where they were not compared. ``regression`` is the share of right answers
+    against the base's, where the task asks for it and the training is complete.
+    """
+
+    rank: int
+    alpha: float
+    run: str
+    status: str
+    points: list[SweepPoint]
+    kept: int | None
+    lower: int | None
+    gain: Comparison | None
+    raised: bool | None
+    regression: Ratio | None
+    seconds: float | None
+
+
+@_record
+@dataclass(frozen=True)
+class SweepRecord:
+    """Rank x epochs on one task. ``level`` is the confidence of one comparison: ``confidence`` corrected for the raises
+    that were planned.
+
+    ``curve`` is the fitted forgetting over trained parameters * steps with its band, None where it could not be
+    fitted (``curve_reason``). ``finished``: nothing is left to decide. ``recommended`` names rank, epoch, step and run,
+    None before the lowest rank is complete; ``settings`` are its lines for the task file.
+    """
+
+    name: str
+    metric: str
+    confidence: float
+    level: float
+    epochs: float
+    trials: list[SweepTrial]
+    curve: dict[str, Any] | None
+    curve_reason: str
+    finished: bool
+    recommended: dict[str, Any] | None
+    reason: str
+    settings: dict[str, Any]
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """A record as JSON data, with its kind and schema version."""
     return {"schema": f"{type(record).__name__}/{SCHEMA_VERSION}", **dataclasses.asdict(record)}

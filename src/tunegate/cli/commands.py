@@ -16,6 +16,7 @@ from tunegate.cli.doctor import doctor
 from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
+from tunegate.cli.sweep import sweep
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
 from tunegate.files import read_json, write_text
@@ -24,7 +25,7 @@ from tunegate.pipeline.reporter import count
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
-__all__ = ["check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "train"]
+__all__ = ["check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "sweep", "train"]
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
 

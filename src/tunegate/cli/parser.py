@@ -111,10 +111,45 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("gate", parents=[task], help="judge the run again from its records and its stored policy")
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
+    _add_sweep(commands, task)
     _add_merge(commands, common)
     _add_quantize(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and 1 <= int(part) <= 4096 for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no ranks such as 4,8,16 (different, from 1 to 4096)")
+    return tuple(map(int, parts))
+
+
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes")
+    return number
+
+
+def _add_sweep(commands: Any, task: argparse.ArgumentParser) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        parents=[task],
+        help="find the rank: train from the lowest up, while the validation split shows a gain",
+        description="Each rank is a normal run, evaluated after each epoch; what is there is not trained again. "
+        "The test split stays closed. docs/sweep.md",
+    )
+    sweep.add_argument("--ranks", type=_ranks, default=(4, 8, 16, 32), metavar="R,R,...", help="default: 4,8,16,32")
+    sweep.add_argument("--epochs", type=_epochs, metavar="N", help="of each rank; default: the task's")
+    sweep.add_argument("--max-trials", type=_size, metavar="N", help="at most so many of the ranks, from below")
+    sweep.add_argument("--budget", type=_minutes, metavar="MINUTES", help="of this call; the same command goes on")
+    sweep.add_argument(
+        "--ray", action="store_true", help="all ranks at once on a Ray cluster (RAY_ADDRESS, or one started here)"
+    )
 
 
 def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -44,8 +44,9 @@ def run_folder(prepared: Prepared) -> Path:
     return prepared.config.run_dir / f"run-{short(prepared.run_key)}"
 
 
-def open_run(prepared: Prepared) -> Path:
-    """Create the run's folder with its policy and settings, or check that the stored policy is this one.
+def open_run(prepared: Prepared, *, latest: bool = True) -> Path:
+    """Create the run's folder with its policy and settings, or check that the stored policy is this one. ``latest``:
+    it becomes the task's newest run.
 
     ``run.json`` says what the run began with, code included, and is not changed afterwards.
     """
@@ -67,7 +68,8 @@ def open_run(prepared: Prepared) -> Path:
         }
         write_json(folder / "run.json", begun)
     update_json(folder / "check.json", prepared.report.to_json())
-    update_json(config.run_dir / "latest.json", {"run": folder.name})
+    if latest:
+        update_json(config.run_dir / "latest.json", {"run": folder.name})
     return folder
 
 

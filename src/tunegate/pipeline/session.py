@@ -66,6 +66,12 @@ class Session:
             self.prepared.config.task.train.tokens_per_batch,
         )
 
+    def turn_to(self, prepared: Prepared) -> None:
+        """Go on with other training settings of the same task, on the base that is loaded. An adapter in place goes."""
+        if self.prepared is not prepared:
+            self.drop_adapter()
+            self.prepared = prepared
+
     def check_adapter(self, spec: AdapterSpec) -> None:
         """:class:`InputError` with every target, pattern and rank of ``spec`` that does not fit this base."""
         if self.injection is None:

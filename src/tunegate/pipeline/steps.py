@@ -69,8 +69,11 @@ def baseline(session: Session, folder: Path) -> dict[str, EvalRecord]:
     return dict(sorted(found_records.items(), key=lambda pair: -pair[1].score.value))
 
 
-def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunRecord:
-    """Train, or go on training, in ``run/train``; the best adapter lands in ``run/adapter``."""
+def train_adapter(
+    session: Session, run: Path, stop: Callable[[], bool], watch: Callable[[int], None] = lambda step: None
+) -> RunRecord:
+    """Train, or go on training, in ``run/train``; the best adapter lands in ``run/adapter``. ``watch(step)`` is called
+    after each evaluation, with that step's adapter in place."""
     prepared, folder = session.prepared, run / "train"
     if is_done(folder, prepared.train_key) and (run / "adapter").exists():
         _check_unchanged(run)
@@ -92,9 +95,11 @@ def train_adapter(session: Session, run: Path, stop: Callable[[], bool]) -> RunR
                 got=f"{settings.lr:g}",
                 fix="lower it; the last checkpoint before this step is kept",
             )
+        watch(step)
         score = found.record.score
         return score.value, {"low": score.low, "high": score.high, "n": score.n, "valid_loss": valid_loss,
-                             "stop_rate": found.record.stop_rate}  # fmt: skip
+                             "stop_rate": found.record.stop_rate,
+                             "trainable_parameters": injection.trainable}  # fmt: skip
 
     total = prepared.base.parameters + injection.trainable  # a quantized base holds codes, not parameters
     session.reporter.line(
