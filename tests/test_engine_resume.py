@@ -16,7 +16,7 @@ from toy_runs import KEY, Job, files_of, section
 from tunegate.config import TrainSection
 from tunegate.engine import checkpoint
 from tunegate.engine.checkpoint import FILES, TrainState, find_checkpoint, save_checkpoint
-from tunegate.engine.schedule import make_optimizer
+from tunegate.engine.optimizers import make_optimizer
 from tunegate.engine.train import Interrupted, TrainResult, mean_loss
 from tunegate.errors import TunegateError
 

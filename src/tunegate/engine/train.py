@@ -43,8 +43,9 @@ from tunegate.engine.checkpoint import (
     save_tensors,
 )
 from tunegate.engine.memory import Saving, choose, resident_bytes, step_need
+from tunegate.engine.optimizers import make_optimizer
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
+from tunegate.engine.schedule import StepPlan, lr_factor
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import remove_temporaries
 from tunegate.kernels.adamw import clip_and_scale_
