@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tunegate.config import TrainSection
 from tunegate.errors import InputError, Problem
 from tunegate.kernels.adamw import FusedAdamW
-from tunegate.kernels.adamw8 import LEAST
+from tunegate.kernels.adamw8 import LEAST, moment_bytes
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
@@ -74,6 +74,13 @@ def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSection) 
     if settings.optimizer != "adamw" and device.startswith("cuda"):
         return from_bitsandbytes(settings.optimizer, groups, options)
     return FusedAdamW(groups, eight_bit=settings.optimizer == "adamw_8bit", **options)
+
+
+def step_bytes(parameters: Mapping[str, nn.Parameter], settings: TrainSection) -> int:
+    """Bytes that the first step adds for fp32 ``parameters``: a gradient and two moments of each."""
+    eight_bit = settings.optimizer != "adamw"
+    counts = [p.numel() for p in parameters.values()]
+    return sum(4 * count + moment_bytes(count, eight_bit=eight_bit) for count in counts)
 
 
 def from_bitsandbytes(name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

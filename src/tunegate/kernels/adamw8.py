@@ -106,8 +106,8 @@ def ready(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: int
             state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.uint8)
             state[f"absmax{number}"] = torch.zeros(blocks, device=parameter.device)
     wanted = {"step": (1, torch.float32)}
-    wanted |= {name: (count, torch.uint8) for name in CODES}
-    wanted |= {name: (blocks, torch.float32) for name in ("absmax1", "absmax2")}
+    wanted |= dict.fromkeys(CODES, (count, torch.uint8))
+    wanted |= dict.fromkeys(("absmax1", "absmax2"), (blocks, torch.float32))
     for name, (elements, dtype) in wanted.items():
         tensor = state.get(name)
         if tensor is None or tensor.numel() != elements or tensor.dtype is not dtype or not tensor.is_contiguous():
