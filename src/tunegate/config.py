@@ -171,6 +171,9 @@ class TrainSection(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: moments in 8 bits a value; paged: they may leave the GPU's memory"
+    )
     clip: Positive | None = Field(1.0, description="largest gradient norm; null: none")
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["offload"] = Field(
         False, description="recompute layers in the backward pass: all, a number, or with their inputs in a file"

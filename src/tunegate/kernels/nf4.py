@@ -35,17 +35,18 @@ _MEAN_CHUNK = 32768  # torch sums longer tensors on several threads, with other 
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561; 2022, arXiv 2110.02861): (256,) fp32, ascending.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561; 2022, arXiv 2110.02861): (256,) fp32, ascending.
 
     For each decimal exponent e = -6..0, the midpoints of 2^(e+6) equal parts of [0.1, 1], times 10^e, with both
-    signs; then 0 and 1.
+    signs; then 0 and 1. Unsigned: twice as many parts, no negative values.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middle = (bounds[:-1] + bounds[1:]) / 2
-        values += ((10 ** (i - 6)) * middle).tolist() + (-(10 ** (i - 6)) * middle).tolist()
+        values += ((10 ** (i - 6)) * middle).tolist()
+        values += (-(10 ** (i - 6)) * middle).tolist() if signed else []
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 

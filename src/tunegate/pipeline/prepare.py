@@ -23,6 +23,7 @@ from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
+from tunegate.engine.optimizers import check_optimizer
 from tunegate.errors import InputError, Problem, collecting, nearest
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
@@ -200,6 +201,8 @@ def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Ope
     with collecting(problems):
         device = choose_device(config.task.train.device)
         check_backend(config.task.train, device)
+    with collecting(problems):
+        check_optimizer(config.task.train, device)
     with collecting(problems):
         labels = _labels(config)
     with collecting(problems):  # by name, before there are labels or references
