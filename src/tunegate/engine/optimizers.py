@@ -1,8 +1,8 @@
 """The optimizer that ``train.optimizer`` names, its parameter groups, and its state as tensors.
 
 ``adamw`` and, on CPUs, ``adamw_8bit`` are tunegate's own (``kernels.adamw``). On CUDA the 8-bit ones are
-bitsandbytes' ``AdamW8bit`` and ``PagedAdamW8bit``, imported when they are asked for; paged states lie in memory that the
-driver moves between GPU and CPU. All keep moments of small tensors in fp32.
+bitsandbytes' ``AdamW8bit`` and ``PagedAdamW8bit``, imported when they are asked for; paged states lie in memory that
+the driver moves between GPU and CPU. All keep moments of small tensors in fp32.
 
 A state is written as named tensors and read back as it was. It does not convert the state of one optimizer to another:
 the setting is part of a run's key, so a checkpoint of another one is never met.
