@@ -59,7 +59,8 @@ $(SANITIZED)/.built: $(VENV)/.dev
 	  --config-settings=build-dir=build/sanitized-objects
 	@touch $@
 
-# --capture=sys: the sanitizers write to the file descriptor, and end the process. libstdc++ is there early, or an exception thrown through a kernel ends in the sanitizer instead of in Python.
+# A sanitizer writes to the file descriptor and ends the process: pytest must not hold it (--capture=sys). libstdc++ is
+# loaded early, or an exception thrown through a kernel ends in the sanitizer instead of in Python.
 sanitize: $(SANITIZED)/.built
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 TUNEGATE_SANITIZED=1 \
