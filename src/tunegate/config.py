@@ -131,6 +131,10 @@ class TaskSection(Section):
         None, description="prompt baselines of your own; default: built-in candidates; []: none"
     )
     prompt_items: int = Field(100, ge=1, description="validation items to choose the best prompt on")
+    kind: Literal["format", "labels", "knowledge", "skill", "safety"] | None = Field(
+        None, description="what `advise` takes the task for; default: a guess that it shows"
+    )
+    documents: str | None = Field(None, description="folder of texts that `advise` looks answers up in")
 
     _list = field_validator("report", mode="before")(_as_list)
 

@@ -80,10 +80,17 @@ class Prepared:
         return hash_json([self.base_key, self._task_key, prompts, _content(self.baseline_items), confidence])
 
     @cached_property
+    def advise_key(self) -> str:
+        """What all measurements of `advise` have in common; each also has the hash of its prompt."""
+        train, items = _content(self.data.splits.train), _content(self.baseline_items)
+        return hash_json(["advise", self.base_key, self._task_key, train, items, self.policy.confidence])
+
+    @cached_property
     def _task_key(self) -> Any:
         """How answers are asked for and scored; files by their content."""
         task = self.config.task.task
-        settings = task.model_dump(mode="json", exclude={"prompts", "prompt_items", "labels", "json_schema"})
+        apart = {"prompts", "prompt_items", "labels", "json_schema", "kind", "documents"}
+        settings = task.model_dump(mode="json", exclude=apart)
         return [settings, self.scorer.labels, _metric_files(self.config)]
 
     @cached_property
