@@ -1,0 +1,343 @@
+"""``advise``: measure what the base does without training, then say whether training is worth it.
+
+Every option is scored on the same validation items with the task's metric: the task's own prompt, label lists, the
+user's prompts, fixed and looked-up examples, passages of a documents folder, answers held to their form, and a
+reference model behind a URL. First come the free prompts; the best of them is then tried with the form and with
+passages. ``--curve`` trains a few steps on shares of the rows, in folders of its own.
+
+::
+
+    runs/NAME/advise-KEY/    KEY: base, template, task, training rows, items, confidence
+      NAME.json NAME.items.jsonl    one option; its record holds the hash of its prompt
+      curve/p010/ ...               one training each
+      best.json advice.json
+
+A record whose prompt hash is still right is read back, so a second call measures only what is new. ``run`` takes the
+best option as the bar (see ``bar``). The test set is never opened here, and no adapter is kept for use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tunegate import records
+from tunegate.config import Config
+from tunegate.engine.constrain import AnswerForm, form_problem
+from tunegate.errors import InputError
+from tunegate.evaluation.advise import (
+    ASSUMED_TARGET,
+    Advice,
+    Evidence,
+    Guess,
+    Option,
+    Target,
+    Uses,
+    best_option,
+    guess_kind,
+    recommend,
+)
+from tunegate.evaluation.answer_form import find_form
+from tunegate.evaluation.metrics import score_items
+from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
+from tunegate.evaluation.retrieval import Both, Lookup, SimilarShots, question, read_passages
+from tunegate.evaluation.statistics import compare
+from tunegate.evaluation.types import Measurement
+from tunegate.files import read_jsonl, update_json
+from tunegate.pipeline.folders import owned, short
+from tunegate.pipeline.prepare import Prepared, prepare, takes_system
+from tunegate.pipeline.reporter import Reporter
+from tunegate.pipeline.session import Session
+from tunegate.records import EvalRecord
+
+BEST, ADVICE = "best.json", "advice.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. ``embed`` names a sentence-transformers model; ``passage_tokens`` counts the base's tokens."""
+
+    shots: int = 8
+    passages: int = 3
+    passage_tokens: int = 160
+    embed: str | None = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What costs more than prompts of the base: a service, training."""
+
+    reference: str | None = None
+    reference_model: str | None = None
+    curve: bool = False
+    curve_steps: int = 40
+
+
+@dataclass(frozen=True)
+class Way:
+    """A prompt with what it is made of."""
+
+    prompt: Prompt
+    uses: frozenset[Uses]
+
+    @property
+    def name(self) -> str:
+        return self.prompt.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``form`` says where the form of the answers comes from, empty without one; ``skipped`` counts documents that
+    are no text."""
+
+    folder: Path
+    evidence: Evidence
+    advice: Advice
+    form: str
+    skipped: int
+
+
+def advise_folder(prepared: Prepared) -> Path:
+    return prepared.config.run_dir / f"advise-{short(prepared.advise_key)}"
+
+
+class Ways:
+    """Every way to ask that a task and a request give; what is expensive is made when first needed."""
+
+    def __init__(self, prepared: Prepared, request: Request):
+        self.prepared, self.request = prepared, request
+        self.task = prepared.config.task.task
+        self.in_user = not takes_system(prepared.base.renderer)
+        self.skipped = 0
+
+    @cached_property
+    def form(self) -> tuple[AnswerForm, str] | None:
+        answers = [e.answer for e in self.prepared.data.splits.train]
+        if self.task.answer_by == "likelihood":  # such answers are chosen from the labels already
+            return None
+        return find_form(self.task, self.prepared.scorer.labels, answers, self.prepared.config.folder)
+
+    @cached_property
+    def shots(self) -> SimilarShots:
+        return SimilarShots(self.prepared.data.splits.train, self.request.shots, self.request.embed)
+
+    @cached_property
+    def lookup(self) -> Lookup | None:
+        if self.task.documents is None:
+            return None
+        tokens = self.request.passage_tokens
+        passages, self.skipped = read_passages(
+            self.prepared.config.path(self.task.documents), self.prepared.base.renderer.tokenizer,
+            tokens=tokens, overlap=tokens // 4, where="task.documents",
+        )  # fmt: skip
+        return Lookup(passages, self.request.passages, self.request.embed)
+
+    @cached_property
+    def plain(self) -> list[Way]:
+        """Prompts without form and passages, the task's own first."""
+        train, labels = self.prepared.data.splits.train, self.prepared.scorer.labels
+        built = candidates(train, labels, None, takes_system=not self.in_user)
+        own = candidates(train, labels, self.task.prompts or (), takes_system=not self.in_user)[1:]
+        taken = {p.name.casefold() for p in own}
+        found = [Way(p, _uses(p)) for p in (*built, *own) if p in own or p.name.casefold() not in taken]
+        if self.shots.n:
+            similar = Prompt(f"retrieved_{self.shots.n}", in_user=self.in_user, finder=self.shots)
+            listed = [p for p in built if p.name == "labels"]
+            both = [replace(p, name=f"labels_{similar.name}", finder=self.shots) for p in listed]
+            found += [Way(p, _uses(p)) for p in (similar, *both) if p.name not in taken]
+        return found
+
+    def with_form(self, way: Way) -> Way | None:
+        if self.form is None or form_problem(self.form[0]):
+            return None
+        prompt = replace(way.prompt, name=f"{way.name}_constrained", form=self.form[0])
+        return Way(prompt, way.uses | {"constraint"})
+
+    def with_passages(self, way: Way) -> Way | None:
+        if self.lookup is None:
+            return None
+        finder = self.lookup if way.prompt.finder is None else Both(way.prompt.finder, self.lookup)
+        name = f"{way.name}_passages_{self.request.passages}"
+        return Way(replace(way.prompt, name=name, finder=finder, in_user=self.in_user), way.uses | {"passages"})
+
+    def find(self, name: str) -> Way | None:
+        """The way called ``name``, among all that can be made."""
+        for way in self.plain:
+            if not name.startswith(way.name):
+                continue
+            looked = self.with_passages(way) if "_passages_" in name else None
+            for made in (way, looked, *(self.with_form(w) for w in (way, looked) if w is not None)):
+                if made is not None and made.name == name:
+                    return made
+        return None
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What cannot be measured here, and why."""
+        found = {}
+        if self.form is not None and (problem := form_problem(self.form[0])):
+            found["constraint"] = problem
+        return found
+
+
+def _uses(prompt: Prompt) -> frozenset[Uses]:
+    found: set[Uses] = set()
+    if prompt.system is not None or prompt.suffix:
+        found.add("prompt")
+    if prompt.shots or prompt.finder is not None:
+        found.add("shots")
+    return frozenset(found)
+
+
+class Bench:
+    """Scores ways of asking, or finds their scores, in one folder."""
+
+    def __init__(self, session: Session, folder: Path):
+        self.session, self.folder, self.prepared = session, folder, session.prepared
+        self.options: list[Option] = []
+        self.measurements: dict[str, Measurement] = {}
+
+    def measure(self, way: Way) -> Option | None:
+        """The option, kept and returned; None where its prompts do not fit in the base's positions."""
+        if not self._fits(way):
+            return None
+        path, items = self.folder / f"{way.name}.json", self.folder / f"{way.name}.items.jsonl"
+        record = load_record(path, way.prompt.hash)
+        if record is None:
+            subject = "base" if way.name == AS_IS else f"prompt {way.name}"
+            with self.session.as_base():
+                found = self.session.evaluate(self.prepared.baseline_items, subject, "valid", items, way.prompt)
+            record = found.record
+            records.save(path, record)
+        return self.add(way.name, way.uses, record, items)
+
+    def add(self, name: str, uses: frozenset[Uses], record: EvalRecord, items: Path) -> Option:
+        """Keep a record with its items as an option."""
+        self.measurements[name] = measurement_of(self.prepared, items)
+        gain = None
+        if name != AS_IS and AS_IS in self.measurements:
+            confidence = self.prepared.policy.confidence
+            gain = compare(self.measurements[name], self.measurements[AS_IS], AS_IS, confidence)
+        n = record.score.n
+        seconds = None if "reference" in uses else record.seconds / n
+        read = record.settings["prompt_tokens"] / n
+        option = Option(
+            name, uses, record.score, read, record.generated_tokens / n, record.stop_rate, seconds, gain
+        )  # fmt: skip
+        self.options.append(option)
+        self.session.reporter.line(
+            f"{name}: {record.score.value:.4f} ({record.score.low:.3f} to {record.score.high:.3f}), "
+            f"{read:,.0f} tokens in, {option.answer_tokens:,.1f} out"
+        )
+        return option
+
+    def _fits(self, way: Way) -> bool:
+        base = self.prepared.base
+        if base.positions is None or way.name == AS_IS:
+            return True
+        items = self.prepared.baseline_items
+        longest = max(len(base.renderer.prompt_ids(way.prompt.messages(e), e.tools)) for e in items)
+        room = base.positions - (self.prepared.config.task.task.max_new_tokens or 0)
+        if longest > room:
+            self.session.reporter.line(
+                f"{way.name} is left out: {longest:,} tokens, and the base takes {base.positions:,}"
+            )
+        return longest <= room
+
+
+def load_record(path: Path, prompt_hash: str) -> EvalRecord | None:
+    """The record in ``path`` if it is of this prompt; its items are beside it, written before it."""
+    if not path.exists():
+        return None
+    record = records.load(path, EvalRecord)
+    return record if record.hashes.get("prompt") == prompt_hash else None
+
+
+def measurement_of(prepared: Prepared, items: Path) -> Measurement:
+    """The primary metric over the answers in an items file, scored again from the texts."""
+    rows = read_jsonl(items)
+    examples = prepared.baseline_items
+    if [row["row_id"] for row in rows] != [e.row_id for e in examples]:
+        raise InputError("these answers are of other items", where=str(items), fix="delete the file's folder, and run again")
+    metric = next(m for m in prepared.scorer.metrics if m.name == prepared.config.task.task.metric)
+    _, found = score_items([metric], [r["prediction"] for r in rows], [e.answer for e in examples], examples)
+    return found[metric.name]
+
+
+def advise(
+    config: Config, reporter: Reporter, request: Request, extras: Extras, *, stop: Callable[[], bool]
+) -> Outcome:
+    """Measure, and recommend. :class:`InputError` for a task whose metric scores no answers."""
+    reporter.line("checking data and base")
+    prepared = prepare(config, reporter)
+    task = prepared.config.task.task
+    if not any(m.name == task.metric for m in prepared.scorer.metrics):
+        fix = "use a metric that scores answers; plain text has no prompt to compare with"
+        raise InputError("advise compares answers, and this metric scores none", where="task.metric", got=task.metric, fix=fix)
+    ways = Ways(prepared, request)
+    kind = _kind(prepared)
+    missing = ways.missing
+    if kind.kind == "knowledge" and task.documents is None:
+        missing["passages"] = "no documents were given (--documents)"
+    with owned(prepared.config.run_dir):
+        bench = Bench(Session(prepared, reporter), advise_folder(prepared))
+        _measure(bench, ways)
+        best = best_option(bench.options)
+        if extras.reference is not None:
+            from tunegate.pipeline.reference import measure_reference
+
+            measure_reference(bench, ways, extras.reference, extras.reference_model or "", missing)
+        trained = None
+        if extras.curve:
+            from tunegate.pipeline.curve import measure_curve
+
+            trained = measure_curve(bench, best.name, extras.curve_steps, stop)
+        rows = len(prepared.data.splits.train)
+        evidence = Evidence(kind, _target(prepared), rows, tuple(bench.options), missing, trained)
+        advice = recommend(evidence)
+        chosen = ways.find(best.name)
+        assert chosen is not None
+        stored = {"prompt": best.name, "hash": chosen.prompt.hash, "value": best.score.value, "request": asdict(request),
+                  "documents": task.documents}  # fmt: skip
+        update_json(bench.folder / BEST, stored)
+        update_json(bench.folder / ADVICE, describe(evidence, advice))
+    form = "" if ways.form is None else f"{ways.form[0].kind}: {ways.form[1]}"
+    return Outcome(bench.folder, evidence, advice, form, ways.skipped)
+
+
+def _measure(bench: Bench, ways: Ways) -> None:
+    """Free prompts, then the task's own and the best one with form, with passages and with both."""
+    for way in ways.plain:
+        bench.measure(way)
+    best = ways.find(best_option(bench.options).name)
+    assert best is not None
+    for way in dict.fromkeys((ways.plain[0], best)):
+        looked = ways.with_passages(way)
+        for made in (ways.with_form(way), looked, ways.with_form(looked) if looked is not None else None):
+            if made is not None:
+                bench.measure(made)
+
+
+def _kind(prepared: Prepared) -> Guess:
+    rows = []
+    for example in prepared.data.splits.train[:2000]:
+        system = next((str(m.get("content") or "") for m in example.prompt if m.get("role") == "system"), "")
+        rows.append((system, question(example), example.answer))
+    return guess_kind(prepared.config.task.task, prepared.config.name, prepared.scorer.labels, rows)
+
+
+def _target(prepared: Prepared) -> Target:
+    least = prepared.policy.min_score
+    if least is not None:
+        return Target(least, "gate.min_score")
+    return Target(ASSUMED_TARGET, "assumed: gate.min_score is not set")
+
+
+def describe(evidence: Evidence, advice: Advice) -> dict[str, Any]:
+    """Evidence and advice as JSON data."""
+    data = asdict(replace(evidence, options=()))
+    data["options"] = [{**asdict(o), "uses": sorted(o.uses)} for o in evidence.options]
+    return {"advice": asdict(advice), "evidence": data}
