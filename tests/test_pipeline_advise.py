@@ -1,0 +1,218 @@
+"""``tunegate advise`` on a tiny base: what it measures, keeps and recommends, and that ``run`` takes its bar from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import Server, completion
+from task import Said, call, replace_line, write_task
+from tunegate.files import read_json, read_jsonl
+
+COLOURS = {"red", "green", "blue"}
+
+
+def result(said: Said) -> dict[str, Any]:
+    assert said.code == 0, said.err + said.out
+    found: dict[str, Any] = json.loads(said.out)
+    return found
+
+
+def folder_of(task: Path) -> Path:
+    (found,) = (task.parent / "runs" / "task").glob("advise-*")
+    return found
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The YAML of a task after `advise --curve`. Shared: ``copy`` it before changing anything."""
+    task = write_task(tmp_path_factory.mktemp("advised"), tiny_llama)
+    result(call("advise", task, "--json", "--shots", 3, "--curve", "--curve-steps", 4))
+    return task
+
+
+@pytest.fixture
+def copy(advised: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(advised.parent, tmp_path / "copy")) / advised.name
+
+
+def test_what_is_measured(advised: Path) -> None:
+    folder = folder_of(advised)
+    found = read_json(folder / "advice.json")
+    options = {o["name"]: o for o in found["evidence"]["options"]}
+    assert {"as_is", "labels", "brief", "retrieved_3", "labels_retrieved_3", "as_is_constrained"} <= set(options)
+    assert {o["score"]["n"] for o in options.values()} == {8}
+    assert options["as_is"]["gain"] is None and options["labels"]["gain"]["n"] == 8
+    assert options["labels"]["prompt_tokens"] > options["as_is"]["prompt_tokens"]
+    for name in options:
+        rows = read_jsonl(folder / f"{name}.items.jsonl")
+        record = read_json(folder / f"{name}.json")
+        assert record["settings"]["prompt_tokens"] == 8 * options[name]["prompt_tokens"]
+        if name.endswith("_constrained"):
+            assert {row["prediction"] for row in rows} <= COLOURS and all(row["stopped"] for row in rows)
+    assert found["advice"]["verdict"] == "more data first"  # fewer than 500 rows, and an untrained base
+    assert found["evidence"]["kind"]["kind"] == "labels"
+
+
+def test_no_evaluation_row_is_shown_as_an_example(advised: Path) -> None:
+    asked = {row["row_id"] for row in read_jsonl(folder_of(advised) / "retrieved_3.items.jsonl")}
+    best = read_json(folder_of(advised) / "best.json")
+    assert best["prompt"] and len(asked) == 8
+
+
+def test_the_curve(advised: Path) -> None:
+    found = read_json(folder_of(advised) / "advice.json")["evidence"]
+    curve = found["trained"]["curve"]
+    assert len(curve["rows"]) == 4 and curve["rows"][-1] == found["rows"] and found["trained"]["steps"] == 4
+    assert {p.name for p in (folder_of(advised) / "curve").iterdir()} == {"p010", "p025", "p050", "p100"}
+    last = read_json(folder_of(advised) / "curve" / "p100" / "adapter.json")
+    assert last["step"] == 4 and last["scores"]["accuracy"]["value"] == pytest.approx(curve["scores"][-1])
+
+
+def test_a_second_call_measures_nothing(copy: Path) -> None:
+    before = stamps(folder_of(copy))
+    said = call("advise", copy, "--json", "--shots", 3, "--curve", "--curve-steps", 4)
+    assert result(said)["advice"]["verdict"] == "more data first"
+    assert stamps(folder_of(copy)) == before
+
+
+def test_only_what_is_new_is_measured(copy: Path) -> None:
+    before = stamps(folder_of(copy))
+    result(call("advise", copy, "--json", "--shots", 2))
+    after = stamps(folder_of(copy))
+    assert {name for name in after if name not in before and name.endswith("2.json")} >= {"retrieved_2.json"}
+    assert all(after[name] == before[name] for name in before if name.startswith(("as_is.", "labels.", "retrieved_3.", "curve/p")))
+
+
+# --- the bar of a run -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_to_beat_the_best_way_to_ask(copy: Path) -> None:
+    best = read_json(folder_of(copy) / "best.json")
+    assert best["prompt"].endswith("_constrained")  # a random base answers no label by itself
+    result_or_hold = call("run", copy, "--json")
+    assert result_or_hold.code in (0, 1)
+    (run,) = (copy.parent / "runs" / "task").glob("run-*")
+    bar = read_json(run / "bar.json")
+    assert (bar["from"], bar["prompt"], bar["hash"]) == ("advise", best["prompt"], best["hash"])
+    tested = read_json(run / "test" / "prompt.json")
+    assert tested["settings"]["form"] == "choices" and tested["hashes"]["prompt"] == best["hash"]
+    assert {row["prediction"] for row in read_jsonl(run / "test" / "prompt.items.jsonl")} <= COLOURS
+    before = stamps(run)
+    assert call("run", copy, "--json").code == result_or_hold.code
+    assert stamps(run) == before
+
+
+def test_advice_that_comes_later_does_not_move_the_bar(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama)
+    first = call("run", task, "--json")
+    (run,) = (tmp_path / "runs" / "task").glob("run-*")
+    assert read_json(run / "bar.json")["from"] == "baseline"
+    result(call("advise", task, "--json", "--shots", 2))
+    again = call("run", task, "--json")
+    assert again.code == first.code and json.loads(again.out)["decision"] == json.loads(first.out)["decision"]
+    (run / "bar.json").unlink()  # a run from before bars were written
+    assert call("run", task, "--json").code == first.code and not (run / "bar.json").exists()
+
+
+# --- documents, a reference, other metrics --------------------------------------------------------------------------
+
+
+def test_passages_come_before_training_for_knowledge(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    replace_line(task, "metric: accuracy", "metric: exact_match\n  kind: knowledge")
+    said = result(call("advise", task, "--json", "--shots", 2))
+    assert said["advice"]["verdict"] == "use retrieval" and "no documents" in said["advice"]["reasons"][-1]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "foxes.md").write_text("question 1 is about a fox. " * 20)
+    said = result(call("advise", task, "--json", "--shots", 2, "--passages", 1, "--passage-tokens", 20, "--documents", tmp_path / "docs"))
+    names = {o["name"] for o in said["evidence"]["options"]}
+    assert "as_is_passages_1" in names and "as_is_passages_1_constrained" in names
+    assert not said["evidence"]["missing"]
+    assert call("advise", task, "--json", "--documents", tmp_path / "none").code == 2
+
+
+def test_a_reference_model(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNEGATE_REFERENCE_KEY", "sk-secret")
+
+    def answer(body: dict[str, Any]) -> Any:
+        colour = next(c for c in COLOURS if c in body["messages"][-1]["content"])
+        return 200, {}, completion(colour, usage={"prompt_tokens": 11, "completion_tokens": 1})
+
+    server = Server(answer)
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    flags = ["--reference", server.url, "--reference-model", "big", "--price-in", 2, "--price-out", 10, "--hour-price", 1]
+    try:
+        said = result(call("advise", task, "--json", "--shots", 2, *flags))
+        asked = len(server.seen)
+    finally:
+        server.close()
+    (own, *_) = [o for o in said["evidence"]["options"] if "reference" in o["uses"]]
+    assert own["name"] == "big (as_is)" and own["score"]["value"] == 1.0 and own["prompt_tokens"] == 11
+    assert said["cost_per_1000"]["big (as_is)"] == pytest.approx((11 * 2 + 1 * 10) / 1000)
+    assert said["cost_per_1000"]["as_is"] > 0
+    assert said["advice"]["verdict"] != "prompt is enough"  # a reference is no option of the base
+    assert asked in (own["score"]["n"], 2 * own["score"]["n"])
+    everything = "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())
+    assert "sk-secret" not in everything
+    again = result(call("advise", task, "--json", "--shots", 2, *flags))  # the service is gone: nothing is asked again
+    assert again["advice"] == said["advice"]
+
+
+def test_answers_that_were_paid_for_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
+    count = 0
+
+    def answer(body: dict[str, Any]) -> Any:
+        nonlocal count
+        count += 1
+        return (400, {}, b"no credit") if count > 5 else (200, {}, completion("red"))
+
+    server = Server(answer)
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    flags = ["--shots", 2, "--reference", server.url, "--reference-model", "big"]
+    try:
+        said = call("advise", task, *flags)
+        assert said.code == 2 and "no credit" in said.err
+        (kept,) = folder_of(task).glob("*.answers.jsonl")
+        before = len(read_jsonl(kept))
+        count = -100
+        result(call("advise", task, "--json", *flags))
+        assert before >= 1 and len(read_jsonl(kept)) == 8
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--reference", "http://127.0.0.1:9/v1"], "--reference-model"),
+        (["--price-in", "1"], "--price-out"),
+        (["--kind", "poem"], "invalid choice"),
+        (["--shots", "0"], "not a number from 1"),
+    ],
+)
+def test_wrong_flags(advised: Path, flags: list[str], says: str) -> None:
+    said = call("advise", advised, *flags)
+    assert said.code == 2 and says in said.err
+
+
+def test_a_metric_without_answers_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama, rows=30)
+    replace_line(task, "metric: accuracy\n  report: likelihood", "metric: likelihood")
+    said = call("advise", task)
+    assert said.code == 2 and "scores none" in said.err
+
+
+def test_what_a_person_sees(advised: Path) -> None:
+    said = call("advise", advised, "--shots", 3, "--curve", "--curve-steps", 4, "--hour-price", "0.5")
+    assert said.code == 0, said.err
+    for text in ("labels task: 3 labels", "form      choices: the 3 labels", "more data first", "predicted", "cost", "ask"):
+        assert text in said.out
