@@ -14,8 +14,8 @@ def completion(text: Any = "hello", reason: str = "stop", **more: Any) -> dict[s
 
 
 class Server:
-    """Answers each request with the next of ``script``, or what ``answer`` says to its body: (status, headers, body), or
-    a word for a trick."""
+    """Answers each request with the next of ``script``, or what ``answer`` says to its body: (status, headers, body),
+    or a word for a trick."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any] | None = None) -> None:
         self.script: list[Any] = []

@@ -46,12 +46,16 @@ def option(name: str, value: float, *uses: Any, n: int = 100, gain: Comparison |
 
 
 def evidence(*options: Option, kind: Any = "skill", rows: int = 2000, target: float = 0.9, **more: Any) -> Evidence:
-    return Evidence(Guess(kind, "why"), Target(target, "gate.min_score"), rows, options, more.pop("missing", {}), **more)
+    return Evidence(
+        Guess(kind, "why"), Target(target, "gate.min_score"), rows, options, more.pop("missing", {}), **more
+    )
 
 
 def trained(value: float, over: tuple[float, float], doubling: tuple[float, float, float]) -> Trained:
     flat = Estimate(value, value, value)
-    curve = Curve((1, 2, 3, 4), (0.1,) * 4, PowerLaw(0, 1, 0), {"1x": flat, "2x": flat, "4x": flat}, Estimate(*doubling))
+    curve = Curve(
+        (1, 2, 3, 4), (0.1,) * 4, PowerLaw(0, 1, 0), {"1x": flat, "2x": flat, "4x": flat}, Estimate(*doubling)
+    )
     return Trained(curve, scored(value), compared(*over), 40)
 
 
@@ -74,7 +78,11 @@ CASES = [
     (evidence(OWN, option("x", 0.2, "constraint"), kind="format"), FINE_TUNE, "does not help"),
     (evidence(OWN, kind="knowledge"), RETRIEVE, "no documents were given"),
     (evidence(OWN, option("x", 0.6, "passages", gain=compared(0.1, 0.4)), kind="knowledge"), RETRIEVE, "gains +0.250"),
-    (evidence(OWN, option("x", 0.3, "passages", gain=compared(-0.1, 0.1)), kind="knowledge"), FINE_TUNE, "may not hold"),
+    (
+        evidence(OWN, option("x", 0.3, "passages", gain=compared(-0.1, 0.1)), kind="knowledge"),
+        FINE_TUNE,
+        "may not hold",
+    ),
     (evidence(option("as_is", 0.93)), MORE_DATA, "evaluation items would decide"),
     (evidence(OWN, SHOTS, trained=trained(0.8, (0.2, 0.4), HELPS)), FINE_TUNE, "against few_shot_8"),
     (evidence(OWN, SHOTS, rows=100, trained=trained(0.8, (0.2, 0.4), FLAT)), FINE_TUNE, "+0.300"),
@@ -97,7 +105,12 @@ def test_every_verdict_has_a_case() -> None:
 
 
 def test_the_plainest_option_that_is_enough_is_recommended() -> None:
-    best = [option("as_is", 0.3), option("long", 1.0, "shots", "prompt"), option("short", 0.98, "shots"), option("c", 1.0, "constraint")]
+    best = [
+        option("as_is", 0.3),
+        option("long", 1.0, "shots", "prompt"),
+        option("short", 0.98, "shots"),
+        option("c", 1.0, "constraint"),
+    ]
     assert recommend(evidence(*best)).option == "short"
 
 
@@ -108,17 +121,20 @@ USES = st.frozensets(st.sampled_from(["prompt", "shots", "constraint", "passages
 def anything(draw: st.DrawFn) -> Evidence:
     n = draw(st.sampled_from([5, 40, 200]))
     own = option("as_is", draw(st.floats(0, 1)), n=n)
+    pair = st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted)
     more = [
-        option(f"o{i}", draw(st.floats(0, 1)), *draw(USES), n=n, gain=compared(*sorted(draw(st.tuples(st.floats(-1, 1), st.floats(-1, 1))))))
+        option(f"o{i}", draw(st.floats(0, 1)), *draw(USES), n=n, gain=compared(*draw(pair)))
         for i in range(draw(st.integers(0, 4)))
-    ]  # fmt: skip
+    ]
     curve = None
     if draw(st.booleans()):
         over = sorted(draw(st.tuples(st.floats(-1, 1), st.floats(-1, 1))))
         low, value, high = sorted(draw(st.tuples(*[st.floats(0, 0.2)] * 3)))
         curve = trained(draw(st.floats(0, 1)), (over[0], over[1]), (value, low, high))
     kind = draw(st.sampled_from(["format", "labels", "knowledge", "skill", "safety"]))
-    return evidence(own, *more, kind=kind, rows=draw(st.integers(1, 100_000)), target=draw(st.floats(0, 1)), trained=curve)
+    return evidence(
+        own, *more, kind=kind, rows=draw(st.integers(1, 100_000)), target=draw(st.floats(0, 1)), trained=curve
+    )
 
 
 @given(anything())
@@ -161,7 +177,9 @@ def test_items_to_decide_by_hand() -> None:
 # --- the guess ------------------------------------------------------------------------------------------------------
 
 
-def guessed(rows: list[tuple[str, str, str]] | None = None, labels: Any = None, name: str = "t", **task: Any) -> tuple[str, str]:
+def guessed(
+    rows: list[tuple[str, str, str]] | None = None, labels: Any = None, name: str = "t", **task: Any
+) -> tuple[str, str]:
     found = guess_kind(TaskSection(**{"metric": "exact_match", **task}), name, labels, rows or [])
     return found.kind, found.reason
 

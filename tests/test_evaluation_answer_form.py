@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from tunegate.config import TaskSection
 from tunegate.evaluation.answer_form import find_form, infer_schema
 
-LEAF = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1, 1).filter(lambda x: x % 1 != 0) | st.text("ab", max_size=2)
-VALUE = st.recursive(LEAF, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text("ab", max_size=2), v, max_size=3))
+LEAF = (
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(-1, 1).filter(lambda x: x % 1 != 0)
+    | st.text("ab", max_size=2)
+)
+VALUE = st.recursive(
+    LEAF, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text("ab", max_size=2), v, max_size=3)
+)
 
 
 @given(st.lists(VALUE, max_size=6))
@@ -62,7 +70,12 @@ def test_json_answers_give_a_schema_in_their_own_style() -> None:
 
 @pytest.mark.parametrize(
     ("answers", "wanted"),
-    [(["yes", "no"] * 10, ("no", "yes")), (["yes"] * 20, None), ([str(n) for n in range(20)], None), (["a", ""] * 9, None)],
+    [
+        (["yes", "no"] * 10, ("no", "yes")),
+        (["yes"] * 20, None),
+        ([str(n) for n in range(20)], None),
+        (["a", ""] * 9, None),
+    ],
 )
 def test_answers_that_repeat_are_choices(answers: list[str], wanted: tuple[str, ...] | None) -> None:
     found = form_of(answers)

@@ -115,7 +115,9 @@ def test_a_missing_usage_is_not_made_up(server: Server) -> None:
     assert endpoint.ask(ASKED, max_tokens=5) == Reply("a", True, None, None)
 
 
-@pytest.mark.parametrize("url", ["ftp://x/v1", "file:///etc/passwd", "127.0.0.1:8000", "http://key@x/v1", "http://x/v1?key=1"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x/v1", "file:///etc/passwd", "127.0.0.1:8000", "http://key@x/v1", "http://x/v1?key=1"]
+)
 def test_not_a_service(url: str) -> None:
     with pytest.raises(InputError, match="not the URL of a service"):
         Endpoint(url, "m")

@@ -34,7 +34,9 @@ def test_no_worse_than_scipy(scores: list[float]) -> None:
     mine = fit_law(ROWS, scores)
     assert mine.a >= 0 and mine.c >= 0
     try:
-        (a, b, c), _ = curve_fit(model, np.array(ROWS, float), scores, p0=(0.3, 0.5, 0.1), bounds=([0, 0.02, 0], [9, 3, 1]))
+        (a, b, c), _ = curve_fit(
+            model, np.array(ROWS, float), scores, p0=(0.3, 0.5, 0.1), bounds=([0, 0.02, 0], [9, 3, 1])
+        )
     except RuntimeError:
         return
     assert loss(mine) <= loss(PowerLaw(a * 500**b, b, c)) * 1.01 + 1e-5

@@ -30,7 +30,9 @@ from tunegate.evaluation.retrieval import (
 
 
 def row(question: str, answer: str, line: int = 1) -> Example:
-    return Example("r", line, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+    return Example(
+        "r", line, messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,9 @@ def test_looked_up_passages_are_in_the_prompt() -> None:
 
 
 def test_both_finders_and_a_template_without_system() -> None:
-    prompt = Prompt("p", suffix="Be brief.", in_user=True, finder=Both(SimilarShots(TRAIN, 1), Lookup([Passage("x", "red")], 1)))
+    prompt = Prompt(
+        "p", suffix="Be brief.", in_user=True, finder=Both(SimilarShots(TRAIN, 1), Lookup([Passage("x", "red")], 1))
+    )
     said = [m["content"] for m in prompt.messages(row("red fox", "?"))]
     assert said == ["Be brief.\n\nPassages that may help to answer:\n\n[1] (x) red\n\nthe red fox", "A", "red fox"]
 

@@ -96,7 +96,9 @@ def _print_options(options: tuple[Option, ...], prices: Prices, console: Console
         cost = prices.of_thousand(o)
         rows.append([*cells, *(["" if cost is None else f"{cost:,.2f}"] if priced else [])])
     head = [f"{options[0].score.metric}, {options[0].score.n} items", "score", "over as_is", "tokens in", "out", "time"]
-    console.table([*head, *(["cost"] if priced else [])], rows, title="without training; tokens, time and cost of 1,000 requests")
+    console.table(
+        [*head, *(["cost"] if priced else [])], rows, title="without training; tokens, time and cost of 1,000 requests"
+    )
 
 
 def _print_curve(trained: Trained, console: Console) -> None:

@@ -3,7 +3,8 @@
 A :class:`Constraint` starts one state per answer. Before each token the state says which ids may follow; generation
 takes the others out of the logits and tells the state what was picked. A list of choices is a trie over token ids. A
 regular expression or a JSON schema goes through llguidance (the extra ``constrain``), which walks the tokenizer's
-bytes. A stop id is allowed exactly where the answer is complete, so an answer that stopped has the form.
+bytes; text that the form dictates is spelled as the tokenizer spells it. A stop id is allowed exactly where the answer
+is complete, so an answer that stopped has the form.
 
 It does not bound lengths: an answer that ``max_new_tokens`` cuts off is not ``stopped`` and may be incomplete. Choices
 are spelled as the tokenizer spells them; other splits of the same text are not tried.
@@ -28,8 +29,8 @@ LIBRARY = "llguidance"
 class AnswerForm:
     """What every answer must look like.
 
-    ``value``: the choices; a regular expression for the whole answer; or a JSON schema as JSON text. JSON is written
-    on one line, with a space behind ``,`` and ``:`` unless ``compact``.
+    ``value``: the choices; a regular expression for the whole answer (``\\d`` is 0 to 9); or a JSON schema as JSON
+    text. JSON is written on one line, with a space behind ``,`` and ``:`` unless ``compact``.
     """
 
     kind: Literal["choices", "regex", "json_schema"]
@@ -75,7 +76,7 @@ class Choices:
             node = self.root
             for token in ids:
                 node = node.setdefault(token, {})
-            node.update(dict.fromkeys(stop_ids, {}))
+            node.update((stop, {}) for stop in stop_ids)
         self.size = max(max(stop_ids), *(max(ids) for ids in choices)) + 1
 
     def start(self) -> RowState:
@@ -103,14 +104,15 @@ class Grammar:
             raise InputError("the answer's form cannot be enforced here", where=form.kind, got=problem)
         if not stop_ids:
             raise InputError("a form needs a token that stops the answer", where=form.kind)
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
         assert isinstance(form.value, str)
         if form.kind == "regex":
-            grammar = LLMatcher.grammar_from_regex(_without_anchors(form.value))
+            # \d as ASCII: Python's re and the library know digits of different versions of Unicode.
+            grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_without_anchors(form.value), 'd')}/")
         else:
             separators = (",", ":") if form.compact else (", ", ": ")
-            style = {
+            style: Any = {
                 "whitespace_flexible": False, "item_separator": separators[0], "key_separator": separators[1],
             }  # fmt: skip
             schema = json.loads(form.value)

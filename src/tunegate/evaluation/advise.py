@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tunegate.config import TaskSection
+from tunegate.config import TaskKind, TaskSection
 from tunegate.evaluation.answer_form import JSON_METRICS
 from tunegate.evaluation.learning_curve import Curve
 from tunegate.evaluation.retrieval import words
@@ -30,7 +30,6 @@ FEWEST_ROWS, MOST_ROWS = 500, 50_000  # labelled examples with which fine-tuning
 FEWEST_ITEMS = 30
 ASSUMED_TARGET = 0.9
 
-TaskKind = Literal["format", "labels", "knowledge", "skill", "safety"]
 Uses = Literal["prompt", "shots", "constraint", "passages", "reference"]
 
 
@@ -133,7 +132,9 @@ def recommend(evidence: Evidence) -> Advice:
     if evidence.trained is not None:
         return _by_training(evidence, evidence.trained, best, reasons)
     if evidence.rows < FEWEST_ROWS:
-        reasons.append(f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}; --curve measures what they give")
+        reasons.append(
+            f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}; --curve measures what they give"
+        )
         return _advice(evidence, MORE_DATA, best.name, reasons)
     reasons.append(f"{evidence.rows:,} rows to train on, and the best prompt stops {_gap(evidence, best)} short")
     return _advice(evidence, FINE_TUNE, best.name, reasons)
@@ -173,7 +174,9 @@ def _format_first(evidence: Evidence, reasons: list[str]) -> Advice | None:
     held = [o for o in evidence.options if o.own and "constraint" in o.uses]
     if not held:
         why = evidence.missing.get("constraint", "not measured")
-        reasons.append(f"the task asks for a format ({evidence.kind.reason}), and constrained output is to be tried first: {why}")
+        reasons.append(
+            f"the task asks for a format ({evidence.kind.reason}), and constrained output is to be tried first: {why}"
+        )
         return _advice(evidence, CONSTRAIN, None, reasons)
     best = best_option(held)
     free = best_option([o for o in evidence.options if o.own and "constraint" not in o.uses])
@@ -194,7 +197,9 @@ def _knowledge_first(evidence: Evidence, reasons: list[str]) -> Advice | None:
     looked = [o for o in evidence.options if o.own and "passages" in o.uses]
     if not looked:
         why = evidence.missing.get("passages", "no documents were given")
-        reasons.append(f"the task asks for knowledge ({evidence.kind.reason}), and retrieval is to be tried first: {why}")
+        reasons.append(
+            f"the task asks for knowledge ({evidence.kind.reason}), and retrieval is to be tried first: {why}"
+        )
         return _advice(evidence, RETRIEVE, None, reasons)
     best = best_option(looked)
     if best.gain is not None and best.gain.low > 0:
@@ -299,8 +304,10 @@ _SAFETY = re.compile(
     r"unsafe (?:requests?|prompts?)|safety (?:polic\w+|alignment|training))\b",
     re.IGNORECASE,
 )
-_REFUSAL = re.compile(r"^\W*(?:i(?:'m| am) sorry|sorry|i can(?:no|')t|i can not|i(?:'m| am) (?:not able|unable)|i won't)\b", re.I)
-_ASKS = frozenset("who what when where which why how whose whom is are was were does did do can".split())
+_REFUSAL = re.compile(
+    r"^\W*(?:i(?:'m| am) sorry|sorry|i can(?:no|')t|i can not|i(?:'m| am) (?:not able|unable)|i won't)\b", re.I
+)
+_ASKS = {"who", "what", "when", "where", "which", "why", "how", "whose", "whom", "is", "are", "was", "were", "does"}
 
 
 def guess_kind(
@@ -339,6 +346,7 @@ def _knowledge_or_skill(rows: Sequence[tuple[str, str, str]]) -> Guess:
         if inside < 0.5:
             share = len(questions) / len(asked)
             return Guess(
-                "knowledge", f"{share:.0%} of the rows are short questions, {inside:.0%} of an answer's words stand in them"
+                "knowledge",
+                f"{share:.0%} of the rows are short questions, {inside:.0%} of an answer's words stand in them",
             )
     return Guess("skill", "open answers that are made from the question")

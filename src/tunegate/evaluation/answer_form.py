@@ -34,8 +34,9 @@ def find_form(
     if labels and len(labels) <= MOST_CHOICES:
         return AnswerForm("choices", tuple(labels)), f"the {len(labels)} labels"
     if metrics & set(JSON_METRICS):
-        schema = infer_schema([value for value in (_value(a) for a in answers) if value is not _NOTHING])
-        return AnswerForm("json_schema", json.dumps(schema), _compact(answers)), "keys and types of the training answers"
+        inferred = infer_schema([value for value in (_value(a) for a in answers) if value is not _NOTHING])
+        form = AnswerForm("json_schema", json.dumps(inferred), _compact(answers))
+        return form, "keys and types of the training answers"
     distinct = sorted(set(answers))
     if 2 <= len(distinct) <= min(MOST_CHOICES, len(answers) // 5) and all(distinct):
         return AnswerForm("choices", tuple(distinct)), f"the {len(distinct)} answers in train"
@@ -76,7 +77,7 @@ def _kind(value: Any) -> str:
         return "null" if value is None else "boolean"
     if isinstance(value, (int, float)):
         return "integer" if isinstance(value, int) else "number"
-    return {str: "string", list: "array", dict: "object"}[type(value)]
+    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
 def _schema_of(kind: str, values: Sequence[Any]) -> dict[str, Any]:

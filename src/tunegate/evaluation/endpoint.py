@@ -67,7 +67,9 @@ class Endpoint:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             expected = "http(s)://HOST[:PORT]/v1, without a key in it"
-            raise InputError("not the URL of a service", where="--reference", expected=expected, got=parts.hostname or "")
+            raise InputError(
+                "not the URL of a service", where="--reference", expected=expected, got=parts.hostname or ""
+            )
 
     def key(self, environment: Mapping[str, str] = os.environ) -> str | None:
         official = urllib.parse.urlsplit(self.url).hostname == OPENAI_HOST
@@ -103,6 +105,7 @@ class Endpoint:
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
                 found: bytes = response.read(MOST_BYTES + 1)
+                left = response.length
         except urllib.error.HTTPError as error:
             with error:
                 self._refused(error)
@@ -110,6 +113,8 @@ class Endpoint:
             raise _Passing(f"{type(error).__name__}: {error}") from None
         if len(found) > MOST_BYTES:
             raise TunegateError("the service's answer is too large", where=self.url, expected=f"{MOST_BYTES:,} bytes")
+        if left:
+            raise _Passing(f"the answer was cut off, {left} bytes are missing")
         return found
 
     def _refused(self, error: urllib.error.HTTPError) -> None:
@@ -122,7 +127,11 @@ class Endpoint:
         if error.code in PASSING:
             raise _Passing(reason, _seconds(error.headers.get("Retry-After")))
         name = "OPENAI_API_KEY" if urllib.parse.urlsplit(self.url).hostname == OPENAI_HOST else "TUNEGATE_REFERENCE_KEY"
-        fix = {401: f"set {name}", 403: f"set {name}", 404: "the URL ends before /chat/completions; is the model's name right?"}
+        fix = {
+            401: f"set {name}",
+            403: f"set {name}",
+            404: "the URL ends before /chat/completions; is the model's name right?",
+        }
         raise InputError("the service refuses", where=self.url, got=reason, fix=fix.get(error.code, ""))
 
 

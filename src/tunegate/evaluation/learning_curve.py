@@ -75,7 +75,9 @@ def fit_curve(rows: Sequence[int], items: np.ndarray, confidence: float = 0.95, 
     """The curve of ``items``, (sizes, n) scores in [0, 1] of the same n items after training on ``rows[i]`` rows."""
     items = np.asarray(items, dtype=np.float64)
     if items.ndim != 2 or len(items) != len(rows) or not items.shape[1]:
-        raise InputError("scores of the same items at every size are needed", got=f"{items.shape} for {len(rows)} sizes")
+        raise InputError(
+            "scores of the same items at every size are needed", got=f"{items.shape} for {len(rows)} sizes"
+        )
     means = items.mean(axis=1)
     law = fit_law(rows, means)
     sizes, full = np.asarray(rows, dtype=np.float64), float(max(rows))

@@ -55,7 +55,7 @@ class BM25:
     def __init__(self, texts: Sequence[str]):
         cut = [words(text) for text in texts]
         self.lengths = np.array([len(one) for one in cut], dtype=np.float64)
-        self.mean = float(self.lengths.mean()) if len(cut) and self.lengths.any() else 1.0
+        self.mean = float(self.lengths.mean()) if self.lengths.any() else 1.0
         found: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, one in enumerate(cut):
             for word, times in Counter(one).items():
@@ -90,7 +90,9 @@ class Embeddings:
             self.model: Any = SentenceTransformer(model)
         except (OSError, ValueError) as error:
             fix = "a folder or hub id of a sentence-transformers model"
-            raise InputError("cannot load the embedding model", where=f"--embed {model}", got=str(error), fix=fix) from None
+            raise InputError(
+                "cannot load the embedding model", where=f"--embed {model}", got=str(error), fix=fix
+            ) from None
         self.vectors = np.asarray(self.model.encode(list(texts), normalize_embeddings=True), dtype=np.float64)
 
     def scores(self, query: str) -> np.ndarray:

@@ -261,7 +261,9 @@ def measurement_of(prepared: Prepared, items: Path) -> Measurement:
     rows = read_jsonl(items)
     examples = prepared.baseline_items
     if [row["row_id"] for row in rows] != [e.row_id for e in examples]:
-        raise InputError("these answers are of other items", where=str(items), fix="delete the file's folder, and run again")
+        raise InputError(
+            "these answers are of other items", where=str(items), fix="delete the file's folder, and run again"
+        )
     metric = next(m for m in prepared.scorer.metrics if m.name == prepared.config.task.task.metric)
     _, found = score_items([metric], [r["prediction"] for r in rows], [e.answer for e in examples], examples)
     return found[metric.name]
@@ -276,7 +278,9 @@ def advise(
     task = prepared.config.task.task
     if not any(m.name == task.metric for m in prepared.scorer.metrics):
         fix = "use a metric that scores answers; plain text has no prompt to compare with"
-        raise InputError("advise compares answers, and this metric scores none", where="task.metric", got=task.metric, fix=fix)
+        raise InputError(
+            "advise compares answers, and this metric scores none", where="task.metric", got=task.metric, fix=fix
+        )
     ways = Ways(prepared, request)
     kind = _kind(prepared)
     missing = ways.missing
@@ -300,8 +304,10 @@ def advise(
         advice = recommend(evidence)
         chosen = ways.find(best.name)
         assert chosen is not None
-        stored = {"prompt": best.name, "hash": chosen.prompt.hash, "value": best.score.value, "request": asdict(request),
-                  "documents": task.documents}  # fmt: skip
+        stored = {
+            "prompt": best.name, "hash": chosen.prompt.hash, "value": best.score.value, "request": asdict(request),
+            "documents": task.documents,
+        }  # fmt: skip
         update_json(bench.folder / BEST, stored)
         update_json(bench.folder / ADVICE, describe(evidence, advice))
     form = "" if ways.form is None else f"{ways.form[0].kind}: {ways.form[1]}"

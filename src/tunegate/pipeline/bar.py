@@ -51,7 +51,9 @@ def settle_bar(prepared: Prepared, run: Path, baselines: dict[str, EvalRecord], 
         found = read_json(advise_folder(prepared) / BEST)
         prompt = _rebuild(prepared, found) if found["value"] > own else None
         if prompt is not None:
-            reporter.line(f"the bar is {prompt.name} of advise: {found['value']:.4f}, against {own:.4f} of {measured.name}")
+            reporter.line(
+                f"the bar is {prompt.name} of advise: {found['value']:.4f}, against {own:.4f} of {measured.name}"
+            )
             stored, measured = {"from": "advise", **found}, prompt
     write_json(run / BAR, stored)
     return measured

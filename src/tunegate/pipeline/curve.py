@@ -41,7 +41,9 @@ def shares(rows: list[Rendered]) -> dict[int, list[Rendered]]:
     ordered = sorted(rows, key=lambda row: hash_json([row.ids, row.target]))
     parts = {round(100 * share): ordered[: max(1, round(share * len(rows)))] for share in SHARES}
     if len({len(part) for part in parts.values()}) < len(SHARES):
-        raise InputError("too few rows for a learning curve", where="data.train", expected="10 or more", got=str(len(rows)))
+        raise InputError(
+            "too few rows for a learning curve", where="data.train", expected="10 or more", got=str(len(rows))
+        )
     return parts
 
 
@@ -96,6 +98,8 @@ def _train(
                 advance(1)
 
         session.reporter.line(f"training {steps} steps on {len(rows):,} rows ({label})")
-        find_backend(settings.backend)(session.runner, injection, rows, settings, folder, key, Hooks(evaluate, report, stop))
+        find_backend(settings.backend)(
+            session.runner, injection, rows, settings, folder, key, Hooks(evaluate, report, stop)
+        )
     finish(folder, key)
     return records.load(folder / "adapter.json", EvalRecord)

@@ -64,7 +64,9 @@ def _ask_all(bench: Bench, way: Way, endpoint: Endpoint, kept_at: Path) -> list[
     with (
         explain_os_error(kept_at),
         kept_at.open("a", encoding="utf-8") as handle,
-        bench.session.reporter.progress(f"{endpoint.model} {way.name}", len(asked), len(asked) - len(waiting)) as advance,
+        bench.session.reporter.progress(
+            f"{endpoint.model} {way.name}", len(asked), len(asked) - len(waiting)
+        ) as advance,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
         jobs = {n: pool.submit(endpoint.ask, asked[n], **settings) for n in waiting}
@@ -85,7 +87,8 @@ def _read_kept(path: Path) -> dict[str, Reply]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-            found[row.pop("key")] = Reply(**row)
+            key = row.pop("key")
+            found[key] = Reply(**row)
         except (ValueError, KeyError, TypeError, AttributeError):  # the line a killed process was writing
             continue
     return found
