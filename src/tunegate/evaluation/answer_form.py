@@ -3,6 +3,9 @@
 A schema or a pattern of the task file is taken as it is. Without one, answers that are all JSON objects give a schema
 of their keys and types, and answers that repeat give a list of choices. Only training answers are read.
 
+Constrained JSON has its keys in the schema's order, so they are put in the usual order of the training answers: a
+model that is held to another order leaves keys out. An answer whose keys come in yet another order still pays that.
+
 It infers no lengths, ranges or enumerations inside JSON, and no regular expressions.
 """
 
@@ -27,8 +30,9 @@ def find_form(
     """The form of a task's answers and where it comes from; None if the answers are free text."""
     metrics = {task.metric, *task.report}
     if task.json_schema is not None:
-        schema = json.dumps(parse_json((folder / task.json_schema).read_text(encoding="utf-8")))
-        return AnswerForm("json_schema", schema, _compact(answers)), f"task.json_schema ({task.json_schema})"
+        schema = parse_json((folder / task.json_schema).read_text(encoding="utf-8"))
+        ordered = json.dumps(_ordered(schema, _usual_places(answers)))
+        return AnswerForm("json_schema", ordered, _compact(answers)), f"task.json_schema ({task.json_schema})"
     if task.pattern is not None:
         return AnswerForm("regex", task.pattern), "task.pattern"
     if labels and len(labels) <= MOST_CHOICES:
@@ -56,6 +60,37 @@ def _value(text: str) -> Any:
 def _compact(answers: Sequence[str]) -> bool:
     """Whether the training answers mostly write JSON without spaces."""
     return sum('": ' in a for a in answers) < sum('":' in a and '": ' not in a for a in answers)
+
+
+def _usual_places(answers: Sequence[str]) -> dict[str, float]:
+    """The mean place of every key in its objects, from 0 (first) to 1 (last), over all answers."""
+    places: dict[str, list[float]] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for place, (key, inner) in enumerate(value.items()):
+                places.setdefault(key, []).append(place / max(1, len(value) - 1))
+                walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner)
+
+    for answer in answers:
+        walk(_value(answer))
+    return {key: sum(found) / len(found) for key, found in places.items()}
+
+
+def _ordered(schema: Any, places: dict[str, float]) -> Any:
+    """``schema`` with the keys of every ``properties`` in the order of ``places``, others last; it means the same."""
+    if isinstance(schema, list):
+        return [_ordered(inner, places) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: inner if key in ("const", "enum") else _ordered(inner, places) for key, inner in schema.items()}
+    if isinstance(found.get("properties"), dict):
+        keys = sorted(found["properties"], key=lambda key: places.get(key, 2.0))
+        found["properties"] = {key: found["properties"][key] for key in keys}
+    return found
 
 
 def infer_schema(values: Sequence[Any]) -> dict[str, Any]:
