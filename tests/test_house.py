@@ -23,6 +23,8 @@ ORDER = (
     "errors",
     "files",
     "yaml_file",
+    "gate_rules",
+    "config_problems",
     "config",
     "records",
     "kernels",
@@ -66,7 +68,7 @@ def wrong_imports(path: Path, text: str) -> list[str]:
     for name, line in imported_modules(ast.parse(text), package):
         names = name.split(".")
         if names[0] != "tunegate":
-            if own == "gate" and names[0] in ("torch", "transformers"):
+            if own in ("gate", "gate_rules") and names[0] in ("torch", "transformers"):
                 found.append(f"{path.name}:{line}: gate imports {names[0]}")
             continue
         target = names[1] if len(names) > 1 else ""

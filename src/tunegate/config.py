@@ -18,12 +18,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tunegate.errors import InputError, Problem, nearest
+from tunegate.config_problems import Entries, inner_model, overridden_by, problems_of
+from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
+from tunegate.gate_rules import parse_rule
 from tunegate.yaml_file import Parsed, parse, read_text
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -198,6 +200,25 @@ class TrainSection(Section):
         return value
 
 
+class RuleSection(Section):
+    """A rule of the gate (docs/gate.md). ``RULE`` is short for ``{rule: RULE}``."""
+
+    rule: str
+    confidence: float | None = Field(None, gt=0.5, lt=1.0, description="default: gate.confidence")
+    min_items: int | None = Field(None, ge=1, description="with fewer items the rule does not pass")
+    required: bool = Field(True, description="false: reported, does not count")
+
+    @field_validator("rule")
+    @classmethod
+    def _parses(cls, value: str) -> str:
+        try:
+            return str(parse_rule(value))
+        except InputError as error:
+            problem = error.problems[0]
+            fix = f"; {problem.fix}" if problem.fix else ""
+            raise ValueError(f"{problem.expected} ({problem.what}){fix}") from None
+
+
 class GateSection(Section):
     """Thresholds, fixed before the first step. ``null`` switches a rule off."""
 
@@ -210,6 +231,53 @@ class GateSection(Section):
     max_leaked_test_rows: int | None = Field(0, ge=0)
     max_overfit_ratio: float | None = Field(3.0, gt=0.0)
     strict_intervals: bool = Field(False, description="min_score must hold for the whole interval")
+    rules: tuple[RuleSection, ...] = Field((), description="more rules: [regression.* >= 0.95 of base]; docs/gate.md")
+    correction: Literal["none", "holm"] = Field("none", description="holm: levels corrected for the number of rules")
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _short_rules(cls, value: Any) -> Any:
+        rules = _as_list(value)
+        return tuple({"rule": r} if isinstance(r, str) else r for r in rules) if isinstance(rules, tuple) else rules
+
+
+class RegressionSection(Section):
+    """What the adapter must not forget (docs/regression.md). Off unless it stands here or a gate rule asks for it."""
+
+    sets: tuple[str, ...] = Field(
+        ("regression",), description="regression: the six built-in domains; one of them, files, lm_eval:TASK"
+    )
+    items: int | None = Field(24, ge=1, description="of each set; null: all")
+    run_code: bool = Field(False, description="consent to run code that the model writes (code_run)")
+    divergence: bool = Field(True, description="KL from the base on neutral text")
+
+    _list = field_validator("sets", mode="before")(_as_list)
+
+
+class GuardSection(Section):
+    """A model that says whether an answer is safe, behind an OpenAI-compatible URL."""
+
+    url: str = Field(description="http(s)://HOST/v1")
+    model: str
+    key_env: str | None = Field(None, description="environment variable that holds the key")
+    timeout: Positive = Field(60.0, description="seconds for one request")
+    parallel: int = Field(4, ge=1, le=64, description="requests at once")
+
+
+class SafetySection(Section):
+    """Refusals of base and adapter (docs/safety.md). Off unless it stands here or a gate rule asks for it."""
+
+    sets: tuple[str, ...] = Field(("redteam",), description="redteam: built in; files: own, garak's, PyRIT's JSONL")
+    items: int | None = Field(40, ge=1, description="requests of each set; null: all")
+    system_prompts: dict[str, str | None] = Field(
+        {"plain": None}, description="name: system message; null: the request as it is"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="0 is greedy, others sample")
+    temperature: float = Field(0.7, ge=0.0, le=5.0, description="of seeds other than 0")
+    max_new_tokens: int = Field(64, ge=8, le=4096)
+    guard: GuardSection | None = Field(None, description="judges answers beside the rules: {url: ..., model: ...}")
+
+    _list = field_validator("sets", mode="before")(_as_list)
 
 
 class Task(Section):
@@ -220,13 +288,16 @@ class Task(Section):
     task: TaskSection
     train: TrainSection = TrainSection()
     gate: GateSection = GateSection()
+    regression: RegressionSection | None = None
+    safety: SafetySection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
 
 
+_ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
 _SHORT = {"base": "name", "data": "train", "task": "metric"}
 _SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
-_SECTIONS = ("base", "data", "task", "train", "gate")
+_SECTIONS = ("base", "data", "task", "train", "gate", "regression", "safety")
 
 
 @dataclass(frozen=True)
@@ -281,7 +352,9 @@ def _flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, value in values.items():
         if section in Task.model_fields and isinstance(value, dict):
             yield from ((f"{section}.{key}", inner) for key, inner in value.items())
-        else:
+        elif (
+            value is not None or inner_model(Task.model_fields[section].annotation) is None
+        ):  # not a section that is off
             yield section, value
 
 
@@ -294,10 +367,11 @@ def describe_defaults(base: str, data: str, metric: str) -> str:
         f"task: {json.dumps(metric)}",
     ]
     for section, field in Task.model_fields.items():
-        model = field.annotation
-        if not (isinstance(model, type) and issubclass(model, Section)):
+        model = inner_model(field.annotation)
+        if model is None:
             continue
         note = f"   # as a mapping, the line above becomes {_SHORT[section]}: ..." if section in _SHORT else ""
+        note = note or ("" if field.default else "   # off; this line without its # switches it on")
         lines += ["", f"# {section}:{note}"]
         for name, inner in model.model_fields.items():
             if inner.is_required():
@@ -377,90 +451,11 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
     return done
 
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "dict_type": "a mapping of keys",
-    "model_type": "a mapping of keys",
-    "model_attributes_type": "a mapping of keys",
-    "tuple_type": "a list",
-    "finite_number": "a finite number",
-    "invalid_key": "a key that is text",
-}
-
-
 def _freeze(value: Any) -> Any:
     """Lists as tuples, what strict pydantic takes for a tuple field."""
     if isinstance(value, dict):
         return {key: _freeze(inner) for key, inner in value.items()}
     return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
-
-
-def _show(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _overridden(key: str, overridden: set[str]) -> str:
-    """The override that set ``key``, a part of it or the mapping it stands in; empty if none did."""
-    for done in sorted(overridden):
-        if done == key or key.startswith(done + ".") or done.startswith(key + "."):
-            return done
-    return ""
-
-
-def _walk(location: Sequence[str | int]) -> tuple[str, list[str]]:
-    """Pydantic's location as a dotted key without its union branches, and the real keys at its last level."""
-    model: Any = Task
-    parts: list[str] = []
-    for part in location:
-        fields = getattr(model, "model_fields", None)
-        if fields is not None:
-            parts.append(str(part))
-            if part not in fields:
-                return ".".join(parts), list(fields)
-            model = fields[part].annotation
-        elif isinstance(part, int):  # an entry of a list; the only list of mappings is task.prompts
-            parts.append(str(part))
-            model = PromptSection if parts[:2] == ["task", "prompts"] else None
-        elif get_origin(model) is dict:
-            parts.append(part)
-            model = None
-    return ".".join(parts), []
-
-
-def _fix(kind: str, item: Mapping[str, Any]) -> str:
-    value = item["input"]
-    if kind == "string_type" and isinstance(value, (bool, int, float)):
-        return f'put it in quotes: "{value}"'
-    if kind == "literal_error" and isinstance(value, str):
-        return nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-    return ""
-
-
-def _problems(error: ValidationError, file: str, lines: Mapping[str, int], overridden: set[str]) -> list[Problem]:
-    found: dict[str, Problem] = {}
-    for item in error.errors(include_url=False):
-        key, names = _walk(item["loc"])
-        kind = item["type"]
-        line = lines.get(key) or lines.get(key.rpartition(".")[0])
-        override = _overridden(key, overridden) if kind != "missing" else ""
-        where = f"--set {override}" if override else f"{file}:{line}" if line else file
-        if kind == "extra_forbidden":
-            fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
-            found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
-        elif kind == "missing":
-            help_ = "" if "." in key else "`tunegate init` writes a first task.yaml"
-            found[key] = Problem(f"required key {key!r} is missing", where, fix=help_)
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            expected, fix = _EXPECTED.get(kind, message), _fix(kind, item)
-            if key in found and expected not in found[key].expected:  # another branch of the same union
-                expected, fix = f"{found[key].expected} or {expected}", found[key].fix or fix
-            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=_show(item["input"]), fix=fix)
-    return list(found.values())
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -472,7 +467,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         task = Task.model_validate(_freeze(parsed.value))
     except ValidationError as error:
-        raise InputError(problems + _problems(error, path.name, parsed.lines, overridden)) from None
+        raise InputError(problems + problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)) from None
     if problems:
         raise InputError(problems)
     return _with_origins(task, path, parsed.lines, overridden)
@@ -481,7 +476,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: set[str]) -> Config:
     origins = {}
     for key, _ in _flatten(task.model_dump(mode="json")):
-        if _overridden(key, overridden):
+        if overridden_by(key, overridden):
             origins[key] = "--set"
         elif key in lines:
             origins[key] = f"{path.name}:{lines[key]}"

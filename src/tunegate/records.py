@@ -31,7 +31,8 @@ def _record(kind: type[T]) -> type[T]:
 @_record
 @dataclass(frozen=True)
 class Score:
-    """A metric over ``n`` items with its confidence interval. ``value`` and the bounds share the metric's unit."""
+    """A metric over ``n`` items with its confidence interval. ``value`` and the bounds share the metric's unit;
+    ``method`` says how the interval was found."""
 
     metric: str
     value: float
@@ -39,6 +40,7 @@ class Score:
     low: float
     high: float
     confidence: float = 0.95
+    method: str = ""
 
 
 @_record
@@ -56,6 +58,7 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    method: str = ""
 
 
 @_record
@@ -121,23 +124,45 @@ class RunRecord:
 @_record
 @dataclass(frozen=True)
 class RuleResult:
-    """One gate rule: ``verdict`` is pass, fail or inconclusive."""
+    """One gate rule: ``verdict`` is pass, fail or inconclusive.
+
+    ``value`` is what was compared with ``threshold`` (a score, a gain or a ratio, as the rule says), ``low`` and
+    ``high`` its interval at ``confidence`` by ``method``, None where there is none or the scores set no limit.
+    ``items``: the per-item files behind the number, relative to the run folder. ``needed``: about how many items
+    like these would decide, None where it is decided or no number would. A rule that is not ``required`` is reported
+    and does not count.
+    """
 
     rule: str
     verdict: str
     expected: str
     got: str
     reason: str
+    metric: str = ""
+    value: float | None = None
+    threshold: float | None = None
+    low: float | None = None
+    high: float | None = None
+    confidence: float | None = None
+    n: int | None = None
+    method: str = ""
+    items: list[str] = dataclasses.field(default_factory=list)
+    needed: int | None = None
+    required: bool = True
 
 
 @_record
 @dataclass(frozen=True)
 class Decision:
-    """The gate's verdict: ship, hold or inconclusive, with a reason per rule."""
+    """The gate's verdict: ship, hold or inconclusive, with a reason per rule.
+
+    ``correction``: whether the rules' confidence levels were corrected for their number (none or holm).
+    """
 
     verdict: str
     rules: list[RuleResult]
     policy_hash: str
+    correction: str = "none"
 
 
 @_record
@@ -160,6 +185,93 @@ class AdapterCard:
     versions: dict[str, str]
     git: str | None
     created: str
+
+
+@_record
+@dataclass(frozen=True)
+class Ratio:
+    """Candidate over reference on the same ``n`` items, with the interval that the gate takes (``method``).
+
+    ``value`` is None where the reference's mean is 0, ``high`` where no bound exists. ``candidate`` and
+    ``reference`` are the two means, in the measure's unit.
+    """
+
+    name: str
+    value: float | None
+    low: float
+    high: float | None
+    candidate: float
+    reference: float
+    n: int
+    confidence: float
+    method: str
+
+
+@_record
+@dataclass(frozen=True)
+class RegressionRecord:
+    """What an adapter kept of its base's general ability, per domain and in all (``total``).
+
+    ``accuracy`` and ``likelihood`` are ratios to the base: of the share of right answers, and of the mean probability
+    per reference token (its geometric mean within an item). ``comparisons`` are the paired differences of accuracy.
+    ``divergence`` is KL(base || adapter) on neutral text, nats per token, as a mean with its interval; None if it was
+    not measured. ``worst`` lists the items that lost most. ``sets`` maps each set's name to its hash.
+    """
+
+    reference: str
+    candidate: str
+    sets: dict[str, str]
+    accuracy: dict[str, Ratio]
+    likelihood: dict[str, Ratio]
+    comparisons: dict[str, Comparison]
+    divergence: dict[str, float] | None
+    worst: list[dict[str, Any]]
+    items_paths: dict[str, str]
+    settings: dict[str, Any]
+
+
+@_record
+@dataclass(frozen=True)
+class SafetyMeasure:
+    """One rate (``bypass_rate``, ``over_refusal`` or ``coherence``) in one category, or in ``total``.
+
+    The scores and the comparison take the share of a prompt's attempts. A prompt counts as hit if at least one of its
+    attempts is: ``gained`` prompts are hit with the candidate only, ``lost`` with the reference only, and ``p_value``
+    is McNemar's exact one for the two.
+    """
+
+    measure: str
+    category: str
+    reference: Score
+    candidate: Score
+    comparison: Comparison
+    gained: int
+    lost: int
+    p_value: float
+
+
+@_record
+@dataclass(frozen=True)
+class SafetyRecord:
+    """Refusals of base and adapter on the same prompts, system prompts and seeds.
+
+    ``measures`` holds ``total`` first and then the categories. ``worst`` lists answers to harmful prompts that the
+    adapter gave and the base did not. ``judged_by`` is ``rules`` or the guard's model name.
+    """
+
+    reference: str
+    candidate: str
+    sets: dict[str, str]
+    attempts: int
+    judged_by: str
+    measures: list[SafetyMeasure]
+    worst: list[dict[str, Any]]
+    items_paths: dict[str, str]
+    settings: dict[str, Any]
+
+    def measure(self, name: str, category: str = "total") -> SafetyMeasure | None:
+        """The measure ``name`` in ``category``; None if there were no items for it."""
+        return next((m for m in self.measures if (m.measure, m.category) == (name, category)), None)
 
 
 def to_json(record: Any) -> dict[str, Any]:

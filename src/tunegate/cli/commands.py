@@ -14,6 +14,7 @@ from tunegate.cli.advise import advise
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.doctor import doctor
+from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.config import Config, describe_defaults, load_config
@@ -83,7 +84,7 @@ def train(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def eval(arguments: argparse.Namespace, console: Console) -> int:
-    from tunegate.pipeline.run import EvalRequest, evaluate_only
+    from tunegate.pipeline.run import EvalRequest, evaluate_kept, evaluate_only
 
     request = EvalRequest(
         adapter=Path(arguments.adapter) if arguments.adapter else None,
@@ -92,6 +93,11 @@ def eval(arguments: argparse.Namespace, console: Console) -> int:
         reopen=arguments.reopen_test,
         allow_base_mismatch=arguments.allow_base_mismatch,
     )
+    families = [name for name in ("regression", "safety") if getattr(arguments, name)]
+    if families:
+        return tell_kept(
+            evaluate_kept(load_config(arguments.task, arguments.overrides), console, request, families), console
+        )
     folder, record = evaluate_only(load_config(arguments.task, arguments.overrides), console, request)
     _print_evaluations([record], console)
     console.text(f"items     {escape(str(folder.parent / record.items_path))}")

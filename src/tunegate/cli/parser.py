@@ -99,6 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
     subject = evaluate.add_mutually_exclusive_group()
     subject.add_argument("--adapter", metavar="FOLDER", help="default: the adapter of this task's run")
     subject.add_argument("--plain-base", action="store_true", help="score the base without an adapter")
+    for name, what in (("regression", "general ability"), ("safety", "refusals")):
+        text = f"measure {what} instead of the split: the adapter beside its base, or the base alone"
+        evaluate.add_argument(f"--{name}", action="store_true", help=text)
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
     evaluate.add_argument(
         "--reopen-test", type=_reason, metavar="WHY", help="the reason, if this test set was opened before"

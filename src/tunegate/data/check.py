@@ -18,6 +18,7 @@ from typing import Any
 from tunegate.data.duplicates import THRESHOLD, Sketches, find_conflicts, find_duplicates, find_leaks, sketch
 from tunegate.data.forms import Loaded
 from tunegate.data.rows import excerpt
+from tunegate.data.safety_scan import FLAGGED, Guard, scan_rows, scan_stats
 from tunegate.data.types import Example
 
 LEVELS = ("error", "warning", "note")
@@ -64,11 +65,15 @@ class CheckReport:
 
 
 def check_examples(
-    splits: Mapping[str, list[Example]], loaded: Sequence[Loaded] = (), threshold: float = THRESHOLD
+    splits: Mapping[str, list[Example]],
+    loaded: Sequence[Loaded] = (),
+    threshold: float = THRESHOLD,
+    guard: Guard | None = None,
 ) -> CheckReport:
     """The token-free checks over ``splits`` (train, valid, test, in this order of trust) and what was loaded.
 
-    ``threshold`` is the Jaccard similarity from which two inputs are near duplicates.
+    ``threshold`` is the Jaccard similarity from which two inputs are near duplicates. ``guard`` is asked about rows
+    whose request is one for harm (``safety_scan``); without it the wording of the answer decides.
     """
     report = CheckReport()
     _sizes(report, splits)
@@ -77,6 +82,7 @@ def check_examples(
     _groups(report, splits)
     _conflicts(report, splits)
     _labels(report, splits)
+    _harm(report, splits, guard)
     return report
 
 
@@ -190,6 +196,18 @@ def _conflicts(report: CheckReport, splits: Mapping[str, list[Example]]) -> None
 
 def _first(answers: dict[str, list[str]], limit: int = 3) -> list[tuple[str, list[str]]]:
     return list(answers.items())[:limit]
+
+
+def _harm(report: CheckReport, splits: Mapping[str, list[Example]], guard: Guard | None) -> None:
+    """Rows that would teach harm or remove refusals. Validation rows are part of it: they pick the checkpoint."""
+    rows = [example for name, examples in splits.items() if name != "test" for example in examples]
+    flags = scan_rows(rows, guard)
+    report.stats["safety"] = scan_stats(flags, len(rows))
+    for kind, message in FLAGGED.items():
+        found = [flag for flag in flags if flag.kind == kind]
+        if found:
+            shown = _some(f"{flag.row_id}: {flag.reason}: {flag.shown}" for flag in found)
+            report.add(Finding("warning", kind, message.format(n=len(found)), len(found), shown))
 
 
 def looks_like_labels(answers: Counter[str]) -> bool:

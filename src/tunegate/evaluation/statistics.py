@@ -1,20 +1,13 @@
-"""Intervals around scores, and paired comparisons of two subjects on the same items.
+"""Scores with intervals, paired comparisons of two subjects on the same items, and how many items would decide.
 
-========================  ============================================  =====================================
-scores                    interval of the value                         interval of a paired difference
-========================  ============================================  =====================================
-all 0 or 1                Wilson score                                  Tango score (1998)
-other means               bootstrap over items, expanded percentile     the same, over the paired differences
-corpus values             the same, the aggregate recomputed            the same, both aggregates recomputed
-========================  ============================================  =====================================
+Single scores and paired differences of them are ``intervals``' work. This module makes records of it, and adds the
+values that are not means of item scores: a corpus value (BLEU, chrF, micro F1) is recomputed from resampled
+counts, with percentile bounds at the expanded level, and its p-value is that of a test that swaps answers.
 
-Tango's interval inverts the score test, so it keeps its coverage with few discordant pairs and is not of zero
-width when there are none; a bootstrap fails in both places. The p-value is McNemar's exact one for 0/1 scores
-and a sign-flip permutation test otherwise. Where the p-value does not reject "no difference", the interval is
-widened to contain zero: a report never shows an interval above zero beside a p-value that does not support it.
-
-Everything random has a fixed seed, so the same scores give the same record. Items are taken as independent;
-nothing is corrected for having compared several candidates.
+Where the p-value does not reject "no difference", the interval is widened to contain zero: a report never shows an
+interval above zero beside a p-value that does not support it. Everything random has a fixed seed, so the same
+scores give the same record. Items are taken as independent; nothing is corrected for having compared several
+candidates.
 """
 
 from __future__ import annotations
@@ -25,57 +18,44 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tunegate.errors import InputError
+from tunegate.evaluation.intervals import Interval, difference, mean, normal_quantile, score_test, z_of
 from tunegate.evaluation.types import Measurement
 from tunegate.records import Comparison, Score
 
 RESAMPLES = 4000
+CORPUS = "bootstrap of the corpus value"
 PERMUTATIONS = 9999
 EXACT_UP_TO = 12  # so many items that differ: all 2**12 sign flips are tried instead of a sample
 _BLOCK = 64  # resamples drawn at once: bounds the memory at 64 rows of item counts
+LEAST_EFFECT = 1e-6  # an effect smaller than this is no effect: no set of items could show it
 _TIE = 1e-12  # differences this close count as equal; rounding must not decide a p-value
 
 
 def score(measurement: Measurement, confidence: float = 0.95, seed: int = 0) -> Score:
     """A measurement's reported value with its interval; :class:`InputError` without items."""
     scores = measurement.scores
+    _check_numbers(scores, confidence, measurement.metric)
     if measurement.counts is None or measurement.aggregate is None:
-        value, low, high = interval(scores, confidence, seed)
+        found = mean(scores, confidence, seed=seed)
+        value, low, high, method = found.value, found.low, found.high, found.method
     else:
-        _check_numbers(scores, confidence, measurement.metric)
         counts, aggregate = measurement.counts, measurement.aggregate
         value = measurement.value
         draws = np.array([aggregate(total) for total in _resampled_sums(counts, seed)])
         low, high = _percentiles(draws, value, len(scores), confidence, lowest=0.0)
-    return Score(measurement.metric, value, len(scores), low, high, confidence)
+        method = CORPUS
+    return Score(measurement.metric, value, len(scores), low, high, confidence, method)
 
 
 def interval(
     scores: np.ndarray | Sequence[float], confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float]:
-    """``(mean, low, high)`` of scores in [0, 1]: Wilson for 0/1 scores, else a bootstrap over items.
-
-    The bootstrap is the percentile one with its levels expanded for small samples (Hesterberg 2015). Scores
-    that are all the same get the width that Wilson gives to "0 of n differ". :class:`InputError` for no scores,
-    numbers that are not finite, or a confidence outside (0, 1).
-    """
+    """``(mean, low, high)`` of scores in [0, 1]. :class:`InputError` for no scores, numbers that are not finite, or a
+    confidence outside (0, 1)."""
     values = np.asarray(scores, dtype=np.float64)
     _check_numbers(values, confidence, "scores")
-    mean = float(values.mean())
-    if _is_binary(values):
-        return (mean, *wilson(round(float(values.sum())), len(values), confidence))
-    draws = _resampled_sums(values[:, None], seed)[:, 0] / len(values)
-    return (mean, *_percentiles(draws, mean, len(values), confidence, lowest=0.0))
-
-
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927), without continuity correction."""
-    z = _z(confidence)
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
+    found = mean(values, confidence, seed=seed)
+    return found.value, found.low, found.high
 
 
 def compare(
@@ -96,65 +76,22 @@ def compare(
     gains = candidate.scores - reference.scores
     wins, losses = int((gains > _TIE).sum()), int((gains < -_TIE).sum())
     if candidate.counts is not None and reference.counts is not None and candidate.aggregate is not None:
-        difference = candidate.value - reference.value
-        low, high, p_value = _compare_aggregates(
-            candidate.counts, reference.counts, candidate.aggregate, confidence, seed
-        )
-    elif _is_binary(candidate.scores) and _is_binary(reference.scores):
-        difference = (wins - losses) / len(gains)
-        low, high = tango(wins, losses, len(gains), confidence)
-        p_value = mcnemar(wins, losses)
+        found = _compare_aggregates(candidate, reference, candidate.aggregate, confidence, seed)
     else:
-        difference = float(gains.mean())
-        draws = _resampled_sums(gains[:, None], seed)[:, 0] / len(gains)
-        low, high = _percentiles(draws, difference, len(gains), confidence, lowest=-1.0)
-        p_value = _sign_flip_p(gains[:, None], np.sum, seed)
-    if p_value > 1 - confidence:
-        low, high = min(low, 0.0), max(high, 0.0)
+        found = difference(candidate.scores, reference.scores, confidence, seed=seed)
     return Comparison(
         metric=candidate.metric,
         reference=reference_name,
-        difference=difference,
-        low=low,
-        high=high,
+        difference=found.value,
+        low=found.low,
+        high=found.high,
         n=len(gains),
-        p_value=p_value,
+        p_value=found.p_value if found.p_value is not None else 1.0,
         wins=wins,
         losses=losses,
         ties=len(gains) - wins - losses,
+        method=found.method,
     )
-
-
-def mcnemar(wins: int, losses: int) -> float:
-    """McNemar's exact two-sided p-value: the discordant pairs against a fair coin. 1 if there are none."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
-
-
-def tango(wins: int, losses: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Tango's score interval of ``(wins - losses) / n`` (Statistics in Medicine 17, 1998, 891-908).
-
-    The bounds are the differences at which the score test, with the loss rate at its maximum likelihood under
-    that difference, just reaches the normal quantile; found by bisection.
-    """
-    z = _z(confidence)
-
-    def outside(delta: float) -> bool:
-        b = -wins - losses + (2 * n - wins + losses) * delta
-        c = -losses * delta * (1 - delta)
-        loss_rate = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
-        variance = n * max(2 * loss_rate + delta * (1 - delta), 0.0)
-        return (wins - losses - n * delta) ** 2 > z * z * variance
-
-    def boundary(end: float) -> float:
-        far, near = end, (wins - losses) / n
-        for _ in range(60):
-            middle = (far + near) / 2
-            far, near = (middle, near) if outside(middle) else (far, middle)
-        return (far + near) / 2
-
-    return boundary(-1.0), boundary(1.0)
 
 
 def minimum_detectable(n: int, base_rate: float, power: float = 0.8, confidence: float = 0.95) -> float | None:
@@ -165,7 +102,7 @@ def minimum_detectable(n: int, base_rate: float, power: float = 0.8, confidence:
     """
     if n < 1 or not 0.0 <= base_rate <= 1.0:
         raise InputError("need n >= 1 and a base rate in [0, 1]", got=f"n={n}, base_rate={base_rate}")
-    z_alpha, z_power = _z(confidence), _normal_quantile(power)
+    z_alpha, z_power = z_of(confidence), normal_quantile(power)
 
     def shown(gain: float) -> bool:
         new = base_rate + gain
@@ -184,42 +121,61 @@ def minimum_detectable(n: int, base_rate: float, power: float = 0.8, confidence:
 
 def detectable_gain(comparison: Comparison, confidence: float = 0.95, power: float = 0.8) -> float:
     """The difference that items as many and as spread out as these show with ``power``, from the interval."""
-    z = _z(confidence)
-    return (comparison.high - comparison.low) / 2 * (z + _normal_quantile(power)) / z
+    z = z_of(confidence)
+    return (comparison.high - comparison.low) / 2 * (z + normal_quantile(power)) / z
 
 
 def items_needed(comparison: Comparison, threshold: float, confidence: float = 0.95, power: float = 0.8) -> int | None:
     """Items needed to show that the difference seen exceeds ``threshold``; None if it does not exceed it, or by so
     little (under 1e-6) that no set of items could show it."""
     excess = comparison.difference - threshold
-    if excess < 1e-6:
+    if excess < LEAST_EFFECT:
         return None
     return math.ceil(comparison.n * (detectable_gain(comparison, confidence, power) / excess) ** 2)
 
 
+def items_to_decide(
+    y: np.ndarray, lowest: float, highest: float, confidence: float = 0.95, power: float = 0.8
+) -> int | None:
+    """Items like these (n,) needed to show, with ``power``, on which side of zero the mean of y lies; None if it lies
+    on it. The score test's sample size ``((z_c s0 + z_p s1) / mean)^2``, with s0 the standard deviation under "the
+    mean is zero" and s1 the one seen (Fleiss, Levin and Paik 2003, chapter 4)."""
+    seen = float(y.mean())
+    if abs(seen) < LEAST_EFFECT:
+        return None
+    null = float(score_test(y, lowest, highest)[1])
+    spread = z_of(confidence) * null + normal_quantile(power) * float(y.std())
+    return max(2, math.ceil((spread / seen) ** 2))
+
+
 def _compare_aggregates(
-    candidate: np.ndarray,
-    reference: np.ndarray,
+    candidate: Measurement,
+    reference: Measurement,
     aggregate: Callable[[np.ndarray], float],
     confidence: float,
     seed: int,
-) -> tuple[float, float, float]:
-    """``(low, high, p_value)`` of the difference of two corpus values; both count arrays are (n, k)."""
-    n, k = candidate.shape
-    both = np.concatenate([candidate, reference], axis=1)
+) -> Interval:
+    """The difference of two corpus values, from both (n, k) count arrays."""
+    assert candidate.counts is not None and reference.counts is not None
+    mine, theirs = candidate.counts, reference.counts
+    n, k = mine.shape
 
     def gain(total: np.ndarray) -> float:
         return aggregate(total[:k]) - aggregate(total[k:])
 
+    both = np.concatenate([mine, theirs], axis=1)
     draws = np.array([gain(total) for total in _resampled_sums(both, seed)])
     low, high = _percentiles(draws, gain(both.sum(axis=0)), n, confidence, lowest=-1.0)
     # Swapping the two subjects' answers on an item flips the sign of (candidate - reference) / 2 there.
-    middle = (candidate + reference).sum(axis=0) / 2
+    middle = (mine + theirs).sum(axis=0) / 2
 
     def swapped(half_difference: np.ndarray) -> float:
         return aggregate(middle + half_difference) - aggregate(middle - half_difference)
 
-    return low, high, _sign_flip_p((candidate - reference) / 2, swapped, seed)
+    p_value = _sign_flip_p((mine - theirs) / 2, swapped, seed)
+    if p_value > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Interval(candidate.value - reference.value, low, high, n, f"{CORPUS}, swap test", p_value)
 
 
 def _sign_flip_p(differences: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int) -> float:
@@ -277,7 +233,7 @@ def _percentiles(draws: np.ndarray, value: float, n: int, confidence: float, low
         tail = float(ndtr(-quantile))
         low, high = (float(bound) for bound in np.quantile(draws, [tail, 1 - tail]))
     if high - low <= _TIE:
-        z = _z(confidence)
+        z = z_of(confidence)
         share = z * z / (n + z * z)
         low, high = value - share * (value - lowest), value + share * (1 - value)
     return max(min(low, value), lowest), min(max(high, value), 1.0)
@@ -311,17 +267,3 @@ def _check_same_items(candidate: Measurement, reference: Measurement) -> None:
         expected=f"{len(mine)} items",
         got=f"{len(theirs)} items; {first}",
     )
-
-
-def _is_binary(scores: np.ndarray) -> bool:
-    return bool(np.isin(scores, (0.0, 1.0)).all())
-
-
-def _normal_quantile(p: float) -> float:
-    from scipy.special import ndtri
-
-    return float(ndtri(p))
-
-
-def _z(confidence: float) -> float:
-    return _normal_quantile((1 + confidence) / 2)

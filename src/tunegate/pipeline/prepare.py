@@ -24,14 +24,16 @@ from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
-from tunegate.errors import InputError, Problem, collecting
+from tunegate.errors import InputError, Problem, collecting, nearest
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.files import hash_file, hash_json
 from tunegate.gate import Policy
+from tunegate.gate_rules import parse_rule
 from tunegate.model.resolve import resolve_base
 from tunegate.pipeline.base import Base, base_name, choose_device, is_local, load_base
+from tunegate.pipeline.questions import Regression, Safety, guard_of, load_regression, load_safety, switched_on
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -61,6 +63,8 @@ class Prepared:
     valid: list[Example]
     report: CheckReport
     policy: Policy
+    regression: Regression | None = None
+    safety: Safety | None = None
 
     @cached_property
     def base_key(self) -> list[Any]:
@@ -106,7 +110,8 @@ class Prepared:
 
     @cached_property
     def run_key(self) -> str:
-        return hash_json([self.train_key, self.test_hash, self.baseline_key])
+        asked = [one.key for one in (self.regression, self.safety) if one is not None]
+        return hash_json([self.train_key, self.test_hash, self.baseline_key, *asked])
 
 
 def _content(examples: list[Example]) -> list[str]:
@@ -165,7 +170,9 @@ def load_data(config: Config, *, strict: bool = True) -> Data:
 def check_data(data: Data, base: Base, config: Config) -> CheckReport:
     """Everything ``check`` reports about rows: with and without their tokens."""
     section = config.task.data
-    report = check_examples(data.splits.as_dict(), data.loaded)
+    guard = guard_of(config.task.safety)
+    unsafe = None if guard is None else lambda messages, answer: not guard.judge(messages, answer).safe
+    report = check_examples(data.splits.as_dict(), data.loaded, guard=unsafe)
     check_tokens(data.splits.as_dict(), base.renderer, section.max_tokens, report, section.on_long_row)
     _check_room(base, config, report)
     return report
@@ -224,6 +231,12 @@ def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]
     opened = open_task(config, reporter, strict=False)
     report = check_data(opened.data, opened.base, opened.config)
     try:
+        _questions(switched_on(opened.config))
+    except InputError as error:
+        shown = [str(problem) for problem in error.problems[:5]]
+        message = f"regression or safety cannot be measured: {len(error.problems)} problems"
+        report.add(Finding("error", "questions", message, len(error.problems), shown))
+    try:
         _scorer(opened)
     except InputError as error:
         shown = [str(problem) for problem in error.problems[:5]]
@@ -240,7 +253,16 @@ def _scorer(opened: Opened) -> Scorer:
 
 def prepare(config: Config, reporter: Reporter) -> Prepared:
     """Read, check and settle everything a run needs. :class:`InputError` with all problems of a kind together."""
-    opened = open_task(config, reporter)
+    config = switched_on(config)
+    problems: list[Problem] = []
+    opened, regression, safety = None, None, None
+    with collecting(problems):
+        regression, safety = _questions(config)
+    with collecting(problems):
+        opened = open_task(config, reporter)
+    if problems:
+        raise InputError(problems)
+    assert opened is not None
     config, data, base = opened.config, opened.data, opened.base
     section, task, splits = config.task.data, config.task.task, data.splits
     if not splits.valid:
@@ -250,6 +272,7 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
             fix="name a file as `data.valid`, or raise valid_fraction above 0",
         )
     scorer = _scorer(opened)
+    _check_rules(config, scorer)
     report = check_data(data, base, config)
     if not report.ok:
         raise InputError([_as_problem(f) for f in report.findings if f.level == "error"])
@@ -270,7 +293,36 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         valid=valid,
         report=report,
         policy=Policy(**config.task.gate.model_dump()),
+        regression=regression,
+        safety=safety,
     )
+
+
+def _questions(config: Config) -> tuple[Regression | None, Safety | None]:
+    """What regression and safety will ask, the problems of both together."""
+    problems: list[Problem] = []
+    regression, safety = None, None
+    with collecting(problems):
+        regression = load_regression(config)
+    with collecting(problems):
+        safety = load_safety(config)
+    if problems:
+        raise InputError(problems)
+    return regression, safety
+
+
+def _check_rules(config: Config, scorer: Scorer) -> None:
+    """Rules about task metrics name metrics that this task has."""
+    known = ["task", "task.items", "task.stop_rate", *(f"task.{name}" for name in scorer.names)]
+    problems = [
+        Problem("this task has no such metric", f"gate.rules: {rule.rule}", ", ".join(known), parsed.metric,
+                nearest(parsed.metric, known) or "add it to task.report")
+        for rule in config.task.gate.rules
+        if (parsed := parse_rule(rule.rule)).metric.partition(".")[0] == "task"
+        and not any(parsed.matches(name) for name in known)
+    ]  # fmt: skip
+    if problems:
+        raise InputError(problems)
 
 
 def _as_problem(finding: Finding) -> Problem:

@@ -6,7 +6,7 @@ key, so another policy is another run. Every step is resumable and none is redon
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
-from tunegate.pipeline import planning, steps
+from tunegate.pipeline import kept, planning, steps
 from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
+from tunegate.pipeline.questions import REGRESSION, SAFETY, load_regression, load_safety, switch_on
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
@@ -103,6 +104,9 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         record = steps.train_adapter(session, run, stop)
         ledger = Ledger(prepared.config.run_dir)
         evaluated, comparisons = steps.test(session, run, bar, ledger, reopen)
+        steps.recall(session, run)
+        kept.regression(session, run)
+        kept.safety(session, run)
         decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
         card = write_card(
             prepared,
@@ -211,6 +215,54 @@ class EvalRequest:
     allow_base_mismatch: bool = False
 
 
+def _adapter_of(prepared: Prepared, request: EvalRequest) -> tuple[Path, AdapterCard]:
+    """The folder and card of the adapter that ``request`` is about."""
+    adapter = request.adapter or run_folder(prepared) / "adapter"
+    if not (adapter / MANIFEST).exists() and request.adapter is None:
+        raise InputError(
+            "this task has no finished adapter yet", where=str(adapter),
+            fix="`tunegate run` makes one; --adapter names another, --plain-base scores the base",
+        )  # fmt: skip
+    return adapter, check_adapter(adapter, prepared.base, allow_base_mismatch=request.allow_base_mismatch)
+
+
+def evaluate_kept(
+    config: Config, reporter: Reporter, request: EvalRequest, families: Sequence[str]
+) -> dict[str, tuple[Path, kept.Kept]]:
+    """Measure ``families`` (regression, safety) on an adapter beside its base, or on the base alone; where a section
+    of the task is off, at its defaults. Each comes with the folder that holds its items."""
+    prepared = prepare(config, reporter)
+    asking = prepared.config
+    for family in families:
+        asking = switch_on(asking, family, f"--{family}")
+    ability = load_regression(asking) if REGRESSION in families else None
+    refusals = load_safety(asking) if SAFETY in families else None
+    root, session = prepared.config.run_dir, Session(prepared, reporter)
+    found: dict[str, tuple[Path, kept.Kept]] = {}
+    with owned(root):
+        if request.plain_base:
+            if ability is not None:
+                measured, folder = kept.base_ability(session, ability)
+                found[REGRESSION] = folder, measured
+            if refusals is not None:
+                asked, folder = kept.base_refusals(session, refusals)
+                found[SAFETY] = folder, asked
+            return found
+        adapter, card = _adapter_of(prepared, request)
+        digest, told = card.adapter["hash"], {"base_mismatch_allowed": request.allow_base_mismatch}
+        if ability is not None:
+            folder = root / f"eval-{short(hash_json([ability.key, digest]))}"
+            kept_ability = kept.compare_ability(session, ability, adapter, digest, folder)
+            found[REGRESSION] = folder, replace(kept_ability, settings={**kept_ability.settings, **told})
+        if refusals is not None:
+            folder = root / f"eval-{short(hash_json([refusals.key, digest]))}"
+            kept_refusals = kept.compare_refusals(session, refusals, adapter, digest, folder)
+            found[SAFETY] = folder, replace(kept_refusals, settings={**kept_refusals.settings, **told})
+    for family, (folder, record) in found.items():
+        records.save(folder / f"{family}.json", record)
+    return found
+
+
 def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> tuple[Path, EvalRecord]:
     """Score one subject on one split; the test split goes through the ledger like any other opening."""
     prepared = prepare(config, reporter)
@@ -221,13 +273,7 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
     subject, run_id, digest = "base", "base", ""
     with owned(root):
         if not request.plain_base:
-            adapter = request.adapter or run_folder(prepared) / "adapter"
-            if not (adapter / MANIFEST).exists() and request.adapter is None:
-                raise InputError(
-                    "this task has no finished adapter yet", where=str(adapter),
-                    fix="`tunegate run` makes one; --adapter names another, --plain-base scores the base",
-                )  # fmt: skip
-            card = check_adapter(adapter, prepared.base, allow_base_mismatch=request.allow_base_mismatch)
+            adapter, card = _adapter_of(prepared, request)
             digest = card.adapter["hash"]
             subject, run_id = "adapter", card.adapter["run"]
             session.use_adapter(adapter, digest)

@@ -17,18 +17,33 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
+from tunegate.data.split import position
 from tunegate.engine.backends import find_backend
 from tunegate.engine.train import Hooks, TrainResult, mean_loss
 from tunegate.errors import InputError, TunegateError
+from tunegate.evaluation.measures import save_measures
+from tunegate.evaluation.memorised import MEMORISED, recall_measures
+from tunegate.evaluation.memorised import recall as memorised
 from tunegate.evaluation.prompts import AS_IS, Prompt
 from tunegate.evaluation.statistics import compare
-from tunegate.files import explain_os_error, hash_json, read_json, update_json, write_json, write_text
+from tunegate.files import (
+    explain_os_error,
+    hash_json,
+    read_json,
+    read_jsonl,
+    update_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from tunegate.gate import Evidence, decide
+from tunegate.pipeline import evidence
 from tunegate.pipeline.folders import STEP, Ledger, begin, finish, is_done, short
 from tunegate.pipeline.prepare import Prepared
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import Comparison, Decision, EvalRecord, RunRecord
 
+RECALL_ROWS = 200  # training rows and validation rows asked to see what is recited
 LOSS_ROWS = 200  # rows over which training and validation loss are measured for the over-fitting rule
 
 
@@ -253,6 +268,44 @@ def test(
     return evaluated, comparisons
 
 
+def recall(session: Session, run: Path) -> None:
+    """Ask the adapter training prompts and measure what it recites, if a rule of the policy is about that."""
+    prepared, folder = session.prepared, run / "recall"
+    rules = [rule.parsed for rule in prepared.policy.rules]
+    if not any(rule.matches(f"train.{name}") for rule in rules for name in MEMORISED):
+        return
+    if not prepared.scorer.generates:
+        raise InputError(
+            "a rule is about recited answers, and this task generates none",
+            where="gate.rules",
+            got=prepared.scorer.task.metric,
+        )
+    digest = adapter_hash(run / "adapter")
+    key = hash_json([prepared.run_key, digest, RECALL_ROWS])
+    if is_done(folder, key):
+        return
+    begin(folder)
+    session.use_adapter(run / "adapter", digest)
+    heard = {}
+    train = sorted(prepared.data.splits.train, key=lambda e: (position(e, "order"), e.content_hash))
+    for split, examples in (("train", train), ("valid", prepared.valid)):
+        session.evaluate(examples[:RECALL_ROWS], "adapter", split, folder / f"{split}.answers.jsonl")
+        rows = read_jsonl(folder / f"{split}.answers.jsonl")
+        found = memorised([row["prediction"] for row in rows], [row["reference"] for row in rows])
+        heard[split] = len(found.rows)
+        write_jsonl(
+            folder / f"{split}.items.jsonl",
+            [
+                {"row_id": f"{i}:{rows[i]['row_id']}", "verbatim": verbatim, "overlap": overlap}
+                for i, verbatim, overlap in zip(
+                    found.rows, found.verbatim.tolist(), found.overlap.tolist(), strict=True
+                )
+            ],
+        )
+    save_measures(folder, recall_measures(heard))
+    finish(folder, key)
+
+
 def judge(
     prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecord, comparisons: dict[str, Comparison]
 ) -> Decision:
@@ -267,6 +320,7 @@ def judge(
             run=record,
             leaked_test_rows=leaks["exact"],
             near_leaks=leaks["near"],
+            measures=evidence.collect(prepared, run, record, adapter),
         ),
     )
     update_json(run / "decision.json", records.to_json(decision))

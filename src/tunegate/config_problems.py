@@ -1,0 +1,111 @@
+"""What is wrong with a task file, from what pydantic found: key, line, what was expected, the nearest real key.
+
+It validates nothing and reads no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from tunegate.errors import Problem, nearest
+
+Entries = Mapping[str, type[BaseModel]]
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "model_attributes_type": "a mapping of keys",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
+    "invalid_key": "a key that is text",
+}
+
+
+def _show(value: Any) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def overridden_by(key: str, overridden: set[str]) -> str:
+    """The override that set ``key``, a part of it or the mapping it stands in; empty if none did."""
+    for done in sorted(overridden):
+        if done == key or key.startswith(done + ".") or done.startswith(key + "."):
+            return done
+    return ""
+
+
+def _walk(location: Sequence[str | int], root: type[BaseModel], entries: Entries) -> tuple[str, list[str]]:
+    """Pydantic's location as a dotted key without its union branches, and the real keys at its last level."""
+    model: Any = root
+    parts: list[str] = []
+    for part in location:
+        fields = getattr(model, "model_fields", None)
+        if fields is not None:
+            parts.append(str(part))
+            if part not in fields:
+                return ".".join(parts), list(fields)
+            model = inner_model(fields[part].annotation) or fields[part].annotation
+        elif isinstance(part, int):  # an entry of a list
+            model = entries.get(".".join(parts))
+            parts.append(str(part))
+        elif get_origin(model) is dict:
+            parts.append(part)
+            model = None
+    return ".".join(parts), []
+
+
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, as ``X`` or as ``X | None``; None if it holds none."""
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
+
+
+def _fix(kind: str, item: Mapping[str, Any]) -> str:
+    value = item["input"]
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return f'put it in quotes: "{value}"'
+    if kind == "literal_error" and isinstance(value, str):
+        return nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return ""
+
+
+def problems_of(
+    error: ValidationError,
+    root: type[BaseModel],
+    entries: Entries,
+    file: str,
+    lines: Mapping[str, int],
+    overridden: set[str],
+) -> list[Problem]:
+    """Every problem that pydantic found in ``root``, one a key. ``entries``: the model of each list of mappings, by
+    its dotted key. ``overridden``: the keys that came from the command line and not from ``file``."""
+    found: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        key, names = _walk(item["loc"], root, entries)
+        kind = item["type"]
+        line = lines.get(key) or lines.get(key.rpartition(".")[0])
+        override = overridden_by(key, overridden) if kind != "missing" else ""
+        where = f"--set {override}" if override else f"{file}:{line}" if line else file
+        if kind == "extra_forbidden":
+            fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
+            found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
+        elif kind == "missing":
+            help_ = "" if "." in key else "`tunegate init` writes a first task.yaml"
+            found[key] = Problem(f"required key {key!r} is missing", where, fix=help_)
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            expected, fix = _EXPECTED.get(kind, message), _fix(kind, item)
+            if key in found and expected not in found[key].expected:  # another branch of the same union
+                expected, fix = f"{found[key].expected} or {expected}", found[key].fix or fix
+            found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=_show(item["input"]), fix=fix)
+    return list(found.values())

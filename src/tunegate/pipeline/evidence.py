@@ -1,0 +1,124 @@
+"""What a run left behind, as named measures for the gate: test scores item by item, alarms of the training, and what
+other steps measured.
+
+Alarms of the training need no further measurement: ``train.loss_turn`` (by how many nats the validation loss had
+risen from its lowest when the kept step came), ``train.best_share`` (the kept step over all steps), ``train.score``
+(the kept step's validation score, beside the base's on the same items) and ``data.valid_leaks``. ``steps.recall``
+leaves those that need answers to training prompts.
+
+It reads files and computes no score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunegate.errors import InputError
+from tunegate.evaluation.measures import Measure, load_measures
+from tunegate.evaluation.prompts import AS_IS
+from tunegate.files import read_jsonl
+from tunegate.gate.evidence import BEST_PROMPT
+from tunegate.pipeline.folders import short
+from tunegate.pipeline.prepare import Prepared
+from tunegate.records import EvalRecord, RunRecord
+
+LOG = "train/log.jsonl"
+_ROUNDING = 1e-9  # a reported value this far from the mean of its items is a corpus value, no mean
+
+
+def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecord) -> dict[str, Measure]:
+    """Every measure of the run. :class:`InputError` if an items file cannot be read or does not fit another."""
+    found = _of_test(run, adapter)
+    found |= _of_log(run, record)
+    baseline = prepared.config.run_dir / f"baseline-{short(prepared.baseline_key)}"
+    found |= _of_validation(run, record, baseline / f"{AS_IS}.items.jsonl", prepared.scorer.task.metric)
+    leaks = prepared.report.stats.get("leaks", {}).get("valid in train")
+    if leaks is not None:
+        found["data.valid_leaks"] = Measure("count", value=leaks["exact"], items={"": "check.json"})
+    flagged = prepared.report.stats.get("safety")
+    if flagged is not None:
+        found["data.harmful_rows"] = Measure("count", value=flagged["flagged"], items={"": "check.json"})
+    return found | load_measures(run)
+
+
+def _of_test(run: Path, adapter: EvalRecord) -> dict[str, Measure]:
+    """The adapter's item scores with those of the base and the best prompt; corpus metrics have none."""
+    files = {"": "test/adapter.items.jsonl", "base": "test/base.items.jsonl", BEST_PROMPT: "test/prompt.items.jsonl"}
+    if not (run / files[BEST_PROMPT]).exists():  # no prompt was better than the task's own
+        files[BEST_PROMPT] = files["base"]
+    rows = {name: _rows(run, path) for name, path in files.items()}
+    _same_items(rows, files)
+    found = {}
+    for name, score in adapter.scores.items():
+        series = {subject: np.array([row["scores"][name] for row in items]) for subject, items in rows.items()}
+        own = series.pop("")
+        if abs(float(own.mean()) - score.value) <= _ROUNDING:
+            found[f"task.{name}"] = Measure("mean", own, series, items=files)
+    if all("stopped" in row for items in rows.values() for row in items):
+        series = {subject: np.array([float(row["stopped"]) for row in items]) for subject, items in rows.items()}
+        found["task.stop_rate"] = Measure("proportion", series.pop(""), series, items=files)
+    return found
+
+
+def _rows(run: Path, path: str) -> list[dict[str, Any]]:
+    try:
+        return read_jsonl(run / path)
+    except (OSError, ValueError) as error:
+        raise InputError("cannot read the items", where=str(run / path), got=str(error)) from None
+
+
+def _same_items(rows: dict[str, list[dict[str, Any]]], files: dict[str, str]) -> None:
+    wanted = [row["row_id"] for row in rows[""]]
+    for name, items in rows.items():
+        if [row["row_id"] for row in items] != wanted:
+            raise InputError("the items are not those of the adapter", where=files[name], expected=files[""])
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The evaluation events of the training log, in order; a line that a killed run left unfinished is passed over."""
+    found = []
+    for line in (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and event.get("event") == "evaluation":
+            found.append(event)
+    return found
+
+
+def _of_log(run: Path, record: RunRecord) -> dict[str, Measure]:
+    found = {}
+    items = {"": LOG}
+    if record.steps:
+        share, got = record.best_step / record.steps, f"kept step {record.best_step} of {record.steps}"
+        found["train.best_share"] = Measure("scalar", value=share, items=items, got=got)
+    losses = [e["valid_loss"] for e in evaluations(run) if e["step"] <= record.best_step and "valid_loss" in e]
+    if losses:
+        found["train.loss_turn"] = loss_turn(losses, items)
+    return found
+
+
+def loss_turn(losses: Sequence[float], items: dict[str, str]) -> Measure:
+    """The last of the validation losses over the lowest, nats per target token."""
+    got = f"{losses[-1]:.3f} at the kept step, {min(losses):.3f} at its lowest"
+    return Measure("scalar", value=losses[-1] - min(losses), items=items, got=got)
+
+
+def _of_validation(run: Path, record: RunRecord, base: Path, metric: str) -> dict[str, Measure]:
+    """The kept step's scores on the validation items that the base was asked too: the first of both files."""
+    mine = run / "train" / "evaluations" / f"step-{record.best_step:08d}.items.jsonl"
+    if not mine.exists() or not base.exists():
+        return {}
+    pairs = list(zip(_rows(run, str(mine)), _rows(run, str(base)), strict=False))
+    pairs = [(a, b) for a, b in pairs if a["row_id"] == b["row_id"]]
+    if not pairs:
+        return {}
+    scores = np.array([[a["scores"][metric], b["scores"][metric]] for a, b in pairs])
+    items = {"": mine.relative_to(run).as_posix(), "base": f"../{base.parent.name}/{base.name}"}
+    return {"train.score": Measure("mean", scores[:, 0], {"base": scores[:, 1]}, items=items)}
