@@ -24,11 +24,10 @@ from tunegate.evaluation.advise import (
     Target,
     Trained,
     guess_kind,
-    items_to_decide,
     recommend,
 )
+from tunegate.evaluation.intervals import wilson
 from tunegate.evaluation.learning_curve import Curve, Estimate, PowerLaw
-from tunegate.evaluation.statistics import wilson
 from tunegate.records import Comparison, Score
 
 
@@ -83,7 +82,7 @@ CASES = [
         FINE_TUNE,
         "may not hold",
     ),
-    (evidence(option("as_is", 0.93)), MORE_DATA, "evaluation items would decide"),
+    (evidence(replace(option("as_is", 0.93), to_decide=1400)), MORE_DATA, "about 1,400 evaluation items would decide"),
     (evidence(OWN, SHOTS, trained=trained(0.8, (0.2, 0.4), HELPS)), FINE_TUNE, "against few_shot_8"),
     (evidence(OWN, SHOTS, rows=100, trained=trained(0.8, (0.2, 0.4), FLAT)), FINE_TUNE, "+0.300"),
     (evidence(OWN, SHOTS, trained=trained(0.5, (-0.1, 0.1), HELPS)), MORE_DATA, "more rows are predicted to help"),
@@ -168,19 +167,22 @@ def test_a_reference_never_changes_the_verdict(given: Evidence) -> None:
     assert recommend(given).verdict == recommend(without).verdict
 
 
-def test_items_to_decide_by_hand() -> None:
-    """The lower half of the interval is 0.05 wide with 100 items; at a distance of 0.025 it must be half as wide."""
-    assert items_to_decide(Score("m", 0.925, 100, 0.875, 0.96), 0.9) == 400
-    assert items_to_decide(Score("m", 0.9, 100, 0.85, 0.96), 0.9) is None
+def test_rows_that_teach_harm_are_a_warning() -> None:
+    assert not any("harm" in w for w in recommend(evidence(OWN)).warnings)
+    assert any(w.startswith("3 rows would teach") for w in recommend(evidence(OWN, flagged=3)).warnings)
 
 
 # --- the guess ------------------------------------------------------------------------------------------------------
 
 
 def guessed(
-    rows: list[tuple[str, str, str]] | None = None, labels: Any = None, name: str = "t", **task: Any
+    rows: list[tuple[str, str, str]] | None = None,
+    labels: Any = None,
+    name: str = "t",
+    flagged: float = 0.0,
+    **task: Any,
 ) -> tuple[str, str]:
-    found = guess_kind(TaskSection(**{"metric": "exact_match", **task}), name, labels, rows or [])
+    found = guess_kind(TaskSection(**{"metric": "exact_match", **task}), name, labels, rows or [], flagged)
     return found.kind, found.reason
 
 
@@ -194,8 +196,14 @@ SKILL = [("", "Rewrite politely: send it now", "Could you please send it now?")]
         ({"kind": "skill", "metric": "json_valid"}, "skill", "set by the user"),
         ({"name": "refuse-harm", "metric": "accuracy"}, "safety", "refuse"),
         ({"rows": [("Decline harmful requests.", "q", "a")]}, "safety", "harmful requests"),
-        ({"rows": [("", "q", "I'm sorry, but no."), ("", "q", "ok")]}, "safety", "50% of the training answers"),
+        (
+            {"rows": [("", "q", "I'm sorry, but I can't help with that."), ("", "q", "ok")]},
+            "safety",
+            "50% of the training answers",
+        ),
         ({"prompts": (PromptSection(name="p", system="You are a jailbreak detector"),)}, "safety", "jailbreak"),
+        ({"rows": SKILL, "flagged": 0.3}, "safety", "30% of the training rows would teach"),
+        ({"rows": SKILL, "flagged": 0.1}, "skill", "open answers"),
         ({"metric": "json_equal"}, "format", "json_equal"),
         ({"pattern": "a"}, "format", "task.pattern"),
         ({"metric": "accuracy", "labels": ("a", "b")}, "labels", "2 labels"),
@@ -209,5 +217,5 @@ SKILL = [("", "Rewrite politely: send it now", "Could you please send it now?")]
 def test_the_kind_of_a_task(given: dict[str, Any], kind: str, says: str) -> None:
     task = dict(given)
     labels = task.pop("labels", None)
-    found = guessed(task.pop("rows", None), labels, task.pop("name", "t"), **task)
+    found = guessed(task.pop("rows", None), labels, task.pop("name", "t"), task.pop("flagged", 0.0), **task)
     assert found[0] == kind and says in found[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service import Server, completion
+from judge_server import serving
 from task import Said, call, replace_line, write_task
 from tunegate.files import read_json, read_jsonl
 
@@ -37,7 +37,7 @@ def advised(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The YAML of a task after `advise --curve`. Shared: ``copy`` it before changing anything."""
     task = write_task(tmp_path_factory.mktemp("advised"), tiny_llama)
     replace_line(task, "prompt_items: 8", f"prompt_items: {ITEMS}")
-    result(call("advise", task, "--json", "--shots", 3, "--curve", "--curve-steps", 4))
+    result(call("advise", task, "--json", "--shots", 3, "--curve-steps", 4))
     return task
 
 
@@ -75,14 +75,42 @@ def test_the_curve(advised: Path) -> None:
 
 def test_a_second_call_measures_nothing(copy: Path) -> None:
     before = stamps(folder_of(copy))
-    said = call("advise", copy, "--json", "--shots", 3, "--curve", "--curve-steps", 4)
+    said = call("advise", copy, "--json", "--shots", 3, "--curve-steps", 4)
     assert result(said)["advice"]["verdict"] == "more data first"
     assert stamps(folder_of(copy)) == before
 
 
+def test_the_curve_is_bounded_and_goes_on(copy: Path) -> None:
+    from tunegate.cli.console import Console
+    from tunegate.config import load_config
+    from tunegate.pipeline.advise import Extras, Request, advise
+
+    shutil.rmtree(folder_of(copy) / "curve" / "p100")
+    request, found = Request(shots=3), {}
+    for minutes in (1e-9, 0.0, 10.0):
+        extras = Extras(curve_steps=4, curve_minutes=minutes)
+        found[minutes] = advise(load_config(copy, []), Console(json_only=True), request, extras, stop=lambda: False)
+    assert "3 of 4 sizes" in found[1e-9].evidence.missing["learning curve"]
+    assert any("not measured: learning curve" in w for w in found[1e-9].advice.warnings)
+    assert found[0.0].evidence.trained is None and not found[0.0].evidence.missing
+    assert found[10.0].evidence.trained is not None
+
+
+def test_the_target_is_what_the_gate_asks_for(copy: Path) -> None:
+    replace_line(
+        copy,
+        "  min_test_items: 5",
+        "  min_test_items: 5\n  min_score: 0.3\n"
+        "  rules: [task.accuracy >= 0.65, task.stop_rate >= 0.99, task vs base >= 0.7]",
+    )
+    found = result(call("advise", copy, "--json", "--shots", 3, "--no-curve"))["evidence"]
+    assert found["target"] == {"value": 0.65, "reason": "gate.rules: task.accuracy >= 0.65"}
+    assert any(o["to_decide"] for o in found["options"])
+
+
 def test_only_what_is_new_is_measured(copy: Path) -> None:
     before = stamps(folder_of(copy))
-    result(call("advise", copy, "--json", "--shots", 2))
+    result(call("advise", copy, "--json", "--shots", 2, "--no-curve"))
     after = stamps(folder_of(copy))
     assert {name for name in after if name not in before and name.endswith("2.json")} >= {"retrieved_2.json"}
     assert all(
@@ -116,7 +144,7 @@ def test_advice_that_comes_later_does_not_move_the_bar(tmp_path: Path, tiny_llam
     first = call("run", task, "--json")
     (run,) = (tmp_path / "runs" / "task").glob("run-*")
     assert read_json(run / "bar.json")["from"] == "baseline"
-    result(call("advise", task, "--json", "--shots", 2))
+    result(call("advise", task, "--json", "--shots", 2, "--no-curve"))
     again = call("run", task, "--json")
     assert again.code == first.code and json.loads(again.out)["decision"] == json.loads(first.out)["decision"]
     (run / "bar.json").unlink()  # a run from before bars were written
@@ -133,21 +161,8 @@ def test_passages_come_before_training_for_knowledge(tmp_path: Path, tiny_llama:
     assert said["advice"]["verdict"] == "use retrieval" and "no documents" in said["advice"]["reasons"][-1]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "foxes.md").write_text("question 1 is about a fox. " * 20)
-    said = result(
-        call(
-            "advise",
-            task,
-            "--json",
-            "--shots",
-            2,
-            "--passages",
-            1,
-            "--passage-tokens",
-            20,
-            "--documents",
-            tmp_path / "docs",
-        )
-    )
+    flags = ["--no-curve", "--shots", 2, "--passages", 1, "--passage-tokens", 20, "--documents", tmp_path / "docs"]
+    said = result(call("advise", task, "--json", *flags))
     names = {o["name"] for o in said["evidence"]["options"]}
     assert "as_is_passages_1" in names and "as_is_passages_1_constrained" in names
     assert not said["evidence"]["missing"]
@@ -157,62 +172,50 @@ def test_passages_come_before_training_for_knowledge(tmp_path: Path, tiny_llama:
 def test_a_reference_model(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEGATE_REFERENCE_KEY", "sk-secret")
 
-    def answer(body: dict[str, Any]) -> Any:
-        colour = next(c for c in COLOURS if c in body["messages"][-1]["content"])
-        return 200, {}, completion(colour, usage={"prompt_tokens": 11, "completion_tokens": 1})
+    def colour(body: dict[str, Any]) -> str:
+        return next(c for c in COLOURS if c in body["messages"][-1]["content"])
 
-    server = Server(answer)
     task = write_task(tmp_path, tiny_llama, rows=60)
-    flags = [
-        "--reference",
-        server.url,
-        "--reference-model",
-        "big",
-        "--price-in",
-        2,
-        "--price-out",
-        10,
-        "--hour-price",
-        1,
-    ]
-    try:
-        said = result(call("advise", task, "--json", "--shots", 2, *flags))
-        asked = len(server.seen)
-    finally:
-        server.close()
+    with serving(say=colour) as server:
+        flags = ["--no-curve", "--shots", 2, "--reference", server.url, "--reference-model", "big"]
+        flags += ["--price-in", 2, "--price-out", 10, "--hour-price", 1]
+        said = result(call("advise", task, "--json", *flags))
+        asked = len(server.requests)
     (own, *_) = [o for o in said["evidence"]["options"] if "reference" in o["uses"]]
-    assert own["name"] == "big (as_is)" and own["score"]["value"] == 1.0 and own["prompt_tokens"] == 11
-    assert said["cost_per_1000"]["big (as_is)"] == pytest.approx((11 * 2 + 1 * 10) / 1000)
+    assert own["name"] == "big (as_is)" and own["score"]["value"] == 1.0 and own["prompt_tokens"] == 100
+    assert said["cost_per_1000"]["big (as_is)"] == pytest.approx((100 * 2 + 20 * 10) / 1000)
     assert said["cost_per_1000"]["as_is"] > 0
     assert said["advice"]["verdict"] != "prompt is enough"  # a reference is no option of the base
     assert asked in (own["score"]["n"], 2 * own["score"]["n"])
     everything = "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())
     assert "sk-secret" not in everything
-    again = result(call("advise", task, "--json", "--shots", 2, *flags))  # the service is gone: nothing is asked again
+    again = result(call("advise", task, "--json", *flags))  # the service is gone: nothing is asked again
     assert again["advice"] == said["advice"]
 
 
 def test_answers_that_were_paid_for_are_kept(tmp_path: Path, tiny_llama: Path) -> None:
-    count = 0
-
-    def answer(body: dict[str, Any]) -> Any:
-        nonlocal count
-        count += 1
-        return (400, {}, b"no credit") if count > 5 else (200, {}, completion("red"))
-
-    server = Server(answer)
     task = write_task(tmp_path, tiny_llama, rows=60)
-    flags = ["--shots", 2, "--reference", server.url, "--reference-model", "big"]
-    try:
+    with serving(*["good"] * 5, "status 400", say=lambda body: "red") as server:
+        flags = ["--no-curve", "--shots", 2, "--reference", server.url, "--reference-model", "big"]
         said = call("advise", task, *flags)
-        assert said.code == 2 and "no credit" in said.err
-        (kept,) = folder_of(task).glob("*.answers.jsonl")
-        before = len(read_jsonl(kept))
-        count = -100
+        assert said.code == 2 and "status 400" in said.err
+        (path,) = folder_of(task).glob("*.answers.jsonl")
+        kept = len(read_jsonl(path))
+        assert kept == len(server.requests) - 1 >= 5
+        path.write_bytes(path.read_bytes()[:-9])  # and a process that was killed while it wrote
         result(call("advise", task, "--json", *flags))
-        assert before >= 1 and len(read_jsonl(kept)) == 8
-    finally:
-        server.close()
+        assert len({json.loads(line)["key"] for line in path.read_text().splitlines() if line.endswith("}")}) == 8
+        (plain,) = (o for o in server.requests[-1:])
+        assert plain["max_tokens"] == 2 * 6 + 16
+
+
+def test_a_service_that_does_not_count_has_no_cost(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    answer = json.dumps({"choices": [{"message": {"content": "red"}, "finish_reason": "stop"}]})
+    with serving(*[f"raw {answer}"] * 16) as server:
+        flags = ["--no-curve", "--shots", 2, "--reference", server.url, "--reference-model", "big"]
+        said = result(call("advise", task, "--json", *flags, "--price-in", 2, "--price-out", 10))
+    assert said["cost_per_1000"]["big (as_is)"] is None
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def test_a_metric_without_answers_is_refused(tmp_path: Path, tiny_llama: Path) -
 
 
 def test_what_a_person_sees(advised: Path) -> None:
-    said = call("advise", advised, "--shots", 3, "--curve", "--curve-steps", 4, "--hour-price", "0.5")
+    said = call("advise", advised, "--shots", 3, "--curve-steps", 4, "--hour-price", "0.5")
     assert said.code == 0, said.err
     for text in (
         "labels task: 3 labels",

@@ -31,7 +31,7 @@ class Prices:
         """What 1,000 requests cost; None where a price is missing. The service's tokens are its own count."""
         if option.own:
             return None if self.hour is None or option.seconds is None else 1000 * option.seconds / 3600 * self.hour
-        if self.tokens_in is None or self.tokens_out is None:
+        if self.tokens_in is None or self.tokens_out is None or not option.counted:
             return None
         return (option.prompt_tokens * self.tokens_in + option.answer_tokens * self.tokens_out) / 1000
 
@@ -42,7 +42,8 @@ def advise(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.advise import advise as measure
 
     request = Request(arguments.shots, arguments.passages, arguments.passage_tokens, arguments.embed)
-    extras = Extras(arguments.reference, arguments.reference_model, arguments.curve, arguments.curve_steps)
+    minutes = arguments.curve_minutes if arguments.curve else 0.0
+    extras = Extras(arguments.reference, arguments.reference_model, arguments.curve_steps, minutes)
     outcome = measure(config, console, request, extras, stop=console.stop)
     evidence, advice = outcome.evidence, outcome.advice
     prices = Prices(arguments.price_in, arguments.price_out, arguments.hour_price)
@@ -89,8 +90,8 @@ def _print_options(options: tuple[Option, ...], prices: Prices, console: Console
             escape(o.name),
             f"{o.score.value:.4f} [dim]{o.score.low:.3f}-{o.score.high:.3f}[/]",
             gain,
-            f"{1000 * o.prompt_tokens:,.0f}",
-            f"{1000 * o.answer_tokens:,.0f}",
+            f"{1000 * o.prompt_tokens:,.0f}" if o.counted else "",
+            f"{1000 * o.answer_tokens:,.0f}" if o.counted else "",
             "" if o.seconds is None else f"{1000 * o.seconds:,.0f} s",
         ]
         cost = prices.of_thousand(o)
@@ -138,8 +139,12 @@ def add_parser(commands: Any, task: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed", metavar="MODEL", help="a sentence-transformers model beside BM25")
     parser.add_argument("--reference", metavar="URL", help="OpenAI-compatible API to compare with, such as .../v1")
     parser.add_argument("--reference-model", metavar="NAME", help="the model to ask for there")
-    parser.add_argument("--curve", action="store_true", help="train a few steps on 10, 25, 50 and 100 %% of the rows")
+    parser.add_argument(
+        "--curve", action=argparse.BooleanOptionalAction, default=True,
+        help="where training may pay, train a few steps on 10, 25, 50 and 100 %% of the rows; on unless --no-curve",
+    )  # fmt: skip
     parser.add_argument("--curve-steps", type=_positive, default=40, metavar="N", help="for each size; default 40")
+    parser.add_argument("--curve-minutes", type=_positive, default=10, metavar="N", help="for all sizes; default 10")
     parser.add_argument("--price-in", type=_price, metavar="P", help="of the reference, per million tokens read")
     parser.add_argument("--price-out", type=_price, metavar="P", help="of the reference, per million tokens written")
     parser.add_argument("--hour-price", type=_price, metavar="P", help="of this machine, per hour")

@@ -10,13 +10,13 @@ compared several options, and nothing here measures: see ``pipeline.advise``.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tunegate.config import TaskKind, TaskSection
+from tunegate.data.refusal import is_refusal
 from tunegate.evaluation.answer_form import JSON_METRICS
 from tunegate.evaluation.learning_curve import Curve
 from tunegate.evaluation.retrieval import words
@@ -29,6 +29,7 @@ VERDICTS = (FINE_TUNE, PROMPT, CONSTRAIN, RETRIEVE, MORE_DATA, DO_NOT)
 FEWEST_ROWS, MOST_ROWS = 500, 50_000  # labelled examples with which fine-tuning usually pays
 FEWEST_ITEMS = 30
 ASSUMED_TARGET = 0.9
+SAFETY_SHARE = 0.2  # of the rows are refusals, or flagged as harm: the task is about safety
 
 Uses = Literal["prompt", "shots", "constraint", "passages", "reference"]
 
@@ -56,6 +57,8 @@ class Option:
 
     Tokens are means per request; ``seconds`` per request, on this machine and in batches, None for a service.
     ``gain`` is over the task's own prompt, item by item; None for that prompt itself. ``uses`` says what it is made of.
+    ``to_decide``: items like these that would show on which side of the target the score lies; None if unknown.
+    ``counted``: False for a service that does not count its tokens.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Option:
     stop_rate: float
     seconds: float | None
     gain: Comparison | None = None
+    to_decide: int | None = None
+    counted: bool = True
 
     @property
     def own(self) -> bool:
@@ -84,7 +89,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Evidence:
-    """``missing``: what could not be measured, by use ("constraint", "passages"), with the reason."""
+    """``missing``: what could not be measured, by use ("constraint", "passages"), with the reason. ``flagged``:
+    training and validation rows that would teach compliance with harm, by ``data.safety_scan``."""
 
     kind: Guess
     target: Target
@@ -92,6 +98,7 @@ class Evidence:
     options: tuple[Option, ...]
     missing: dict[str, str]
     trained: Trained | None = None
+    flagged: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,7 @@ def recommend(evidence: Evidence) -> Advice:
     if first is not None:
         return first
     if best.score.value >= evidence.target.value:
-        more = items_to_decide(best.score, evidence.target.value)
-        needed = f"; about {more:,} evaluation items would decide" if more else ""
+        needed = f"; about {best.to_decide:,} evaluation items would decide" if best.to_decide else ""
         reasons.append(f"its point is above the target but not its whole interval{needed}")
         return _advice(evidence, MORE_DATA, best.name, reasons)
     if evidence.trained is not None:
@@ -144,14 +150,6 @@ def best_option(options: Sequence[Option]) -> Option:
     """The base's option with the highest score; of equal ones the one with fewest tokens, then the first."""
     own = [option for option in options if option.own]
     return min(own, key=lambda o: (-o.score.value, o.prompt_tokens + o.answer_tokens))
-
-
-def items_to_decide(score: Score, target: float) -> int | None:
-    """Items at which an interval as wide for its n would no longer reach down to ``target``; None if it never would."""
-    distance = score.value - target
-    if distance < 1e-6:
-        return None
-    return math.ceil(score.n * ((score.value - score.low) / distance) ** 2)
 
 
 def _enough(evidence: Evidence) -> Advice | None:
@@ -255,6 +253,8 @@ def _warnings(evidence: Evidence, verdict: str) -> list[str]:
         found.append(
             f"{1 - ended.stop_rate:.0%} of the answers of {ended.name} ran to the length limit (task.max_new_tokens)"
         )
+    if evidence.flagged:
+        found.append(f"{evidence.flagged:,} rows would teach compliance with harm: `tunegate check` lists them")
     found += [f"not measured: {use}, {why}" for use, why in evidence.missing.items()]
     return found
 
@@ -304,19 +304,19 @@ _SAFETY = re.compile(
     r"unsafe (?:requests?|prompts?)|safety (?:polic\w+|alignment|training))\b",
     re.IGNORECASE,
 )
-_REFUSAL = re.compile(
-    r"^\W*(?:i(?:'m| am) sorry|sorry|i can(?:no|')t|i can not|i(?:'m| am) (?:not able|unable)|i won't)\b", re.I
-)
 _ASKS = {"who", "what", "when", "where", "which", "why", "how", "whose", "whom", "is", "are", "was", "were", "does"}
 
 
 def guess_kind(
-    task: TaskSection, name: str, labels: Sequence[str] | None, rows: Sequence[tuple[str, str, str]]
-) -> Guess:
-    """The sort of task, from its settings and ``rows`` of (system, question, answer) of the training split.
+    task: TaskSection, name: str, labels: Sequence[str] | None, rows: Sequence[tuple[str, str, str]],
+    flagged: float = 0.0,
+) -> Guess:  # fmt: skip
+    """The sort of task, from its settings and ``rows`` of (system, question, answer) of the training split, a share
+    ``flagged`` of which would teach compliance with harm.
 
-    In this order: said by the user; safety words in the task's name or system messages, or refusals as answers;
-    a metric or schema of a format; labels; documents, or short questions whose answers are not in them; a skill.
+    In this order: said by the user; safety words in the task's name or system messages, refusals or harm in the
+    answers; a metric or schema of a format; labels; documents, or short questions whose answers are not in them; a
+    skill.
     """
     if task.kind is not None:
         return Guess(task.kind, "set by the user", given=True)
@@ -324,9 +324,11 @@ def guess_kind(
     found = next((m[0] for text in texts if (m := _SAFETY.search(text.replace("_", " ").replace("-", " ")))), None)
     if found:
         return Guess("safety", f"the task's name or system message says {found!r}")
-    refused = sum(bool(_REFUSAL.match(answer)) for _, _, answer in rows)
-    if rows and refused >= 0.2 * len(rows):
+    refused = sum(is_refusal(answer) for _, _, answer in rows)
+    if rows and refused >= SAFETY_SHARE * len(rows):
         return Guess("safety", f"{refused / len(rows):.0%} of the training answers are refusals")
+    if flagged >= SAFETY_SHARE:
+        return Guess("safety", f"{flagged:.0%} of the training rows would teach compliance with harm")
     if task.metric in (*JSON_METRICS, "regex") or task.json_schema or task.pattern:
         what = "task.json_schema" if task.json_schema else "task.pattern" if task.pattern else f"metric {task.metric}"
         return Guess("format", f"{what} states a format")

@@ -3,7 +3,7 @@
 Every option is scored on the same validation items with the task's metric: the task's own prompt, label lists, the
 user's prompts, fixed and looked-up examples, passages of a documents folder, answers held to their form, and a
 reference model behind a URL. First come the free prompts; the best of them is then tried with the form and with
-passages. ``--curve`` trains a few steps on shares of the rows, in folders of its own.
+passages. Where this leaves training open, a learning curve trains a few steps on shares of the rows.
 
 ::
 
@@ -30,6 +30,8 @@ from tunegate.engine.constrain import AnswerForm, form_problem
 from tunegate.errors import InputError
 from tunegate.evaluation.advise import (
     ASSUMED_TARGET,
+    FINE_TUNE,
+    MORE_DATA,
     Advice,
     Evidence,
     Guess,
@@ -44,7 +46,7 @@ from tunegate.evaluation.answer_form import find_form
 from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.evaluation.retrieval import Both, Lookup, SimilarShots, question, read_passages
-from tunegate.evaluation.statistics import compare
+from tunegate.evaluation.statistics import compare, items_to_decide
 from tunegate.evaluation.types import Measurement
 from tunegate.files import read_jsonl, update_json
 from tunegate.pipeline.folders import owned, short
@@ -68,12 +70,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Extras:
-    """What costs more than prompts of the base: a service, training."""
+    """What costs more than prompts of the base: a service, and training of so many steps for each size, for at most
+    ``curve_minutes`` in all; 0: none."""
 
     reference: str | None = None
     reference_model: str | None = None
-    curve: bool = False
     curve_steps: int = 40
+    curve_minutes: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -195,8 +198,8 @@ def _uses(prompt: Prompt) -> frozenset[Uses]:
 class Bench:
     """Scores ways of asking, or finds their scores, in one folder."""
 
-    def __init__(self, session: Session, folder: Path):
-        self.session, self.folder, self.prepared = session, folder, session.prepared
+    def __init__(self, session: Session, folder: Path, target: Target):
+        self.session, self.folder, self.target, self.prepared = session, folder, target, session.prepared
         self.options: list[Option] = []
         self.measurements: dict[str, Measurement] = {}
 
@@ -216,22 +219,25 @@ class Bench:
 
     def add(self, name: str, uses: frozenset[Uses], record: EvalRecord, items: Path) -> Option:
         """Keep a record with its items as an option."""
-        self.measurements[name] = measurement_of(self.prepared, items)
-        gain = None
+        measured = self.measurements[name] = measurement_of(self.prepared, items)
+        gain = more = None
+        if measured.counts is None:  # the score is the mean of the items' scores
+            good = self.target.value
+            more = items_to_decide(measured.scores - good, -good, 1.0 - good, self.prepared.policy.confidence)
         if name != AS_IS and AS_IS in self.measurements:
             confidence = self.prepared.policy.confidence
-            gain = compare(self.measurements[name], self.measurements[AS_IS], AS_IS, confidence)
+            gain = compare(measured, self.measurements[AS_IS], AS_IS, confidence)
         n = record.score.n
         seconds = None if "reference" in uses else record.seconds / n
         read = record.settings["prompt_tokens"] / n
         option = Option(
-            name, uses, record.score, read, record.generated_tokens / n, record.stop_rate, seconds, gain
+            name, uses, record.score, read, record.generated_tokens / n, record.stop_rate, seconds, gain, more,
+            record.settings.get("tokens_counted", True),
         )  # fmt: skip
         self.options.append(option)
-        self.session.reporter.line(
-            f"{name}: {record.score.value:.4f} ({record.score.low:.3f} to {record.score.high:.3f}), "
-            f"{read:,.0f} tokens in, {option.answer_tokens:,.1f} out"
-        )
+        tokens = f", {read:,.0f} tokens in, {option.answer_tokens:,.1f} out" if option.counted else ""
+        shown = f"{record.score.value:.4f} ({record.score.low:.3f} to {record.score.high:.3f})"
+        self.session.reporter.line(f"{name}: {shown}{tokens}")
         return option
 
     def _fits(self, way: Way) -> bool:
@@ -287,21 +293,21 @@ def advise(
     if kind.kind == "knowledge" and task.documents is None:
         missing["passages"] = "no documents were given (--documents)"
     with owned(prepared.config.run_dir):
-        bench = Bench(Session(prepared, reporter), advise_folder(prepared))
+        bench = Bench(Session(prepared, reporter), advise_folder(prepared), _target(prepared))
         _measure(bench, ways)
         best = best_option(bench.options)
         if extras.reference is not None:
             from tunegate.pipeline.reference import measure_reference
 
             measure_reference(bench, ways, extras.reference, extras.reference_model or "", missing)
-        trained = None
-        if extras.curve:
+        rows, flagged = len(prepared.data.splits.train), prepared.report.stats["safety"]["flagged"]
+        evidence = Evidence(kind, bench.target, rows, tuple(bench.options), missing, flagged=flagged)
+        advice = recommend(evidence)
+        if extras.curve_minutes and advice.verdict in (FINE_TUNE, MORE_DATA):  # nothing else asks for it
             from tunegate.pipeline.curve import measure_curve
 
-            trained = measure_curve(bench, best.name, extras.curve_steps, stop)
-        rows = len(prepared.data.splits.train)
-        evidence = Evidence(kind, _target(prepared), rows, tuple(bench.options), missing, trained)
-        advice = recommend(evidence)
+            evidence = replace(evidence, trained=measure_curve(bench, best.name, extras, stop, missing))
+            advice = recommend(evidence)
         chosen = ways.find(best.name)
         assert chosen is not None
         stored = {
@@ -332,14 +338,21 @@ def _kind(prepared: Prepared) -> Guess:
     for example in prepared.data.splits.train[:2000]:
         system = next((str(m.get("content") or "") for m in example.prompt if m.get("role") == "system"), "")
         rows.append((system, question(example), example.answer))
-    return guess_kind(prepared.config.task.task, prepared.config.name, prepared.scorer.labels, rows)
+    safety = prepared.report.stats["safety"]
+    flagged = safety["flagged"] / safety["rows"]
+    return guess_kind(prepared.config.task.task, prepared.config.name, prepared.scorer.labels, rows, flagged)
 
 
 def _target(prepared: Prepared) -> Target:
-    least = prepared.policy.min_score
-    if least is not None:
-        return Target(least, "gate.min_score")
-    return Target(ASSUMED_TARGET, "assumed: gate.min_score is not set")
+    """The highest score that the gate's policy asks of the task."""
+    policy, metric = prepared.policy, prepared.config.task.task.metric
+    asked = [] if policy.min_score is None else [Target(policy.min_score, "gate.min_score")]
+    for rule in (setting.parsed for setting in policy.rules):
+        about = rule.matches("task") or rule.matches(f"task.{metric}")
+        if about and rule.form == "value" and rule.at_least and not rule.negated:
+            asked.append(Target(rule.number, f"gate.rules: {rule}"))
+    assumed = Target(ASSUMED_TARGET, "assumed: the gate asks for no score")
+    return max(asked, key=lambda target: target.value, default=assumed)
 
 
 def describe(evidence: Evidence, advice: Advice) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Shares are nested (rows in the order of their hashes), and every size takes the same number of optimizer steps, a
 small one passing over its rows more often. What differs is then the variety of the rows and not the amount of training.
-Each training lies in a folder of its own and resumes there; nothing of it is used by a run.
+Each training lies in a folder of its own and resumes there; nothing of it is used by a run. When its time is over,
+training stops after its step, there is no curve, and the next call goes on.
 
 One seed per size: the spread between trainings is not measured.
 """
@@ -10,6 +11,7 @@ One seed per size: the spread between trainings is not measured.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +23,13 @@ from tunegate import records
 from tunegate.data.types import Rendered
 from tunegate.engine.backends import find_backend
 from tunegate.engine.schedule import StepPlan
-from tunegate.engine.train import Hooks
-from tunegate.errors import InputError
+from tunegate.engine.train import Hooks, Interrupted
 from tunegate.evaluation.advise import Trained
 from tunegate.evaluation.learning_curve import fit_curve
 from tunegate.evaluation.statistics import compare
 from tunegate.evaluation.types import Measurement
 from tunegate.files import hash_json
-from tunegate.pipeline.advise import Bench, measurement_of
+from tunegate.pipeline.advise import Bench, Extras, measurement_of
 from tunegate.pipeline.folders import begin, finish, is_done
 from tunegate.pipeline.session import adapter_spec
 from tunegate.records import EvalRecord
@@ -36,28 +37,41 @@ from tunegate.records import EvalRecord
 SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
+FEWEST = 10  # rows, of which a tenth is one
+
+
 def shares(rows: list[Rendered]) -> dict[int, list[Rendered]]:
-    """Nested parts of ``rows``, by percent. :class:`InputError` if fewer than three of them differ in size."""
+    """Nested parts of ``rows``, by percent."""
     ordered = sorted(rows, key=lambda row: hash_json([row.ids, row.target]))
-    parts = {round(100 * share): ordered[: max(1, round(share * len(rows)))] for share in SHARES}
-    if len({len(part) for part in parts.values()}) < len(SHARES):
-        raise InputError(
-            "too few rows for a learning curve", where="data.train", expected="10 or more", got=str(len(rows))
-        )
-    return parts
+    return {round(100 * share): ordered[: max(1, round(share * len(rows)))] for share in SHARES}
 
 
-def measure_curve(bench: Bench, best: str, steps: int, stop: Callable[[], bool]) -> Trained:
-    """Train on every share, fit the curve, and compare the adapter of all rows with the option called ``best``."""
+def measure_curve(
+    bench: Bench, best: str, extras: Extras, stop: Callable[[], bool], missing: dict[str, str]
+) -> Trained | None:
+    """Train on every share, fit the curve, and compare the adapter of all rows with the option called ``best``.
+
+    None where the rows are too few or the time is over; ``missing`` says which.
+    """
+    rows = bench.prepared.train_rows
+    if len(rows) < FEWEST:
+        missing["learning curve"] = f"{len(rows)} rows are too few, {FEWEST} are needed"
+        return None
     settings = bench.prepared.config.task.train
-    whole = settings.model_copy(update={"max_steps": steps})
-    steps = StepPlan(bench.prepared.train_rows, whole).total
+    steps = StepPlan(rows, settings.model_copy(update={"max_steps": extras.curve_steps})).total
+    end = time.monotonic() + 60 * extras.curve_minutes
     found: list[tuple[int, EvalRecord, Measurement]] = []
     try:
-        for percent, rows in shares(bench.prepared.train_rows).items():
+        for percent, part in shares(rows).items():
             folder = bench.folder / "curve" / f"p{percent:03d}"
-            record = _train(bench, rows, steps, folder, percent, stop)
-            found.append((len(rows), record, measurement_of(bench.prepared, folder / "adapter.items.jsonl")))
+            record = _train(bench, part, steps, folder, percent, lambda: stop() or time.monotonic() > end)
+            found.append((len(part), record, measurement_of(bench.prepared, folder / "adapter.items.jsonl")))
+    except Interrupted:
+        if stop():
+            raise
+        done = f"{len(found)} of {len(SHARES)} sizes were trained in {extras.curve_minutes:g} minutes"
+        missing["learning curve"] = f"{done} (--curve-minutes); the same command goes on"
+        return None
     finally:
         bench.session.drop_adapter()
     confidence = bench.prepared.policy.confidence

@@ -7,14 +7,16 @@ they come, so that what was paid for is not asked again. It is never held to a f
 from __future__ import annotations
 
 import json
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from tunegate import records
 from tunegate.evaluation.advise import best_option
-from tunegate.evaluation.endpoint import Endpoint, Reply
+from tunegate.evaluation.endpoint import Reference
+from tunegate.evaluation.judge.http import Reply
 from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.statistics import score
 from tunegate.files import explain_os_error, hash_json, write_jsonl
@@ -30,27 +32,28 @@ def measure_reference(bench: Bench, ways: Ways, url: str, model: str, missing: d
     if any(e.tools for e in bench.prepared.baseline_items):
         missing["reference"] = "these items call tools, and the reference is asked for text only"
         return
-    endpoint = Endpoint(url, model)
+    reference = Reference(url, model)
+    reference.endpoint()  # a wrong address is said before anything is asked
     free = [o for o in bench.options if not o.uses & {"constraint", "passages", "reference"}]
     best = ways.find(best_option(free).name)
     assert best is not None
     for way in dict.fromkeys((ways.plain[0], best)):
-        _measure(bench, way, endpoint)
+        _measure(bench, way, reference)
 
 
-def _measure(bench: Bench, way: Way, endpoint: Endpoint) -> None:
-    name = f"reference-{short(hash_json([endpoint.url, endpoint.model]))}-{way.name}"
+def _measure(bench: Bench, way: Way, reference: Reference) -> None:
+    name = f"reference-{short(hash_json([reference.url, reference.model]))}-{way.name}"
     path, items = bench.folder / f"{name}.json", bench.folder / f"{name}.items.jsonl"
     record = load_record(path, way.prompt.hash)
     if record is None:
         started = time.perf_counter()
-        replies = _ask_all(bench, way, endpoint, bench.folder / f"{name}.answers.jsonl")
-        record = _record(bench, way, endpoint, replies, items, time.perf_counter() - started)
+        replies = _ask_all(bench, way, reference, bench.folder / f"{name}.answers.jsonl")
+        record = _record(bench, way, reference, replies, items, time.perf_counter() - started)
         records.save(path, record)
-    bench.add(f"{endpoint.model} ({way.name})", way.uses | {"reference"}, record, items)
+    bench.add(f"{reference.model} ({way.name})", way.uses | {"reference"}, record, items)
 
 
-def _ask_all(bench: Bench, way: Way, endpoint: Endpoint, kept_at: Path) -> list[Reply]:
+def _ask_all(bench: Bench, way: Way, reference: Reference, kept_at: Path) -> list[Reply]:
     task = bench.prepared.config.task.task
     assert task.max_new_tokens is not None
     # Another tokenizer may need more tokens for the same answer.
@@ -61,23 +64,31 @@ def _ask_all(bench: Bench, way: Way, endpoint: Endpoint, kept_at: Path) -> list[
     keys = [hash_json([list(messages), settings]) for messages in asked]
     kept = _read_kept(kept_at)
     waiting = [n for n in range(len(asked)) if keys[n] not in kept]
+    lock = threading.Lock()
     with (
         explain_os_error(kept_at),
         kept_at.open("a", encoding="utf-8") as handle,
         bench.session.reporter.progress(
-            f"{endpoint.model} {way.name}", len(asked), len(asked) - len(waiting)
+            f"{reference.model} {way.name}", len(asked), len(asked) - len(waiting)
         ) as advance,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
-        jobs = {n: pool.submit(endpoint.ask, asked[n], **settings) for n in waiting}
-        try:
-            for n, job in jobs.items():
-                kept[keys[n]] = job.result()
-                handle.write(json.dumps({"key": keys[n], **vars(kept[keys[n]])}, ensure_ascii=True) + "\n")
+        if handle.tell() and not kept_at.read_bytes().endswith(b"\n"):  # a killed process left half a line
+            handle.write("\n")
+
+        def ask(n: int) -> None:
+            reply = reference.ask(asked[n], **settings)
+            with lock:  # each as it comes: one that fails must not take the others with it
+                kept[keys[n]] = reply
+                handle.write(json.dumps({"key": keys[n], **vars(reply)}, ensure_ascii=True) + "\n")
                 handle.flush()
+
+        try:
+            for job in as_completed([pool.submit(ask, n) for n in waiting]):
+                job.result()
                 advance(1)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [kept[key] for key in keys]
 
@@ -95,32 +106,31 @@ def _read_kept(path: Path) -> dict[str, Reply]:
 
 
 def _record(
-    bench: Bench, way: Way, endpoint: Endpoint, replies: list[Reply], items: Path, seconds: float
+    bench: Bench, way: Way, reference: Reference, replies: list[Reply], items: Path, seconds: float
 ) -> EvalRecord:
     prepared = bench.prepared
     examples = prepared.baseline_items
-    texts = [r.text for r in replies]
+    texts = [r.text.strip() for r in replies]
     scores, found = score_items(prepared.scorer.metrics, texts, [e.answer for e in examples], examples)
     rows = [
-        {"row_id": e.row_id, "reference": e.answer, "prediction": r.text, "stopped": r.stopped, "scores": one}
-        for e, r, one in zip(examples, replies, scores, strict=True)
+        {"row_id": e.row_id, "reference": e.answer, "prediction": text, "stopped": r.whole, "scores": one}
+        for e, r, text, one in zip(examples, replies, texts, scores, strict=True)
     ]
     write_jsonl(items, rows)
-    read, wrote = ([getattr(r, name) for r in replies] for name in ("prompt_tokens", "answer_tokens"))
-    counted = not any(n is None for n in (*read, *wrote))
     task = prepared.config.task.task
     return EvalRecord(
-        subject=f"reference {endpoint.model}",
+        subject=f"reference {reference.model}",
         split="valid",
         primary=task.metric,
         scores={name: score(one, prepared.policy.confidence) for name, one in found.items()},
-        stop_rate=sum(r.stopped for r in replies) / len(replies),
+        stop_rate=sum(r.whole for r in replies) / len(replies),
         items_path=f"{items.parent.name}/{items.name}",
         hashes={"prompt": way.prompt.hash, "items": hash_json([e.content_hash for e in examples])},
         settings={
-            "prompt": way.name, "url": endpoint.url, "model": endpoint.model, "temperature": task.temperature,
-            "top_p": task.top_p, "tokens_counted": counted, "prompt_tokens": sum(n or 0 for n in read),
+            "prompt": way.name, "url": reference.url, "model": reference.model, "temperature": task.temperature,
+            "top_p": task.top_p, "tokens_counted": all(r.counted for r in replies),
+            "prompt_tokens": sum(r.input_tokens for r in replies),
         },
         seconds=seconds,
-        generated_tokens=sum(n or 0 for n in wrote),
+        generated_tokens=sum(r.output_tokens for r in replies),
     )  # fmt: skip
