@@ -91,6 +91,7 @@ def test_every_answer_satisfies_the_schema(runner: Runner, tokenizer: Any, sampl
         text = tokenizer.decode(row.ids)
         value = json.loads(text)
         jsonschema.validate(value, SCHEMA)
+        assert list(value) == ["item", "quantity", "ok"]  # the schema's order, which is not the alphabet's
         assert row.stopped
         assert text == json.dumps(value, separators=(",", ":") if compact else (", ", ": "))
 

@@ -84,6 +84,7 @@ CASES = [
     ),
     (evidence(replace(option("as_is", 0.93), to_decide=1400)), MORE_DATA, "about 1,400 evaluation items would decide"),
     (evidence(OWN, SHOTS, trained=trained(0.8, (0.2, 0.4), HELPS)), FINE_TUNE, "against few_shot_8"),
+    (evidence(option("as_is", 0.93), trained=trained(0.99, (0.02, 0.1), FLAT)), FINE_TUNE, "against as_is"),
     (evidence(OWN, SHOTS, rows=100, trained=trained(0.8, (0.2, 0.4), FLAT)), FINE_TUNE, "+0.300"),
     (evidence(OWN, SHOTS, trained=trained(0.5, (-0.1, 0.1), HELPS)), MORE_DATA, "more rows are predicted to help"),
     (evidence(OWN, SHOTS, trained=trained(0.5, (-0.1, 0.1), FLAT)), MORE_DATA, "neither these rows"),

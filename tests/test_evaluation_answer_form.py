@@ -68,6 +68,25 @@ def test_json_answers_give_a_schema_in_their_own_style() -> None:
     assert form_of([tight, tight, loose], metric="json_equal").compact
 
 
+def test_keys_stand_in_the_usual_order_of_the_answers(tmp_path: Path) -> None:
+    """A schema in alphabetical order, also inside ``oneOf`` and below a key that is itself called ``properties``."""
+    inner = {"type": "object", "properties": {k: {"type": "string"} for k in ("artist", "city", "zone")}}
+    first = {"type": "object", "properties": {"properties": inner, "kind": {"const": "a"}}, "required": ["kind"]}
+    given = {"oneOf": [first, {"const": {"properties": {"b": 1, "a": 2}}}]}
+    (tmp_path / "s.json").write_text(json.dumps(given))
+    answers = [
+        json.dumps({"kind": "a", "properties": slots})
+        for slots in ({"zone": "z", "city": "c"}, {"zone": "z"}, {"zone": "x", "city": "y"})
+    ]
+    found = json.loads(form_of(answers, None, tmp_path, metric="json_equal", json_schema="s.json").value)
+    assert found == given  # it means the same
+    assert list(found["oneOf"][0]["properties"]) == ["kind", "properties"]
+    assert list(found["oneOf"][0]["properties"]["properties"]["properties"]) == ["zone", "city", "artist"]
+    assert list(found["oneOf"][1]["const"]["properties"]) == ["b", "a"]
+    mixed = [json.dumps({"a": 1}), *[json.dumps({"b": 1, "a": 2})] * 3]
+    assert list(json.loads(form_of(mixed, metric="json_equal").value)["properties"]) == ["b", "a"]
+
+
 @pytest.mark.parametrize(
     ("answers", "wanted"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tunegate.evaluation.prompts import Prompt
 from tunegate.evaluation.retrieval import (
     BM25,
     Both,
+    Embeddings,
     Fused,
     Lookup,
     Passage,
@@ -95,6 +98,27 @@ def test_embeddings_need_their_library() -> None:
     else:
         with pytest.raises(InputError, match="cannot load the embedding model"):
             build_index(["a"], "/no/such/model")
+
+
+def test_embeddings_are_ranked_by_cosine_and_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the library that counts the letters a, b and c."""
+
+    class Letters:
+        def __init__(self, name: str):
+            assert name == "letters"
+
+        def encode(self, texts: list[str], normalize_embeddings: bool) -> list[list[float]]:
+            counts = np.array([[t.count(c) for c in "abc"] for t in texts], dtype=float)
+            return list(counts / np.linalg.norm(counts, axis=1, keepdims=True)) if normalize_embeddings else []
+
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = Letters  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    texts = ["aab", "cc", "b"]
+    found = Embeddings(texts, "letters").scores("a")
+    assert found == pytest.approx([2 / math.sqrt(5), 0, 0])
+    fused = build_index(texts, "letters").scores("b aa")  # by words: b first; by letters: aab first
+    assert fused == pytest.approx([1 / 62 + 1 / 61, 1 / 63 + 1 / 63, 1 / 61 + 1 / 62])
 
 
 # --- passages -------------------------------------------------------------------------------------------------------

@@ -239,6 +239,12 @@ def test_a_metric_without_answers_is_refused(tmp_path: Path, tiny_llama: Path) -
     assert said.code == 2 and "scores none" in said.err
 
 
+def test_a_prompt_with_a_name_of_ours_is_refused(copy: Path) -> None:
+    replace_line(copy, "name: brief", "name: as_is_constrained")
+    said = call("advise", copy, "--no-curve")
+    assert said.code == 2 and "rename the prompt" in said.err
+
+
 def test_what_a_person_sees(advised: Path) -> None:
     said = call("advise", advised, "--shots", 3, "--curve-steps", 4, "--hour-price", "0.5")
     assert said.code == 0, said.err

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 
 from tunegate.cli.console import Console
-from tunegate.config import Config, load_config
+from tunegate.config import Config, TaskKind, load_config
 from tunegate.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -85,21 +85,20 @@ def _print_options(options: tuple[Option, ...], prices: Prices, console: Console
     rows = []
     priced = any(prices.of_thousand(o) is not None for o in options)
     for o in options:
-        gain = "" if o.gain is None else f"{o.gain.difference:+.3f} [dim]{o.gain.low:+.3f} to {o.gain.high:+.3f}[/]"
+        gain = "" if o.gain is None else f"[dim]{o.gain.low:+.2f} to {o.gain.high:+.2f}[/]"
         cells = [
             escape(o.name),
-            f"{o.score.value:.4f} [dim]{o.score.low:.3f}-{o.score.high:.3f}[/]",
+            f"{o.score.value:.3f} [dim]{o.score.low:.2f}-{o.score.high:.2f}[/]",
             gain,
-            f"{1000 * o.prompt_tokens:,.0f}" if o.counted else "",
-            f"{1000 * o.answer_tokens:,.0f}" if o.counted else "",
+            f"{o.prompt_tokens:,.0f}k" if o.counted else "",
+            f"{o.answer_tokens:,.1f}k" if o.counted else "",
             "" if o.seconds is None else f"{1000 * o.seconds:,.0f} s",
         ]
         cost = prices.of_thousand(o)
         rows.append([*cells, *(["" if cost is None else f"{cost:,.2f}"] if priced else [])])
-    head = [f"{options[0].score.metric}, {options[0].score.n} items", "score", "over as_is", "tokens in", "out", "time"]
-    console.table(
-        [*head, *(["cost"] if priced else [])], rows, title="without training; tokens, time and cost of 1,000 requests"
-    )
+    head = ["without training", "score", "over as_is", "in", "out", "time", *(["cost"] if priced else [])]
+    what = f"{options[0].score.metric} on {options[0].score.n} items"
+    console.table(head, rows, title=f"{what}; tokens, time and cost of 1,000 requests")
 
 
 def _print_curve(trained: Trained, console: Console) -> None:
@@ -130,10 +129,10 @@ def add_parser(commands: Any, task: argparse.ArgumentParser) -> None:
         "examples, answers held to their form, passages of documents. Then recommends, with the figures.",
     )
     parser.add_argument("--documents", metavar="FOLDER", help="texts to look answers up in (task.documents)")
+    parser.add_argument("--kind", choices=get_args(TaskKind), help="of task; default: a guess, shown")
     parser.add_argument(
-        "--kind", choices=("format", "labels", "knowledge", "skill", "safety"), help="of task; default: a guess, shown"
+        "--shots", type=_positive, default=8, metavar="K", help="examples shown, fixed or looked up; default 8"
     )
-    parser.add_argument("--shots", type=_positive, default=8, metavar="K", help="looked-up examples; default 8")
     parser.add_argument("--passages", type=_positive, default=3, metavar="N", help="in a prompt; default 3")
     parser.add_argument("--passage-tokens", type=_positive, default=160, metavar="N", help="of a passage; default 160")
     parser.add_argument("--embed", metavar="MODEL", help="a sentence-transformers model beside BM25")

@@ -134,12 +134,13 @@ def recommend(evidence: Evidence) -> Advice:
     if best.score.value >= evidence.target.value:
         needed = f"; about {best.to_decide:,} evaluation items would decide" if best.to_decide else ""
         reasons.append(f"its point is above the target but not its whole interval{needed}")
-        return _advice(evidence, MORE_DATA, best.name, reasons)
     if evidence.trained is not None:
         return _by_training(evidence, evidence.trained, best, reasons)
+    if best.score.value >= evidence.target.value:
+        return _advice(evidence, MORE_DATA, best.name, reasons)
     if evidence.rows < FEWEST_ROWS:
         reasons.append(
-            f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}; --curve measures what they give"
+            f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}, and there is no learning curve"
         )
         return _advice(evidence, MORE_DATA, best.name, reasons)
     reasons.append(f"{evidence.rows:,} rows to train on, and the best prompt stops {_gap(evidence, best)} short")
@@ -247,7 +248,7 @@ def _warnings(evidence: Evidence, verdict: str) -> list[str]:
             f"{evidence.rows:,} rows are fewer than {FEWEST_ROWS}: start at rank 4 to 8, and watch for over-fitting"
         )
     if evidence.rows > MOST_ROWS:
-        found.append(f"{evidence.rows:,} rows are more than {MOST_ROWS:,}: a sample may do as well (--curve)")
+        found.append(f"{evidence.rows:,} rows are more than {MOST_ROWS:,}: a sample may do as well")
     ended = best_option(evidence.options)
     if ended.stop_rate < 0.9:
         found.append(

@@ -31,20 +31,23 @@ def find_form(
     metrics = {task.metric, *task.report}
     if task.json_schema is not None:
         schema = parse_json((folder / task.json_schema).read_text(encoding="utf-8"))
-        ordered = json.dumps(_ordered(schema, _usual_places(answers)))
-        return AnswerForm("json_schema", ordered, _compact(answers)), f"task.json_schema ({task.json_schema})"
+        return _json_form(schema, answers), f"task.json_schema ({task.json_schema})"
     if task.pattern is not None:
         return AnswerForm("regex", task.pattern), "task.pattern"
     if labels and len(labels) <= MOST_CHOICES:
         return AnswerForm("choices", tuple(labels)), f"the {len(labels)} labels"
     if metrics & set(JSON_METRICS):
         inferred = infer_schema([value for value in (_value(a) for a in answers) if value is not _NOTHING])
-        form = AnswerForm("json_schema", json.dumps(inferred), _compact(answers))
-        return form, "keys and types of the training answers"
+        return _json_form(inferred, answers), "keys and types of the training answers"
     distinct = sorted(set(answers))
     if 2 <= len(distinct) <= min(MOST_CHOICES, len(answers) // 5) and all(distinct):
         return AnswerForm("choices", tuple(distinct)), f"the {len(distinct)} answers in train"
     return None
+
+
+def _json_form(schema: Any, answers: Sequence[str]) -> AnswerForm:
+    """``schema`` in the order and with the white space of ``answers``."""
+    return AnswerForm("json_schema", json.dumps(_ordered(schema, _usual_places(answers))), _compact(answers))
 
 
 _NOTHING = object()

@@ -109,14 +109,16 @@ def candidates(
     wanted: Sequence[PromptSection] | None,
     *,
     takes_system: bool = True,
+    few: int = FEW,
 ) -> list[Prompt]:
-    """The prompts to measure, the task's own (``as_is``) first. ``takes_system``: the template has a system role."""
+    """The prompts to measure, the task's own (``as_is``) first. ``takes_system``: the template has a system role.
+    ``few``: examples in the built-in prompts that show some."""
     own, in_user = Prompt(AS_IS), not takes_system
     if wanted is not None:
         _check_names([AS_IS, *(p.name for p in wanted)])
         return [own, *(Prompt(p.name, p.system, "", pick_shots(train, p.shots), in_user) for p in wanted)]
     found = [own]
-    shots = pick_shots(train, FEW)
+    shots = pick_shots(train, few)
     listed = ""
     if labels and len(labels) <= MOST_LABELS:
         listed = "Answer with exactly one of: " + ", ".join(labels)

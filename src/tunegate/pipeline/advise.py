@@ -56,6 +56,7 @@ from tunegate.pipeline.session import Session
 from tunegate.records import EvalRecord
 
 BEST, ADVICE = "best.json", "advice.json"
+FORMED, PASSED = "_constrained", "_passages_"  # in the names of options
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,12 @@ class Ways:
     def plain(self) -> list[Way]:
         """Prompts without form and passages, the task's own first."""
         train, labels = self.prepared.data.splits.train, self.prepared.scorer.labels
-        built = candidates(train, labels, None, takes_system=not self.in_user)
+        built = candidates(train, labels, None, takes_system=not self.in_user, few=self.request.shots)
         own = candidates(train, labels, self.task.prompts or (), takes_system=not self.in_user)[1:]
         taken = {p.name.casefold() for p in own}
+        if made := sorted(name for name in taken if name.endswith(FORMED) or PASSED in name):
+            what = f"names with {FORMED} at the end or {PASSED} in them are given by advise"
+            raise InputError(what, where="task.prompts", got=", ".join(made), fix="rename the prompt")
         found = [Way(p, _uses(p)) for p in (*built, *own) if p in own or p.name.casefold() not in taken]
         if self.shots.n:
             similar = Prompt(f"retrieved_{self.shots.n}", in_user=self.in_user, finder=self.shots)
@@ -156,14 +160,14 @@ class Ways:
     def with_form(self, way: Way) -> Way | None:
         if self.form is None or form_problem(self.form[0]):
             return None
-        prompt = replace(way.prompt, name=f"{way.name}_constrained", form=self.form[0])
+        prompt = replace(way.prompt, name=f"{way.name}{FORMED}", form=self.form[0])
         return Way(prompt, way.uses | {"constraint"})
 
     def with_passages(self, way: Way) -> Way | None:
         if self.lookup is None:
             return None
         finder = self.lookup if way.prompt.finder is None else Both(way.prompt.finder, self.lookup)
-        name = f"{way.name}_passages_{self.request.passages}"
+        name = f"{way.name}{PASSED}{self.request.passages}"
         return Way(replace(way.prompt, name=name, finder=finder, in_user=self.in_user), way.uses | {"passages"})
 
     def find(self, name: str) -> Way | None:
@@ -171,7 +175,7 @@ class Ways:
         for way in self.plain:
             if not name.startswith(way.name):
                 continue
-            looked = self.with_passages(way) if "_passages_" in name else None
+            looked = self.with_passages(way) if PASSED in name else None
             for made in (way, looked, *(self.with_form(w) for w in (way, looked) if w is not None)):
                 if made is not None and made.name == name:
                     return made
