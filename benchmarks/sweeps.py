@@ -41,8 +41,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 Cell = tuple[str, dict[str, Any]]
 
 
-def run(name: str, spec: dict[str, Any], folder: Path, output: Path, machine: dict[str, Any]) -> None:
-    """Measure every cell of sweep ``name`` and write it."""
+def run(
+    name: str, spec: dict[str, Any], folder: Path, output: Path, machine: dict[str, Any], only: list[str] | None = None
+) -> None:
+    """Measure every cell of sweep ``name`` and write it; ``only``: contestants by the start of their names."""
     if name == "breakdown":
         _breakdown(spec, output, machine)
         return
@@ -52,7 +54,7 @@ def run(name: str, spec: dict[str, Any], folder: Path, output: Path, machine: di
     }  # fmt: skip
     found = []
     for label, cell in makers[name](spec, folder):
-        for contestant in _few():
+        for contestant in (c for c in _few() if not only or any(c.name.startswith(o) for o in only)):
             found.append(_cell(label, contestant, cell))
     lines = [[c["cell"], c["name"], c.get("speed"), c.get("rss_gb"), c.get("skipped")] for c in found]
     header = [name, "", "real tokens/s", "peak RSS, GB", "skipped"]

@@ -67,7 +67,7 @@ def main() -> None:
             headline = run_main(args, spec, found)
         for name in sweeps.SWEEPS:
             if getattr(args, name):
-                sweeps.run(name, spec, Path(folder), args.output, machine)
+                sweeps.run(name, spec, Path(folder), args.output, machine, args.only)
     print(json.dumps(headline))
 
 

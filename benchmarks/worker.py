@@ -269,6 +269,32 @@ def loss_gap(spec: dict[str, Any]) -> dict[str, Any]:
     return {"tunegate": ours, "peft": theirs, "gap": max(abs(a - b) for a, b in zip(ours, theirs, strict=True))}
 
 
+def curves(spec: dict[str, Any]) -> dict[str, Any]:
+    """The loss curves of :func:`loss_gap`, and each side once more on one thread: sums in another order, the noise
+    that two runs of the same thing have."""
+    from tunegate.engine.backends.trl import peft_parameters
+    from tunegate.engine.checkpoint import load_parameters
+
+    rows = read_rows(spec)
+    spec = {**spec, "dtype": "float32"}
+    threads, found = torch.get_num_threads(), {}
+    for name, count in (("tunegate", threads), ("tunegate again", 1)):
+        torch.set_num_threads(count)
+        runner, injection, settings = tunegate_parts(spec, rows)
+        start = {key: p.detach().clone() for key, p in injection.parameters().items()}
+        folder = f"{spec['folder']}/{count}"
+        found[name] = train_tunegate({**spec, "folder": folder}, (runner, injection, settings))["losses"]
+        del runner, injection
+    for name, count in (("peft", threads), ("peft again", 1)):
+        torch.set_num_threads(count)
+        model = peft_model(spec, settings)
+        load_parameters(peft_parameters(model), start)
+        found[name] = train_peft(spec, model)["losses"]
+        del model
+    torch.set_num_threads(threads)
+    return {"losses": found}
+
+
 def breakdown(spec: dict[str, Any]) -> dict[str, Any]:
     """Where tunegate's steps spend their time, by torch's profiler: self time of each operator, ms a step."""
     rows = read_rows(spec)
@@ -294,6 +320,7 @@ def main() -> None:
         found = importlib.import_module({"roofline": "roofline", "generate": "generation"}[spec["kind"]]).run(spec)
     else:
         kinds = {"tunegate": train_tunegate, "peft": train_peft, "trl": train_trl, "loss_gap": loss_gap}
+        kinds["curves"] = curves
         found = {**kinds, "breakdown": breakdown}[spec["kind"]](spec)
     found["rss"] = common.resident(what="VmHWM")
     found["rss_after_torch"] = RSS_AFTER_TORCH

@@ -204,14 +204,14 @@ def test_sign_flip_test_is_exact_for_few_items() -> None:
 
 def test_sampled_p_value_is_close_to_scipys() -> None:
     random = np.random.default_rng(3)
-    theirs = random.random(80)
-    mine = np.clip(theirs + random.normal(0.02, 0.1, 80), 0, 1)
+    theirs = random.random(600)
+    mine = np.clip(theirs + random.normal(0.02, 0.1, 600), 0, 1)
     result = compare(measured(mine), measured(theirs), "prompt")
     expected = stats.permutation_test(
         (mine - theirs,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(5)
     )
     assert result.p_value == pytest.approx(expected.pvalue, abs=0.02)
-    student = stats.t.interval(0.95, 79, loc=(mine - theirs).mean(), scale=stats.sem(mine - theirs))
+    student = stats.t.interval(0.95, 599, loc=(mine - theirs).mean(), scale=stats.sem(mine - theirs))
     assert (result.low, result.high) == pytest.approx(student, abs=0.004)
     assert result == compare(measured(mine), measured(theirs), "prompt")
 

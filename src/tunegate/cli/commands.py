@@ -179,6 +179,9 @@ def _show_task(config: Config, console: Console) -> int:
     return 0
 
 
+_KEPT = {"regression": "general ability", "safety": "refusals"}
+
+
 def _print_card(card: AdapterCard, console: Console) -> None:
     base = card.base
     console.text(f"\n[bold]{escape(card.name)}[/]  run {escape(str(card.adapter['run']))}")
@@ -194,6 +197,9 @@ def _print_card(card: AdapterCard, console: Console) -> None:
     for comparison in card.comparisons:
         console.text(f"adapter against {_comparison(comparison)}")
     _print_decision(card.decision, console)
+    judged = {rule.metric.partition(".")[0] for rule in card.decision.rules if rule.metric}
+    if missing := [what for family, what in _KEPT.items() if family not in judged]:
+        console.text(f"not judged: whether the base's {' and '.join(missing)} were kept (gate.rules, docs/gate.md)")
     reasons = [str(o["reason"]) for o in card.test_openings if o.get("reason")]
     if len(card.test_openings) > 1 or reasons:
         why = f"; reopened because: {'; '.join(reasons)}" if reasons else ""
