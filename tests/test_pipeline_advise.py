@@ -166,7 +166,6 @@ def test_passages_come_before_training_for_knowledge(tmp_path: Path, tiny_llama:
     names = {o["name"] for o in said["evidence"]["options"]}
     assert "as_is_passages_1" in names and "as_is_passages_1_constrained" in names
     assert not said["evidence"]["missing"]
-    assert call("advise", task, "--json", "--documents", tmp_path / "none").code == 2
 
 
 def test_a_reference_model(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +236,22 @@ def test_a_metric_without_answers_is_refused(tmp_path: Path, tiny_llama: Path) -
     replace_line(task, "metric: accuracy\n  report: likelihood", "metric: likelihood")
     said = call("advise", task)
     assert said.code == 2 and "scores none" in said.err
+
+
+def test_wrong_input_is_said_before_anything_is_measured(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    for flags in (["--documents", tmp_path / "none"], ["--reference", "ftp://x/v1", "--reference-model", "m"]):
+        assert call("advise", task, *flags).code == 2
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_form_that_cannot_be_enforced_is_no_option_and_said(tmp_path: Path, tiny_llama: Path) -> None:
+    task = write_task(tmp_path, tiny_llama, rows=60)
+    replace_line(task, "metric: accuracy\n  report: likelihood", "metric: regex\n  pattern: '(?=r)red|blue|green'")
+    found = result(call("advise", task, "--json", "--shots", 2, "--no-curve"))
+    assert "cannot be enforced" in found["evidence"]["missing"]["constraint"]
+    assert not any("constraint" in o["uses"] for o in found["evidence"]["options"])
+    assert found["advice"]["verdict"] == "constrain the output"  # a format task, and it could not be tried
 
 
 def test_a_prompt_with_a_name_of_ours_is_refused(copy: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from tunegate import records
 from tunegate.config import Config
-from tunegate.engine.constrain import AnswerForm, form_problem
+from tunegate.engine.constrain import AnswerForm, build_constraint
 from tunegate.errors import InputError
 from tunegate.evaluation.advise import (
     ASSUMED_TARGET,
@@ -43,6 +43,7 @@ from tunegate.evaluation.advise import (
     recommend,
 )
 from tunegate.evaluation.answer_form import find_form
+from tunegate.evaluation.endpoint import Reference
 from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.evaluation.retrieval import Both, Lookup, SimilarShots, question, read_passages
@@ -157,8 +158,20 @@ class Ways:
             found += [Way(p, _uses(p)) for p in (similar, *both) if p.name not in taken]
         return found
 
+    @cached_property
+    def form_problem(self) -> str:
+        """Why answers cannot be held to the form; empty if they can, or if there is none."""
+        if self.form is None:
+            return ""
+        renderer = self.prepared.base.renderer
+        try:
+            build_constraint(self.form[0], renderer.tokenizer, renderer.stop_ids)
+        except InputError as error:
+            return "; ".join(f"{p.what}: {p.got}" for p in error.problems)
+        return ""
+
     def with_form(self, way: Way) -> Way | None:
-        if self.form is None or form_problem(self.form[0]):
+        if self.form is None or self.form_problem:
             return None
         prompt = replace(way.prompt, name=f"{way.name}{FORMED}", form=self.form[0])
         return Way(prompt, way.uses | {"constraint"})
@@ -181,13 +194,13 @@ class Ways:
                     return made
         return None
 
-    @property
-    def missing(self) -> dict[str, str]:
-        """What cannot be measured here, and why."""
-        found = {}
-        if self.form is not None and (problem := form_problem(self.form[0])):
-            found["constraint"] = problem
-        return found
+    def check(self, kind: Guess) -> dict[str, str]:
+        """What cannot be measured here, and why. Everything that is looked up is read: wrong input is said before
+        minutes of measuring."""
+        missing = {"constraint": self.form_problem} if self.form_problem else {}
+        if self.plain and self.lookup is None and kind.kind == "knowledge":
+            missing["passages"] = "no documents were given (--documents)"
+        return missing
 
 
 def _uses(prompt: Prompt) -> frozenset[Uses]:
@@ -293,17 +306,25 @@ def advise(
         )
     ways = Ways(prepared, request)
     kind = _kind(prepared)
-    missing = ways.missing
-    if kind.kind == "knowledge" and task.documents is None:
-        missing["passages"] = "no documents were given (--documents)"
+    missing = ways.check(kind)
+    reference = None if extras.reference is None else Reference(extras.reference, extras.reference_model or "")
+    if reference is not None:
+        reference.endpoint()
     with owned(prepared.config.run_dir):
         bench = Bench(Session(prepared, reporter), advise_folder(prepared), _target(prepared))
         _measure(bench, ways)
         best = best_option(bench.options)
-        if extras.reference is not None:
+        chosen = ways.find(best.name)
+        assert chosen is not None
+        stored = {
+            "prompt": best.name, "hash": chosen.prompt.hash, "value": best.score.value, "request": asdict(request),
+            "documents": task.documents,
+        }  # fmt: skip
+        update_json(bench.folder / BEST, stored)
+        if reference is not None:
             from tunegate.pipeline.reference import measure_reference
 
-            measure_reference(bench, ways, extras.reference, extras.reference_model or "", missing)
+            measure_reference(bench, ways, reference, missing)
         rows, flagged = len(prepared.data.splits.train), prepared.report.stats["safety"]["flagged"]
         evidence = Evidence(kind, bench.target, rows, tuple(bench.options), missing, flagged=flagged)
         advice = recommend(evidence)
@@ -312,13 +333,6 @@ def advise(
 
             evidence = replace(evidence, trained=measure_curve(bench, best.name, extras, stop, missing))
             advice = recommend(evidence)
-        chosen = ways.find(best.name)
-        assert chosen is not None
-        stored = {
-            "prompt": best.name, "hash": chosen.prompt.hash, "value": best.score.value, "request": asdict(request),
-            "documents": task.documents,
-        }  # fmt: skip
-        update_json(bench.folder / BEST, stored)
         update_json(bench.folder / ADVICE, describe(evidence, advice))
     form = "" if ways.form is None else f"{ways.form[0].kind}: {ways.form[1]}"
     return Outcome(bench.folder, evidence, advice, form, ways.skipped)

@@ -35,8 +35,6 @@ from tunegate.pipeline.session import adapter_spec
 from tunegate.records import EvalRecord
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-
-
 FEWEST = 10  # rows, of which a tenth is one
 
 

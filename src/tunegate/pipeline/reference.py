@@ -27,13 +27,11 @@ from tunegate.records import EvalRecord
 AT_ONCE = 4
 
 
-def measure_reference(bench: Bench, ways: Ways, url: str, model: str, missing: dict[str, str]) -> None:
+def measure_reference(bench: Bench, ways: Ways, reference: Reference, missing: dict[str, str]) -> None:
     """Add the reference model's options to ``bench``; ``missing`` says so where its tools would be needed."""
     if any(e.tools for e in bench.prepared.baseline_items):
         missing["reference"] = "these items call tools, and the reference is asked for text only"
         return
-    reference = Reference(url, model)
-    reference.endpoint()  # a wrong address is said before anything is asked
     free = [o for o in bench.options if not o.uses & {"constraint", "passages", "reference"}]
     best = ways.find(best_option(free).name)
     assert best is not None
