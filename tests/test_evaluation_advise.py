@@ -50,12 +50,14 @@ def evidence(*options: Option, kind: Any = "skill", rows: int = 2000, target: fl
     )
 
 
-def trained(value: float, over: tuple[float, float], doubling: tuple[float, float, float]) -> Trained:
+def trained(
+    value: float, over: tuple[float, float], doubling: tuple[float, float, float], run_steps: int = 40
+) -> Trained:
     flat = Estimate(value, value, value)
     curve = Curve(
         (1, 2, 3, 4), (0.1,) * 4, PowerLaw(0, 1, 0), {"1x": flat, "2x": flat, "4x": flat}, Estimate(*doubling)
     )
-    return Trained(curve, scored(value), compared(*over), 40)
+    return Trained(curve, scored(value), compared(*over), 40, run_steps)
 
 
 OWN, SHOTS = option("as_is", 0.3), option("few_shot_8", 0.5, "shots")
@@ -90,6 +92,9 @@ CASES = [
     (evidence(OWN, SHOTS, trained=trained(0.5, (-0.1, 0.1), FLAT)), MORE_DATA, "neither these rows"),
     (evidence(OWN, SHOTS, trained=trained(0.3, (-0.3, -0.1), FLAT)), PROMPT, "stays behind the prompt"),
     (evidence(OWN, SHOTS, trained=trained(0.3, (-0.3, -0.1), HELPS)), MORE_DATA, "predicted to help"),
+    (evidence(OWN, SHOTS, trained=trained(0.3, (-0.3, -0.1), FLAT, 119)), FINE_TUNE, "a run takes 119 steps"),
+    (evidence(OWN, SHOTS, rows=100, trained=trained(0.3, (-0.3, -0.1), FLAT, 119)), MORE_DATA, "fewer than 500"),
+    (evidence(OWN, SHOTS, trained=trained(0.8, (0.2, 0.4), FLAT, 119)), FINE_TUNE, "against few_shot_8"),
 ]
 
 

@@ -79,12 +79,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Trained:
-    """Quick training on shares of the rows: the curve, and the adapter of all rows against the best option."""
+    """Quick training on shares of the rows: the curve, and the adapter of all rows against the best option.
+
+    ``steps`` were trained for each size; a run takes ``run_steps``.
+    """
 
     curve: Curve
     score: Score
     over_best: Comparison
     steps: int
+    run_steps: int
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,13 @@ def recommend(evidence: Evidence) -> Advice:
     if best.score.value >= evidence.target.value:
         needed = f"; about {best.to_decide:,} evaluation items would decide" if best.to_decide else ""
         reasons.append(f"its point is above the target but not its whole interval{needed}")
-    if evidence.trained is not None:
-        return _by_training(evidence, evidence.trained, best, reasons)
+    said = None if evidence.trained is None else _by_training(evidence, evidence.trained, best, reasons)
+    if said is not None:
+        return said
     if best.score.value >= evidence.target.value:
         return _advice(evidence, MORE_DATA, best.name, reasons)
     if evidence.rows < FEWEST_ROWS:
-        reasons.append(
-            f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}, and there is no learning curve"
-        )
+        reasons.append(f"{evidence.rows:,} rows to train on are fewer than {FEWEST_ROWS}")
         return _advice(evidence, MORE_DATA, best.name, reasons)
     reasons.append(f"{evidence.rows:,} rows to train on, and the best prompt stops {_gap(evidence, best)} short")
     return _advice(evidence, FINE_TUNE, best.name, reasons)
@@ -211,8 +214,9 @@ def _knowledge_first(evidence: Evidence, reasons: list[str]) -> Advice | None:
     return None
 
 
-def _by_training(evidence: Evidence, trained: Trained, best: Option, reasons: list[str]) -> Advice:
-    """What the quick training on shares of the rows says."""
+def _by_training(evidence: Evidence, trained: Trained, best: Option, reasons: list[str]) -> Advice | None:
+    """What the quick training on shares of the rows says. One that is shorter than a run can win, but not lose: then
+    it is one of ``reasons`` and decides nothing."""
     curve, over = trained.curve, trained.over_best
     seen = f"{trained.steps} steps on all {evidence.rows:,} rows give {_score(trained.score)}"
     double = curve.predicted["2x"]
@@ -224,6 +228,12 @@ def _by_training(evidence: Evidence, trained: Trained, best: Option, reasons: li
         reasons += [f"{seen}, {_difference(over)} against {best.name}", more]
         return _advice(evidence, FINE_TUNE, best.name, reasons)
     reasons += [f"{seen}, not shown to be better than {best.name}: {_difference(over)}", more]
+    if trained.steps < trained.run_steps:
+        reasons.append(
+            f"a run takes {trained.run_steps:,} steps, so this does not speak against one "
+            f"(--curve-steps {trained.run_steps} would)"
+        )
+        return None
     if over.high < 0 and not curve.more_rows_help:
         reasons.append("training stays behind the prompt, and more rows are not predicted to change that")
         return _advice(evidence, PROMPT, best.name, reasons)

@@ -75,7 +75,8 @@ def measure_curve(
     confidence = bench.prepared.policy.confidence
     curve = fit_curve([n for n, _, _ in found], np.stack([m.scores for _, _, m in found]), confidence)
     _, record, measured = found[-1]
-    return Trained(curve, record.score, compare(measured, bench.measurements[best], best, confidence), steps)
+    over_best = compare(measured, bench.measurements[best], best, confidence)
+    return Trained(curve, record.score, over_best, steps, max(steps, StepPlan(rows, settings).total))
 
 
 def _train(
