@@ -1,5 +1,5 @@
 # make demo   run the example task end to end          make test      lint, types and the fast tests
-# make setup  install what running needs into .venv    make test-all  every test, the slow ones too
+# make setup  install what running needs into .venv    make test-all  every test, the slow ones and `make sanitize` too
 #
 # torch's default build for Linux brings CUDA libraries of several GB. For the CPU build:
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo setup dev test test-all lint format bench clean
+.PHONY: demo setup dev test test-all sanitize lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -40,8 +40,31 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt $(KERNELS)
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: lint
+test-all: lint sanitize
 	$(BIN)/python -m pytest
+
+# The kernel tests on kernels with address and undefined-behaviour checks, in an environment beside .venv that takes
+# everything else from it. Every level that this machine can run, the emulated ones too.
+SANITIZED := build/sanitized
+CHECKED := address,undefined
+
+$(SANITIZED)/.built: $(VENV)/.dev
+	@echo 'int main() { return 0; }' | $${CXX:-g++} -x c++ -fsanitize=$(CHECKED) -o /dev/null - || { \
+	  echo "$${CXX:-g++} has no sanitizer libraries. On Debian and Ubuntu: apt install libasan8 libubsan1"; exit 1; }
+	$(PYTHON) -m venv $(SANITIZED)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(SANITIZED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	$(SANITIZED)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall . \
+	  --config-settings=cmake.define.TUNEGATE_EMULATION=ON --config-settings=cmake.define.TUNEGATE_SANITIZE=ON \
+	  --config-settings=build-dir=build/sanitized-objects
+	@touch $@
+
+# A sanitizer writes to the file descriptor and ends the process: pytest must not hold it (--capture=sys). libstdc++ is
+# loaded early, or an exception thrown through a kernel ends in the sanitizer instead of in Python.
+sanitize: $(SANITIZED)/.built
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 TUNEGATE_SANITIZED=1 \
+	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider --capture=sys -m "not slow" tests/kernels tests/test_kernels_attention.py
 
 lint: dev
 	$(BIN)/ruff check .

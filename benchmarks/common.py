@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "kernels": kernel_level(),
-        "tcmalloc": tcmalloc(),
+        "tcmalloc": Path(name).name if (name := tcmalloc()) else None,
         "began": time.strftime("%Y-%m-%d %H:%M:%S%z"),
     }
 

@@ -26,7 +26,7 @@ SWEEPS = {
     "checkpointing": "gradient checkpointing",
     "breakdown": "where the time of tunegate's step goes",
 }
-STEPS = (3, 2)
+STEPS = (5, 2)
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 RANKS = (4, 8, 16, 32, 64, 128)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,8 +56,12 @@ def run(
     for label, cell in makers[name](spec, folder):
         for contestant in (c for c in _few() if not only or any(c.name.startswith(o) for o in only)):
             found.append(_cell(label, contestant, cell))
-    lines = [[c["cell"], c["name"], c.get("speed"), c.get("rss_gb"), c.get("skipped")] for c in found]
-    header = [name, "", "real tokens/s", "peak RSS, GB", "skipped"]
+    for one in found:
+        first = next((c["speed"] for c in found if c["name"] == one["name"] and "speed" in c), None)
+        if first and one.get("speed"):
+            one["slower"] = round(first / one["speed"], 3)
+    lines = [[c["cell"], c["name"], c.get("speed"), c.get("slower"), c.get("rss_gb"), c.get("skipped")] for c in found]
+    header = [name, "", "real tokens/s", "time over the first row's", "peak RSS, GB", "skipped"]
     text = f"# Training: {SWEEPS[name]}\n\n{common.describe(machine)}\n\n{common.table(header, lines)}"
     common.write(f"train-{name}", {"machine": machine, "cells": found}, text, output)
 
@@ -117,8 +121,9 @@ def _methods(spec: dict[str, Any], _folder: Path) -> Iterator[Cell]:
 
 
 def _checkpointing(spec: dict[str, Any], _folder: Path) -> Iterator[Cell]:
-    for flag in (False, True):
-        yield "on" if flag else "off", _changed(spec, gradient_checkpointing=flag)
+    layers = json.loads((Path(spec["base"]) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    for label, layers_again in (("off", False), ("half of the layers", layers // 2), ("on", True)):
+        yield label, _changed(spec, gradient_checkpointing=layers_again)
 
 
 def _sizes(spec: dict[str, Any], folder: Path) -> Iterator[Cell]:

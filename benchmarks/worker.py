@@ -73,7 +73,7 @@ def tunegate_model(spec: dict[str, Any]) -> Any:
 
     from tunegate.config import load_config
     from tunegate.pipeline.prepare import prepare
-    from tunegate.pipeline.reporter import Reporter
+    from tunegate.pipeline.reporter import Silent
     from tunegate.pipeline.session import Session
 
     folder = Path(spec["folder"])
@@ -84,7 +84,7 @@ def tunegate_model(spec: dict[str, Any]) -> Any:
     base = {"name": spec["base"], "quantization": spec["quantization"], "compute_dtype": spec["dtype"]}
     task = {"base": base, "data": {"train": "rows.jsonl"}, "task": "exact_match"}
     (folder / "task.yaml").write_text(json.dumps(task), encoding="utf-8")
-    session = Session(prepare(load_config(folder / "task.yaml"), Reporter()), Reporter())
+    session = Session(prepare(load_config(folder / "task.yaml"), Silent()), Silent())
     return session.model
 
 
@@ -169,7 +169,7 @@ def train_peft(spec: dict[str, Any], model: Any = None) -> dict[str, Any]:
     model.train()
     clock.start()
     for step in range(plan.total):
-        chosen = plan.rows(step)
+        chosen = plan.rows(step)[:: -1 if spec.get("reverse") else 1]
         (batch,) = padded_batches(chosen, 10**9)  # one padded batch a step, as a loop with a collator has
         loss = model(**batch).loss
         loss.backward()
@@ -270,28 +270,22 @@ def loss_gap(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def curves(spec: dict[str, Any]) -> dict[str, Any]:
-    """The loss curves of :func:`loss_gap`, and each side once more on one thread: sums in another order, the noise
-    that two runs of the same thing have."""
+    """The loss curves of :func:`loss_gap`, and PEFT's once more with the rows of each batch in reverse: sums in
+    another order, the noise that two runs of the same thing have."""
     from tunegate.engine.backends.trl import peft_parameters
     from tunegate.engine.checkpoint import load_parameters
 
     rows = read_rows(spec)
     spec = {**spec, "dtype": "float32"}
-    threads, found = torch.get_num_threads(), {}
-    for name, count in (("tunegate", threads), ("tunegate again", 1)):
-        torch.set_num_threads(count)
-        runner, injection, settings = tunegate_parts(spec, rows)
-        start = {key: p.detach().clone() for key, p in injection.parameters().items()}
-        folder = f"{spec['folder']}/{count}"
-        found[name] = train_tunegate({**spec, "folder": folder}, (runner, injection, settings))["losses"]
-        del runner, injection
-    for name, count in (("peft", threads), ("peft again", 1)):
-        torch.set_num_threads(count)
+    runner, injection, settings = tunegate_parts(spec, rows)
+    start = {key: p.detach().clone() for key, p in injection.parameters().items()}
+    found = {"tunegate": train_tunegate(spec, (runner, injection, settings))["losses"]}
+    del runner, injection
+    for name, reverse in (("peft", False), ("peft again", True)):
         model = peft_model(spec, settings)
         load_parameters(peft_parameters(model), start)
-        found[name] = train_peft(spec, model)["losses"]
+        found[name] = train_peft({**spec, "reverse": reverse}, model)["losses"]
         del model
-    torch.set_num_threads(threads)
     return {"losses": found}
 
 

@@ -27,6 +27,16 @@ _USER_THREADS = os.environ.get("OMP_NUM_THREADS")
 _TEST_HOME = tempfile.mkdtemp(prefix="tunegate-test-home-")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """``make sanitize`` must not run on other kernels than those it built."""
+    if os.environ.get("TUNEGATE_SANITIZED"):
+        from tunegate.kernels import native
+
+        library = native.library()
+        if library is None or b"__asan_init" not in Path(str(library.__file__)).read_bytes():
+            raise pytest.UsageError(f"these kernels are not built with the sanitizers: {native.describe()}")
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_TEST_HOME, ignore_errors=True)
 

@@ -70,6 +70,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _text(self, body: dict[str, Any], detail: str) -> None:
         self._send(json.dumps(completion(detail)).encode())
 
+    def _raw(self, body: dict[str, Any], detail: str) -> None:
+        self._send(detail.encode())
+
     def _length(self, body: dict[str, Any], detail: str) -> None:
         self._send(json.dumps(completion('{"reasons": "and so on and', "length")).encode())
 

@@ -16,7 +16,7 @@ from toy_runs import KEY, Job, files_of, section
 from tunegate.config import TrainSection
 from tunegate.engine import checkpoint
 from tunegate.engine.checkpoint import FILES, TrainState, find_checkpoint, save_checkpoint
-from tunegate.engine.schedule import make_optimizer
+from tunegate.engine.optimizers import make_optimizer
 from tunegate.engine.train import Interrupted, TrainResult, mean_loss
 from tunegate.errors import TunegateError
 
@@ -180,6 +180,30 @@ def test_the_optimizer_returns_as_it_was(tmp_path: Path) -> None:
         assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
         assert optimizer.state[parameter]["step"] == 3
         assert torch.equal(optimizer.state[parameter]["exp_avg"], stored[f"{name}/exp_avg"])
+
+
+def test_a_stopped_run_with_8_bit_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    def job(folder: str, stop_at: int | None = None) -> Job:
+        settings = section(optimizer="adamw_8bit", rank=32, lr=1e-3, dropout=0.1, eval_every=4)
+        return Job(tmp_path / folder, settings, sizes={"hidden_size": 128, "intermediate_size": 384}, stop_at=stop_at)
+
+    whole = job("whole")
+    whole.run()
+    losses: list[float] = []
+    for stop in (2, 3, 7):
+        stopped = job("cut", stop)
+        with pytest.raises(Interrupted):
+            stopped.run()
+        losses += stopped.losses
+    last = job("cut")
+    last.run()
+    assert losses + last.losses == whole.losses
+    assert files_of(last.folder) == files_of(whole.folder)
+    found = find_checkpoint(last.folder / "checkpoints", KEY)
+    assert found is not None
+    kinds = {name.rpartition("/")[2]: tensor.dtype for name, tensor in load_file(found / FILES[1]).items()}
+    assert kinds["state1"] is kinds["state2"] is torch.uint8
+    assert "exp_avg" in kinds  # the small tensors'
 
 
 def test_a_checkpoint_of_another_adapter_is_not_forced_in(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from toy_runs import section
 from tunegate.data.types import Rendered
-from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
+from tunegate.engine.optimizers import make_optimizer
+from tunegate.engine.schedule import StepPlan, lr_factor
 
 
 def _ten_steps() -> list[Rendered]:

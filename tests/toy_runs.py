@@ -54,11 +54,12 @@ class Job:
     scores: list[float] | None = None
     key: str = KEY
     family: str = "llama"
+    sizes: dict[str, int] = field(default_factory=dict)
     stop_at: int | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        model = tiny_model(self.family)
+        model = tiny_model(self.family, **self.sizes)
         self.runner = Runner(model)
         self.injection: Injection = inject(
             model,

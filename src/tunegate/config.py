@@ -30,6 +30,7 @@ from tunegate.yaml_file import Parsed, parse, read_text
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+TaskKind = Literal["format", "labels", "knowledge", "skill", "safety"]
 
 
 class Section(BaseModel):
@@ -121,9 +122,7 @@ class TaskSection(Section):
     labels: tuple[str, ...] | str | None = Field(
         None, description="the label set, or a JSON file with it; default for accuracy: answers in train"
     )
-    answer_by: Literal["generate", "likelihood"] = Field(
-        "generate", description="likelihood: the most likely label instead of a generated answer"
-    )
+    answer_by: Literal["generate", "likelihood"] = Field("generate", description="likelihood: the most likely label")
     json_schema: str | None = Field(None, description="JSON Schema file for metric json_schema")
     pattern: str | None = Field(None, description="regular expression for metric regex")
     max_new_tokens: int | None = Field(None, ge=1, description="default: longest answer + 25 % + 8")
@@ -133,6 +132,8 @@ class TaskSection(Section):
         None, description="prompt baselines of your own; default: built-in candidates; []: none"
     )
     prompt_items: int = Field(100, ge=1, description="validation items to choose the best prompt on")
+    kind: TaskKind | None = Field(None, description="what `advise` takes the task for; default: a guess")
+    documents: str | None = Field(None, description="folder of texts that `advise` looks answers up in")
 
     _list = field_validator("report", mode="before")(_as_list)
 
@@ -171,6 +172,9 @@ class TrainSection(Section):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: moments in 8 bits a value; paged: they may leave the GPU's memory"
+    )
     clip: Positive | None = Field(1.0, description="largest gradient norm; null: none")
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] | Literal["offload"] = Field(
         False, description="recompute layers in the backward pass: all, a number, or with their inputs in a file"

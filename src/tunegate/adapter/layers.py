@@ -256,9 +256,8 @@ class DoRALinear(nn.Module):
         """
         with torch.autocast(self.lora_A.device.type, enabled=False):  # the norm is fp32 even under autocast
             a, b = self.lora_A.float(), self.lora_B.float()
-            cross = (_times_transpose(self.base, a) * b).sum(1)
-            own = ((b @ (a @ a.t())) * b).sum(1)
-            squared = self.squared_norm + 2 * self.scale * cross + self.scale**2 * own
+            added = (_cross(self.base, a, b, self.scale) * b).sum(1)
+            squared = self.squared_norm + self.scale * added
             limits = torch.finfo(torch.float32)
             floor = (self.squared_norm * limits.eps).clamp_min(limits.tiny)
             return torch.maximum(squared, floor).sqrt()
@@ -281,21 +280,26 @@ class DoRALinear(nn.Module):
 AdapterLayer = LoRALinear | DoRALinear
 
 
-def _times_transpose(layer: nn.Module, a: Tensor) -> Tensor:
-    """``W A^T`` in fp32, (out, r). The kernels read W as it is stored; else 16 bits are widened some rows at a time."""
+def _cross(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``2 W A^T + scale * B A A^T`` in fp32, (out, r).
+
+    The kernels read W as it is stored; else 16 bits are widened some rows at a time. All products by the kernels: one
+    of torch's between theirs would leave its threads spinning on the kernels' cores.
+    """
     quantized = getattr(layer, "quantized", None)
     stored = quantized if isinstance(quantized, QuantizedWeight) else base_weight(layer)
-    parts = (a, stored.codes if isinstance(stored, QuantizedWeight) else stored)
+    parts = (a, b, stored.codes if isinstance(stored, QuantizedWeight) else stored)
     if all(part.device.type == "cpu" for part in parts) and native.library_for(a) is not None:
         readable = isinstance(stored, QuantizedWeight) or (
             stored.dtype in native.KERNEL_DTYPES and stored.stride(-1) == 1
         )
         if readable:
-            out = torch.empty(a.shape[0], stored.shape[0])
-            multiply(Product(out, [Term(a.contiguous(), stored)]))
+            a, rank = a.contiguous(), len(a)
+            out, gram = torch.empty(rank, len(b)), torch.empty(rank, rank)
+            multiply(Product(out, [Term(a, stored)], alpha=2.0), Product(gram, [Term(a, a)]))
+            multiply(Product(out, [Term(gram, b.contiguous())], alpha=scale, add=out))
             return out.t()
     weight = base_weight(layer)
-    if weight.dtype == torch.float32:
-        return weight @ a.t()
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    return torch.cat([part.float() @ a.t() for part in weight.split(rows)])
+    rows = len(weight) if weight.dtype == torch.float32 else max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    times = torch.cat([part.float() @ a.t() for part in weight.split(rows)])
+    return 2 * times + scale * (b @ (a @ a.t()))

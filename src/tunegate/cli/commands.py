@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from tunegate import records
+from tunegate.cli.advise import advise
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.doctor import doctor
@@ -25,7 +26,9 @@ from tunegate.pipeline.reporter import count
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
-__all__ = ["check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "sweep", "train"]
+__all__ = [
+    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "sweep", "train",
+]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
 

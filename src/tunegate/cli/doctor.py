@@ -31,6 +31,7 @@ def doctor(_arguments: argparse.Namespace, console: Console) -> int:
         f"kernels   {kernels['level']} ({kernels['reason']})",
         f"numbers   {found['compute_dtype']['choice']} ({found['compute_dtype']['reason']})",
         f"gpu       {found['gpu'] or 'none that torch sees'}",
+        *(f"  {name:8}{how}" for name, how in found["gpu_kernels"].items()),
         f"libraries {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}",
         f"optional  {', '.join(f'{name} {version}' if version else f'no {name}' for name, version in optional)}",
     ]
@@ -43,7 +44,7 @@ def inspect() -> dict[str, Any]:
     """Everything ``doctor`` prints, JSON-able."""
     import torch
 
-    from tunegate.kernels import native
+    from tunegate.kernels import gpu, native
     from tunegate.model.loading import choose_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +65,7 @@ def inspect() -> dict[str, Any]:
         },
         "compute_dtype": {"choice": str(dtype).removeprefix("torch."), "reason": why},
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu_kernels": gpu.describe() if device == "cuda" else {},
         "libraries": {name: _version(name) or "missing" for name in LIBRARIES},
         "optional": {name: _version(name) for name in OPTIONAL},
     }

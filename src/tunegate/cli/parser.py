@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import tunegate
+from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.quantize import size
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
@@ -85,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_check(commands, common)
     _add_plan(commands, common)
+    add_advise(commands, task)
     run = commands.add_parser("run", parents=[task], help="check, baseline, train, test, decide: the whole way")
     run.add_argument(
         "--reopen-test",

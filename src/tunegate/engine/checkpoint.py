@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from tunegate.engine.optimizers import restore_state, state_tensors
 from tunegate.files import (
     TEMPORARY_PREFIX,
     explain_os_error,
@@ -62,7 +63,7 @@ def save_checkpoint(
         building = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
         try:
             save_tensors(building / FILES[0], {name: p.detach() for name, p in parameters.items()})
-            save_tensors(building / FILES[1], _optimizer_tensors(parameters, optimizer))
+            save_tensors(building / FILES[1], state_tensors(parameters, optimizer))
             write_json(building / FILES[2], {"key": key, "state": asdict(state)})
             write_json(building / "manifest.json", {name: hash_file(building / name) for name in FILES})
             if target.exists():
@@ -99,16 +100,7 @@ def find_checkpoint(folder: Path, key: str) -> Path | None:
 def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
     """Put adapter and optimizer back as they were; returns the state."""
     load_parameters(parameters, load_file(path / FILES[0]))
-    names = {id(p): name for name, p in parameters.items()}
-    stored = load_file(path / FILES[1])
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            state = optimizer.state[parameter]
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}/{kind}" in stored:
-                    value = stored[f"{name}/{kind}"]
-                    state[kind] = value if kind == "step" else value.to(parameter.device)
+    restore_state(parameters, optimizer, load_file(path / FILES[1]))
     return TrainState(**read_json(path / FILES[2])["state"])
 
 
@@ -118,12 +110,3 @@ def load_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, Tens
         raise ValueError("checkpoint and adapter have different parameters")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-
-
-def _optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{kind}": value
-        for name, parameter in parameters.items()
-        for kind, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }

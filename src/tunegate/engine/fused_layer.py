@@ -313,7 +313,7 @@ def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor | None) -> l
             gated_backward(grad_product, s.gate, s.up, grad_gate, grad_up, shape.activation)
             normed, grad_normed = take(tokens, hidden, dtype=dtype), take(tokens, hidden, dtype=dtype)
             _norm(shape.mlp_norm, s.y, normed, s.inverse["mlp"])
-            outs = [s.gate, s.up] if len(inner) == 2 else [_joined(s.gate)]
+            outs = [s.gate, s.up] if len(inner) == 2 else [_joined(s.gate, 2 * s.gate.shape[1])]
             of_gate_up = _project_backward(c, inner, normed, groups.gate_up, s.low["gate_up"], outs, grad_normed, 8)
             _norm_backward(shape.mlp_norm, grad_normed, s.y, s.inverse["mlp"], grad_y, grad_out)
         grad_attended = take(*s.attended.shape, dtype=dtype)
@@ -325,9 +325,9 @@ def backward(c: Context, s: Saved, grad_out: Tensor, grad_x: Tensor | None) -> l
     return [*of_qkv, *of_out, *of_gate_up, *of_down]
 
 
-def _joined(first: Tensor) -> Tensor:
-    """The one tensor of which ``first`` is the left half."""
-    return first.as_strided((first.shape[0], 2 * first.shape[1]), first.stride(), first.storage_offset())
+def _joined(first: Tensor, columns: int) -> Tensor:
+    """The one tensor, ``columns`` wide, of which ``first`` is the left part."""
+    return first.as_strided((first.shape[0], columns), first.stride(), first.storage_offset())
 
 
 def _attention_backward(
@@ -335,7 +335,6 @@ def _attention_backward(
 ) -> list[Tensor]:
     """From attention's output back to the layer's input; ``grad_y`` is the residual's share."""
     shape, dtype = c.shape, s.x.dtype
-    outs = _raw_outputs(c, s)
     grads = _outputs(c.projections.qkv, len(s.x), dtype, c.scratch)
     into_q, into_k, into_v = _split_heads(shape, grads)
     head_norms = [norm for norm in (shape.query_norm, shape.key_norm) if norm is not None]
@@ -354,6 +353,7 @@ def _attention_backward(
     normed = c.scratch.take(*s.x.shape, dtype=dtype)
     grad_normed = None if grad_x is None else c.scratch.take(*s.x.shape, dtype=dtype)
     _norm(shape.attention_norm, s.x, normed, s.inverse["attention"])
+    outs = _raw_outputs(c, s)
     found = _project_backward(c, grads, normed, c.projections.qkv, s.low["qkv"], outs, grad_normed, 0)
     if grad_x is not None and grad_normed is not None:
         _norm_backward(shape.attention_norm, grad_normed, s.x, s.inverse["attention"], grad_x, grad_y)
@@ -361,15 +361,14 @@ def _attention_backward(
 
 
 def _raw_outputs(c: Context, s: Saved) -> list[Tensor | None]:
-    """The outputs of q, k, v before rotation and norm, for DoRA's magnitudes; None where nobody reads them."""
+    """The outputs of q, k, v before rotation and norm, for DoRA's magnitudes; None where nobody reads them. What was
+    rotated in place is turned back in place, so attention's own backward pass comes first."""
     group = c.projections.qkv
     if all(p.gain is None for p in group):
         return [None] * len(group)
-    heads = []
-    for raw in (s.raw_q, s.raw_k):
-        copy = c.scratch.take(*raw.shape, dtype=raw.dtype).copy_(raw)
-        if c.shape.rotary and c.shape.query_norm is None:  # rotated in place: turn the copy back
-            rope_(copy, c.cos, c.sin, inverse=True)
-        heads.append(copy.flatten(1))
-    heads.append(s.v.flatten(1))
-    return list(heads) if len(group) == 3 else [torch.cat(heads, dim=1)]
+    if c.shape.rotary and c.shape.query_norm is None:
+        rope_(s.raw_q, c.cos, c.sin, inverse=True)
+        rope_(s.raw_k, c.cos, c.sin, inverse=True)
+    if len(group) == 1:
+        return [_joined(s.raw_q.flatten(1), group[0].shape[0])]
+    return [part.flatten(1) for part in (s.raw_q, s.raw_k, s.v)]

@@ -3,7 +3,8 @@
 Prompts are sorted by length and generated in groups. What all prompts share at their beginning (a system prompt,
 few-shot examples) is computed once for the whole call and kept once; every row stops by itself, and rows that
 stopped leave the group. Sampling draws from one generator per prompt, seeded by (seed, index), so a row's text does
-not depend on its neighbours. :func:`score_continuations` gives the likelihood of fixed answers instead.
+not depend on its neighbours. A constraint takes tokens that would break the answer's form out of the logits first
+(see ``constrain``). :func:`score_continuations` gives the likelihood of fixed answers instead.
 
 On the padded path (see ``runner``) transformers' own ``generate`` does the work. No beams, no speculative decoding.
 """
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from tunegate.data.pack import SHORTEST_PREFIX, common_prefix, split_batches
 from tunegate.data.types import Rendered
+from tunegate.engine.constrain import Constraint, RowState
 from tunegate.engine.runner import DecodePass, PackedPass, Runner, evaluating
+from tunegate.errors import TunegateError
 from tunegate.kernels import DecodeStore, Layout, Plan
 
 PREFILL_TOKENS = 4096  # own tokens of one group's prompts
@@ -54,8 +57,10 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     progress: Callable[[int], None] = lambda rows: None,
+    constraint: Constraint | None = None,
 ) -> list[Generation]:
-    """Continue every prompt (at least one token each). ``progress`` is told the number of rows just finished.
+    """Continue every prompt (at least one token each). ``progress`` is told the number of rows just finished; every
+    answer follows ``constraint``.
 
     A base with a table of positions ends a row, not ``stopped``, where the table ends.
     """
@@ -67,11 +72,11 @@ def generate(
     results: dict[int, Generation] = {}
     with evaluating(runner.model):
         if runner.path != "packed":
-            return _generate_padded(runner, prompts, sampling, progress)
+            return _generate_padded(runner, prompts, sampling, progress, constraint)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         prefix = _prefix_cache(runner, prompts)
         for group in _groups(prompts, order, prefix.tokens, sampling.rows):
-            rows = _Group(runner, prompts, group, prefix, sampling)
+            rows = _Group(runner, prompts, group, prefix, sampling, constraint)
             rows.finish(results, progress)
     return [results[i] for i in range(len(prompts))]
 
@@ -110,7 +115,13 @@ class _Group:
     """Prompts generated side by side."""
 
     def __init__(
-        self, runner: Runner, prompts: Sequence[Sequence[int]], group: list[int], prefix: _Prefix, sampling: Sampling
+        self,
+        runner: Runner,
+        prompts: Sequence[Sequence[int]],
+        group: list[int],
+        prefix: _Prefix,
+        sampling: Sampling,
+        constraint: Constraint | None = None,
     ):
         self.runner, self.sampling, self.prefix = runner, sampling, prefix
         self.index = list(group)
@@ -120,7 +131,8 @@ class _Group:
         self.lengths = torch.tensor([len(p) for p in own], device=runner.device)
         self.stores, last = self._prefill(own)
         self.generators = {i: torch.Generator().manual_seed((sampling.seed * 1_000_003 + i) % 2**63) for i in group}
-        self.next = self._pick(self.runner.head.logits(last))
+        self.states = {i: constraint.start() for i in group} if constraint is not None else {}
+        self.next = self._next(last)
 
     def _prefill(self, own: list[list[int]]) -> tuple[dict[int, DecodeStore], Tensor]:
         """The rows' own keys and values in stores with room for the answers, and each row's last hidden state."""
@@ -150,6 +162,13 @@ class _Group:
             stores[layer] = DecodeStore(past_key, past_value, store_key, store_value)
         return stores, hidden[ends - 1]
 
+    def _next(self, hidden: Tensor) -> list[int]:
+        """Each row's next token from its last hidden state."""
+        logits = self.runner.head.logits(hidden)
+        if self.states:
+            logits = _masked(logits, [self.states.get(i) for i in self.index])
+        return self._pick(logits)
+
     def _pick(self, logits: Tensor) -> list[int]:
         if self.sampling.temperature == 0.0:
             return logits.argmax(-1).tolist()
@@ -176,8 +195,11 @@ class _Group:
                 if stopped or len(new) >= self.room[slot]:
                     results[self.index[slot]] = Generation(tuple(new), stopped)
                     progress(1)
+                    self.states.pop(self.index[slot], None)
                 else:
                     still.append(slot)
+                    if self.states:
+                        self.states[self.index[slot]].advance(token)
             if not still:
                 return
             running = self._compact(still) if len(still) <= COMPACT_AT * len(self.index) else still
@@ -198,7 +220,37 @@ class _Group:
         self.lengths = (self.lengths + 1).clamp_max(capacity)  # a finished row waiting to be dropped stays in place
         positions = self.prefix.tokens + self.lengths - 1
         hidden = self.runner.run(torch.tensor(self.next), positions, DecodePass(self.stores, self.lengths))
-        self.next = self._pick(self.runner.head.logits(hidden))
+        self.next = self._next(hidden)
+
+
+def _masked(logits: Tensor, states: Sequence[RowState | None]) -> Tensor:
+    """(N, V) logits, -inf where row n's state does not allow the token; a row without a state is free."""
+    barred = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, state in zip(barred, states, strict=True):
+        if state is not None:
+            allowed = torch.from_numpy(state.allowed())[: len(row)]
+            row[: len(allowed)] = ~allowed
+            row[len(allowed) :] = True
+            if bool(row.all()):
+                raise TunegateError("no token of the base can continue the answer in its form")
+    return logits.masked_fill(barred.to(logits.device), -torch.inf)
+
+
+class _Masking:
+    """:func:`_masked` as transformers' generate calls it: (N, tokens) ids so far and (N, V) logits."""
+
+    def __init__(self, states: list[RowState | None], prompt: int, stop_ids: Sequence[int]):
+        self.states, self.prompt, self.stop_ids = states, prompt, stop_ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > self.prompt:
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                state = self.states[row]
+                if state is not None and token in self.stop_ids:
+                    self.states[row] = None
+                elif state is not None:
+                    state.advance(token)
+        return _masked(scores, self.states)
 
 
 def _room(runner: Runner, tokens: int, sampling: Sampling) -> int:
@@ -221,7 +273,11 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 def _generate_padded(
-    runner: Runner, prompts: Sequence[Sequence[int]], sampling: Sampling, progress: Callable[[int], None]
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    progress: Callable[[int], None],
+    constraint: Constraint | None,
 ) -> list[Generation]:
     """transformers' generate on groups of equal length, so that the model never sees padding."""
     by_length: dict[int, list[int]] = {}
@@ -234,7 +290,11 @@ def _generate_padded(
             ids = torch.tensor([list(prompts[i]) for i in part], device=runner.device)
             torch.manual_seed(sampling.seed)
             sampled = sampling.temperature > 0
-            chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampled else {}
+            chosen: dict[str, Any] = {}
+            if sampled:
+                chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            if constraint is not None:
+                chosen["logits_processor"] = [_Masking([constraint.start() for _ in part], length, sampling.stop_ids)]
             with _plain_generation(runner.model):
                 output = runner.model.generate(
                     ids,

@@ -24,8 +24,6 @@ from tunegate.engine.workspace import ALIGN, BLOCK_BYTES
 from tunegate.errors import InputError
 from tunegate.kernels.cross_entropy import CHUNK_BYTES
 
-OPTIMIZER_BYTES = 12  # a gradient and two moments in fp32 for each trainable parameter; the parameter itself exists
-
 
 @dataclass(frozen=True)
 class Saving:
@@ -110,13 +108,13 @@ def _in_blocks(size: int) -> int:
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def step_need(layers: Sequence[Layer], tokens: int, itemsize: int, trainable: int) -> Need:
-    """What a step over ``tokens`` computed tokens adds."""
+def step_need(layers: Sequence[Layer], tokens: int, itemsize: int, trained: int) -> Need:
+    """What a step over ``tokens`` computed tokens adds. ``trained``: bytes of gradients and moments."""
     scratch = max(_in_blocks(scratch_bytes(layer, tokens, itemsize)) for layer in layers)
     loss = 2 * CHUNK_BYTES + 2 * tokens * layers[0].hidden * itemsize
     kept = tuple(saved_bytes(layer, tokens, itemsize) for layer in layers)
     inputs = tuple(_aligned(tokens * layer.hidden * itemsize) for layer in layers)
-    return Need(OPTIMIZER_BYTES * trainable + scratch + loss, kept, inputs)
+    return Need(trained + scratch + loss, kept, inputs)
 
 
 def choose(budget: int, resident: int, need: Need, least: int = 0) -> Saving:

@@ -24,6 +24,7 @@ from tunegate.data.pack import Batch, make_batch
 from tunegate.data.types import Rendered
 from tunegate.engine.fused import FusedLayers, PassState
 from tunegate.engine.fused_shape import window_of
+from tunegate.engine.liger import LigerLayers, Operations, operations
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.kernels import (
     DecodeStore,
@@ -255,25 +256,48 @@ class Runner:
 
     def _try_fused(self) -> str:
         """Replace the decoder layers where that reproduces the packed logits; says how it went."""
+        if self.device.type == "cuda":
+            return self._try_liger(operations())
         if self.device.type != "cpu" or native.library() is None:
             return f"no fused layers ({'not on the CPU' if self.device.type != 'cpu' else native.describe()[1]})"
         fused = FusedLayers(self.backbone)
         if not fused.shapes:
             return fused.describe()
-        with torch.no_grad(), _eval_mode(self.model):
-            flat = self._probe_batch(share_prefix=False)
-            reference = self.head.logits(self.hidden(flat))
-            fused.install()
-            try:
-                difference = self._probe_difference(reference, shared=True)
-            except BaseException:
-                fused.remove()
-                raise
-        if difference > self._tolerance():
-            fused.remove()
+        difference = self._installed(fused)
+        if difference is not None:
             return f"no fused layers (logits differ by {difference:.2g})"
         self.fused = fused
         return fused.describe()
+
+    def _try_liger(self, found: Operations | str) -> str:
+        """Liger's kernels in the layers where that reproduces the packed logits; says how it went."""
+        if isinstance(found, str):
+            return found
+        layers = LigerLayers(self.backbone, found)
+        if not layers.shapes:
+            return "no layer that Liger's kernels fit"
+        try:
+            difference = self._installed(layers)
+        except TunegateError:
+            raise
+        except Exception as error:  # Triton compiles at the first call; the reason is shown at start
+            return f"no Liger kernels ({type(error).__name__}: {error})"
+        return layers.describe() if difference is None else f"no Liger kernels (logits differ by {difference:.2g})"
+
+    def _installed(self, layers: FusedLayers | LigerLayers) -> float | None:
+        """Install ``layers``; None if the logits stay. Else they are taken out again, and the difference comes back."""
+        with torch.no_grad(), _eval_mode(self.model):
+            reference = self.head.logits(self.hidden(self._probe_batch(share_prefix=False)))
+            layers.install()
+            try:
+                difference = self._probe_difference(reference, shared=True)
+            except BaseException:
+                layers.remove()
+                raise
+        if difference <= self._tolerance():
+            return None
+        layers.remove()
+        return difference
 
     def _tolerance(self) -> float:
         return 1e-3 if self.dtype == torch.float32 else 5e-2

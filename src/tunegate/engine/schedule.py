@@ -1,4 +1,4 @@
-"""Learning rate by step, the optimizer's parameter groups, and which rows make up which step.
+"""Learning rate by step, and which rows make up which step.
 
 All of it is a function of settings, seed and step, so a resumed run needs no state for it.
 """
@@ -8,12 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import nn
-
 from tunegate.config import TrainSection
 from tunegate.data.pack import epoch_steps
 from tunegate.data.types import Rendered
-from tunegate.kernels.adamw import FusedAdamW
 
 
 def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
@@ -25,24 +22,6 @@ def lr_factor(step: int, total: int, warmup: float, kind: str) -> float:
         return 1.0
     done = (step - rising) / max(1, total - rising)
     return 1.0 - done if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], settings: TrainSection) -> FusedAdamW:
-    """AdamW over the adapter. With LoRA+ (arXiv:2402.12354) B learns ``lr_plus_ratio`` times as fast as A."""
-    fast = [p for name, p in parameters.items() if name.endswith("lora_B")]
-    slow = [p for name, p in parameters.items() if not name.endswith("lora_B")]
-    assert settings.lr is not None
-    groups = [
-        {"params": slow, "peak": settings.lr},
-        {"params": fast, "peak": settings.lr * settings.lr_plus_ratio},
-    ]
-    return FusedAdamW(
-        groups,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
 
 
 class StepPlan:

@@ -43,8 +43,9 @@ from tunegate.engine.checkpoint import (
     save_tensors,
 )
 from tunegate.engine.memory import Saving, choose, resident_bytes, step_need
+from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
+from tunegate.engine.schedule import StepPlan, lr_factor
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import remove_temporaries
 from tunegate.kernels.adamw import clip_and_scale_
@@ -240,7 +241,7 @@ def plan_saving(runner: Runner, injection: Injection, settings: TrainSection, to
             got=f"{len(layers)} of them; {runner.path_reason}",
             fix="remove it, and set `train.gradient_checkpointing: true` to save memory",
         )
-    need = step_need(layers, tokens, runner.dtype.itemsize, injection.trainable)
+    need = step_need(layers, tokens, runner.dtype.itemsize, step_bytes(injection.parameters(), settings))
     return choose(parse_size(settings.memory), resident_bytes(), need, least)
 
 

@@ -24,6 +24,7 @@ from tunegate.config import TaskSection
 from tunegate.data.pack import split_batches
 from tunegate.data.render import Renderer
 from tunegate.data.types import Example, Rendered
+from tunegate.engine.constrain import build_constraint
 from tunegate.engine.generate import Generation, Sampling, generate, score_continuations
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.errors import InputError, Problem, TunegateError, collecting, nearest
@@ -126,9 +127,9 @@ class Evaluator:
         rows: list[dict[str, Any]] = [{"row_id": e.row_id, "reference": e.answer} for e in examples]
         scores: list[dict[str, float]] = [{} for _ in examples]
         measurements: dict[str, Measurement] = {}
-        generated, stopped = 0, 1.0
+        generated, read, stopped = 0, 0, 1.0
         if self.scorer.generates:
-            predictions, answers = self._answer(examples, prompt, progress)
+            predictions, answers, read = self._answer(examples, prompt, progress)
             scores, measurements = score_items(self.scorer.metrics, predictions, [e.answer for e in examples], examples)
             for row, text, answer in zip(rows, predictions, answers, strict=True):
                 row.update(prediction=text, stopped=answer.stopped)
@@ -155,6 +156,8 @@ class Evaluator:
                 "max_new_tokens": task.max_new_tokens,
                 "temperature": task.temperature,
                 "top_p": task.top_p,
+                "prompt_tokens": read,
+                "form": prompt.form.kind if prompt.form is not None else None,
                 "unreadable": {n: m.unreadable for n, m in measurements.items() if m.unreadable is not None},
             },
             seconds=time.perf_counter() - started,
@@ -164,15 +167,20 @@ class Evaluator:
 
     def _answer(
         self, examples: Sequence[Example], prompt: Prompt, progress: Callable[[int], None]
-    ) -> tuple[list[str], list[Generation]]:
+    ) -> tuple[list[str], list[Generation], int]:
+        """Answers as text and as ids, and the number of tokens of all prompts."""
         prompts = [self.renderer.prompt_ids(prompt.messages(e), e.tools) for e in examples]
+        read = sum(len(ids) for ids in prompts)
         if self.scorer.task.answer_by == LIKELIHOOD:
-            return self._most_likely(prompts, progress)
+            return *self._most_likely(prompts, progress), read
         task = self.scorer.task
         assert task.max_new_tokens is not None
         sampling = Sampling(task.max_new_tokens, self.renderer.stop_ids, task.temperature, task.top_p)
-        answers = generate(self.runner, prompts, sampling, progress)
-        return [self.renderer.decode(a.ids).strip() for a in answers], answers
+        constraint = None
+        if prompt.form is not None:
+            constraint = build_constraint(prompt.form, self.renderer.tokenizer, self.renderer.stop_ids)
+        answers = generate(self.runner, prompts, sampling, progress, constraint)
+        return [self.renderer.decode(a.ids).strip() for a in answers], answers, read
 
     def _most_likely(
         self, prompts: Sequence[Sequence[int]], progress: Callable[[int], None]

@@ -13,9 +13,11 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tunegate.config import PromptSection
 from tunegate.data.types import Example, Message
+from tunegate.engine.constrain import AnswerForm
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
 
@@ -24,11 +26,23 @@ FEW = 8
 AS_IS = "as_is"
 
 
+class Finder(Protocol):
+    """What a prompt takes from elsewhere for each question. ``hash`` covers everything it may find."""
+
+    @property
+    def hash(self) -> str: ...
+
+    def find(self, example: Example) -> tuple[tuple[Example, ...], str]:
+        """Worked examples, and text for the system message."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """``system`` replaces the system message, ``suffix`` is added to it, ``shots`` come before the question.
 
     ``in_user``: for templates without a system role, what the prompt would say there begins the first user message.
+    ``finder`` adds shots and text that depend on the question; ``form`` is what the answer is held to while it is
+    generated.
     """
 
     name: str
@@ -36,17 +50,21 @@ class Prompt:
     suffix: str = ""
     shots: tuple[Example, ...] = ()
     in_user: bool = False
+    finder: Finder | None = None
+    form: AnswerForm | None = None
 
     def messages(self, example: Example) -> tuple[Message, ...]:
         """The messages the model is asked with, for a chat example."""
+        found, text = ((), "") if self.finder is None else self.finder.find(example)
+        suffix = "\n\n".join(part for part in (self.suffix, text) if part)
         given = list(example.prompt)
         head = [given.pop(0)] if given and given[0].get("role") == "system" else []
         if self.system is not None:
             head = [{"role": "system", "content": self.system}]
-        if self.suffix:
+        if suffix:
             before = f"{head[0]['content']}\n\n" if head else ""
-            head = [{"role": "system", "content": before + self.suffix}]
-        shots = [m for shot in self.shots for m in shot.messages if m.get("role") != "system"]
+            head = [{"role": "system", "content": before + suffix}]
+        shots = [m for shot in (*self.shots, *found) for m in shot.messages if m.get("role") != "system"]
         asked = [*shots, *given]
         if self.in_user and head and asked and asked[0].get("role") == "user":
             asked[0] = {**asked[0], "content": f"{head[0]['content']}\n\n{asked[0]['content']}"}
@@ -56,8 +74,11 @@ class Prompt:
     @property
     def hash(self) -> str:
         """Hash of what the model is asked with; the name is not part of it."""
-        parts = [self.system, self.suffix, [shot.content_hash for shot in self.shots]]
-        return hash_json([*parts, "in_user"] if self.in_user else parts)
+        parts: list[object] = [self.system, self.suffix, [shot.content_hash for shot in self.shots]]
+        parts += ["in_user"] if self.in_user else []
+        parts += [["finder", self.finder.hash]] if self.finder is not None else []
+        parts += [["form", self.form.kind, self.form.value, self.form.compact]] if self.form is not None else []
+        return hash_json(parts)
 
 
 def pick_shots(train: Sequence[Example], n: int) -> tuple[Example, ...]:
@@ -88,14 +109,16 @@ def candidates(
     wanted: Sequence[PromptSection] | None,
     *,
     takes_system: bool = True,
+    few: int = FEW,
 ) -> list[Prompt]:
-    """The prompts to measure, the task's own (``as_is``) first. ``takes_system``: the template has a system role."""
+    """The prompts to measure, the task's own (``as_is``) first. ``takes_system``: the template has a system role.
+    ``few``: examples in the built-in prompts that show some."""
     own, in_user = Prompt(AS_IS), not takes_system
     if wanted is not None:
         _check_names([AS_IS, *(p.name for p in wanted)])
         return [own, *(Prompt(p.name, p.system, "", pick_shots(train, p.shots), in_user) for p in wanted)]
     found = [own]
-    shots = pick_shots(train, FEW)
+    shots = pick_shots(train, few)
     listed = ""
     if labels and len(labels) <= MOST_LABELS:
         listed = "Answer with exactly one of: " + ", ".join(labels)

@@ -3,6 +3,7 @@
 All tensors of all groups are laid end to end and cut into tasks of equal size, so the hundreds of small matrices of an
 adapter cost a pass over memory and not hundreds of kernel launches. The formula and the state are those of
 torch.optim.AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): its checkpoints load here and the other way round.
+With ``eight_bit`` the large tensors' moments are 8-bit codes (see ``adamw8``).
 
 No amsgrad, no maximize, no sparse gradients; parameters are fp32.
 """
@@ -16,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from tunegate.kernels import native
+from tunegate.kernels import adamw8, native
 
 _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -24,13 +25,17 @@ _UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 class FusedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with its own ``step``; arguments, param_groups and state_dict are those of the parent.
 
+    ``eight_bit`` keeps the moments of tensors of 4,096 elements or more in 8 bits: state ``step``, ``state1``,
+    ``state2`` (uint8 codes), ``absmax1`` and ``absmax2`` (fp32), as bitsandbytes names them.
+
     Parameters must be contiguous fp32 tensors. Off the CPU and without the kernels PyTorch's foreach operations run.
     """
 
-    def __init__(self, params: Any, **settings: Any) -> None:
+    def __init__(self, params: Any, *, eight_bit: bool = False, **settings: Any) -> None:
         asked = [name for name in _UNSUPPORTED if settings.get(name)]
         if asked:
             raise ValueError(f"FusedAdamW has no {', '.join(asked)}; use torch.optim.AdamW")
+        self.eight_bit = eight_bit
         super().__init__(params, **settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -53,16 +58,20 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [
-            _ready(parameter, self.state[parameter], index)
-            for index, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        work, packed = [], []
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if self.eight_bit and parameter.numel() >= adamw8.LEAST:
+                    packed.append(adamw8.ready(parameter, _gradient(parameter), self.state[parameter], index))
+                else:
+                    work.append(_ready(parameter, self.state[parameter], index))
         groups = [
             (float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
             for group in self.param_groups
         ]
+        adamw8.step(packed, groups)
         lib = native.library()
         if lib is not None and all(parts[0].is_cpu for parts in work):
             addresses = [(*[t.data_ptr() for t in tensors], tensors[0].numel(), index) for *tensors, index in work]
@@ -72,9 +81,26 @@ class FusedAdamW(torch.optim.AdamW):
             _step_twin(work, groups)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the parent's, which makes fp32 of codes on the way: they become codes again."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in adamw8.CODES:
+                if name in state:
+                    state[name] = state[name].to(torch.uint8)
+
 
 # parameter, gradient, exp_avg, exp_avg_sq, step, index of the group
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Its gradient, contiguous; ValueError for one that is not dense fp32."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.dtype is not torch.float32 or gradient.layout is not torch.strided:
+        raise ValueError(f"FusedAdamW takes dense fp32 gradients, got {gradient.layout}, {gradient.dtype}")
+    return gradient.contiguous()
 
 
 def _ready(parameter: Tensor, state: dict[str, Any], index: int) -> _Parts:
@@ -82,10 +108,7 @@ def _ready(parameter: Tensor, state: dict[str, Any], index: int) -> _Parts:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
-    gradient, first, second, step = parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
-    assert gradient is not None
-    if gradient.dtype is not torch.float32 or gradient.layout is not torch.strided:
-        raise ValueError(f"FusedAdamW takes dense fp32 gradients, got {gradient.layout}, {gradient.dtype}")
+    first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
     count = parameter.numel()
     for tensor, expected in ((first, count), (second, count), (step, 1)):
         if tensor.numel() != expected or tensor.dtype is not torch.float32 or not tensor.is_contiguous():
@@ -93,7 +116,7 @@ def _ready(parameter: Tensor, state: dict[str, Any], index: int) -> _Parts:
                 f"optimizer state must be contiguous fp32 tensors of {expected} elements, got {tensor.dtype} "
                 f"{tuple(tensor.shape)}, strides {tensor.stride()}; was it loaded for other parameters?"
             )
-    return parameter, gradient.contiguous(), first, second, step, index
+    return parameter, _gradient(parameter), first, second, step, index
 
 
 def _step_twin(work: list[_Parts], groups: list[tuple[float, ...]]) -> None:

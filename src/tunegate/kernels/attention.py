@@ -3,8 +3,9 @@
 A :class:`Layout` says where the rows of a run lie; row 0 may be a prefix that every other row sees, so that a
 system prompt shared by all rows is computed once (exactly: its hidden states are the same for every row, and its
 gradient is the sum over the rows). The native kernels (:mod:`~tunegate.kernels.varlen`) take the rows as they lie.
-Where they do not run, the twin gathers rows of similar length into small padded groups for the attention product
-alone; everything else in the model runs on the flat tokens.
+On CUDA flash attention takes them end to end (:mod:`~tunegate.kernels.gpu`). Where neither runs, the twin gathers rows
+of similar length into small padded groups for the attention product alone; everything else in the model runs on the
+flat tokens.
 
 Decoding attends one new token a row over a :class:`DecodeStore`: keys and values of the shared prefix, kept once,
 and of each row. The two parts meet in one softmax.
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunegate.kernels import varlen
+from tunegate.kernels import gpu, varlen
 
 PADDING_ALLOWED = 0.7  # a group takes rows down to this share of its longest; less costs calls, more costs padding
 
@@ -87,6 +88,11 @@ class Plan:
         """What the native kernels need."""
         starts = torch.tensor([*self.layout.starts, self.layout.tokens])
         return varlen.Rows(starts, self.layout.prefix, self.skipped)
+
+    @cached_property
+    def sequences(self) -> gpu.Sequences:
+        """What the kernels of a GPU need."""
+        return gpu.sequences(self.layout.lengths, self.layout.prefix, self.skipped, self.device)
 
     @cached_property
     def _grouped(self) -> list[list[int]]:
@@ -182,6 +188,8 @@ def attention(
     """
     if varlen.supports(query, key, value):
         return _native_attention(query, key, value, plan, scale, window, softcap)
+    if query.is_cuda and gpu.takes(library := gpu.attention_library(), query, key, value, softcap):
+        return gpu.attention(library, query, key, value, plan.sequences, scale, window, softcap)
     outputs = []
     for index, group in enumerate(plan.groups):
         q = query[group.query_index].transpose(1, 2)  # (B, H, Lq, D)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunegate.kernels import native
+from tunegate.kernels import gpu, native
 from tunegate.kernels.formats import NESTED_BLOCK, Recipe, table
 from tunegate.kernels.linear import QuantizedWeight, dequantize_range
 from tunegate.kernels.stored import FrozenProduct
@@ -35,17 +35,18 @@ _MEAN_CHUNK = 32768  # torch sums longer tensors on several threads, with other 
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561; 2022, arXiv 2110.02861): (256,) fp32, ascending.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561; 2022, arXiv 2110.02861): (256,) fp32, ascending.
 
     For each decimal exponent e = -6..0, the midpoints of 2^(e+6) equal parts of [0.1, 1], times 10^e, with both
-    signs; then 0 and 1.
+    signs; then 0 and 1. Unsigned: twice as many parts, no negative values.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        bounds = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middle = (bounds[:-1] + bounds[1:]) / 2
-        values += ((10 ** (i - 6)) * middle).tolist() + (-(10 ** (i - 6)) * middle).tolist()
+        values += ((10 ** (i - 6)) * middle).tolist()
+        values += (-(10 ** (i - 6)) * middle).tolist() if signed else []
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
@@ -155,6 +156,10 @@ def _quantize_scales_twin(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(weight: QuantizedWeight, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The (n, k) matrix ``value[code] * scale``, rounded once from fp32 to ``dtype`` (default: the weight's own)."""
+    if out is None and weight.codes.is_cuda:
+        found = gpu.dequantize(gpu.bitsandbytes(), weight, dtype or weight.dtype)
+        if found is not None:
+            return found
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.codes.device)
     return dequantize_rows(weight, 0, weight.shape[0], out)
@@ -187,6 +192,20 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype
 @nf4_dequantize.register_fake
 def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
     return codes.new_empty((rows, columns), dtype=dtype)
+
+
+class DequantizedProduct(torch.autograd.Function):
+    """``x W^T + bias`` where no kernel reads 4 bits: the matrix is made for the product and, for x's gradient, again.
+    Kept by autograd, the matrices of all layers would be a copy of the model in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, dequantize(weight, dtype=x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ dequantize(ctx.weight, dtype=grads[0].dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -250,7 +269,10 @@ class QuantizedLinear(nn.Module):
             out: Tensor = FrozenProduct.apply(x, self.quantized, self.bias)
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)
+        if autocast:
+            return F.linear(x, dequantize(self.quantized, dtype=x.dtype), bias)
+        product: Tensor = DequantizedProduct.apply(x, self.quantized, bias)
+        return product
 
     def extra_repr(self) -> str:
         weight = self.quantized

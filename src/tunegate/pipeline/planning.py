@@ -144,6 +144,7 @@ def describe(
         quantization=None if base.quantization == "none" else "nf4",  # other 4-bit formats are as large
         double_quant=base.double_quantization,
         unquantized=base.keep_unquantized,
+        optimizer=settings.optimizer,
         dropout=settings.dropout > 0,
         checkpointing=checkpointing,
         kept_layers=kept,
@@ -298,7 +299,13 @@ def check_fit(prediction: Prediction) -> None:
 
     available = device.memory if device.kind == "cuda" else available_memory()
     problem = fit_problem(
-        inputs, available, prediction.plan.longest, correct=correct, quantizes=True, offloads=device.kind == "cpu"
+        inputs,
+        available,
+        prediction.plan.longest,
+        correct=correct,
+        quantizes=True,
+        eight_bit=True,
+        offloads=device.kind == "cpu",
     )
     if problem is not None:
         raise TunegateError(problem)

@@ -18,11 +18,13 @@ import tunegate
 from tunegate.config import Config, default_lr
 from tunegate.data.check import CheckReport, Finding, check_examples
 from tunegate.data.forms import Loaded, load_examples
+from tunegate.data.render import Renderer
 from tunegate.data.rows import parse_json
 from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
+from tunegate.engine.optimizers import check_optimizer
 from tunegate.errors import InputError, Problem, collecting, nearest
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
@@ -84,10 +86,17 @@ class Prepared:
         return hash_json([self.base_key, self._task_key, prompts, _content(self.baseline_items), confidence])
 
     @cached_property
+    def advise_key(self) -> str:
+        """What all measurements of `advise` have in common; each also has the hash of its prompt."""
+        train, items = _content(self.data.splits.train), _content(self.baseline_items)
+        return hash_json(["advise", self.base_key, self._task_key, train, items, self.policy.confidence])
+
+    @cached_property
     def _task_key(self) -> Any:
         """How answers are asked for and scored; files by their content."""
         task = self.config.task.task
-        settings = task.model_dump(mode="json", exclude={"prompts", "prompt_items", "labels", "json_schema"})
+        apart = {"prompts", "prompt_items", "labels", "json_schema", "kind", "documents"}
+        settings = task.model_dump(mode="json", exclude=apart)
         return [settings, self.scorer.labels, _metric_files(self.config)]
 
     @cached_property
@@ -200,6 +209,8 @@ def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Ope
     with collecting(problems):
         device = choose_device(config.task.train.device)
         check_backend(config.task.train, device)
+    with collecting(problems):
+        check_optimizer(config.task.train, device)
     with collecting(problems):
         labels = _labels(config)
     with collecting(problems):  # by name, before there are labels or references
@@ -328,12 +339,7 @@ def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[P
     """The prompt baselines that the base's template can render and its positions can hold."""
     task, renderer = opened.config.task.task, opened.base.renderer
     splits, positions = opened.data.splits, opened.base.positions
-    takes_system = True
-    try:
-        renderer.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    except InputError:
-        takes_system = False
-    found = candidates(splits.train, opened.labels, task.prompts, takes_system=takes_system)
+    found = candidates(splits.train, opened.labels, task.prompts, takes_system=takes_system(renderer))
     if positions is None:
         return tuple(found)
     example = splits.valid[0]
@@ -344,6 +350,15 @@ def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[P
         if prompt not in fitting:
             reporter.line(f"prompt {prompt.name} is left out: it does not fit in the base's {positions:,} tokens")
     return tuple(fitting)
+
+
+def takes_system(renderer: Renderer) -> bool:
+    """Whether the base's template has a system role."""
+    try:
+        renderer.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    except InputError:
+        return False
+    return True
 
 
 def _settle(config: Config, data: Data, base: Base, labels: list[str] | None) -> tuple[Config, list[str] | None]:

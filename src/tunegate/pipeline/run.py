@@ -17,6 +17,7 @@ from tunegate.errors import InputError, TunegateError
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
 from tunegate.pipeline import kept, planning, steps
+from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
@@ -101,9 +102,10 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         if not is_done(run / "train", prepared.train_key):
             session.check_adapter(adapter_spec(prepared.config.task.train))  # before minutes of baselines
         baselines = measure_baselines(session)
+        bar = settle_bar(prepared, run, baselines, reporter)
         record = steps.train_adapter(session, run, stop)
         ledger = Ledger(prepared.config.run_dir)
-        evaluated, comparisons = steps.test(session, run, steps.best_prompt(prepared, baselines), ledger, reopen)
+        evaluated, comparisons = steps.test(session, run, bar, ledger, reopen)
         steps.recall(session, run)
         kept.regression(session, run)
         kept.safety(session, run)

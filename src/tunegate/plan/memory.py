@@ -11,7 +11,7 @@ token:
 
 Quantized weights take 4 bits and their constants ``8/64 + 32/(64*256)`` bits a weight with double quantization
 (arXiv:2305.14314, section 3), 32/64 without. AdamW keeps two moments a parameter; blockwise 8-bit ones take a byte
-and an fp32 constant for every 256 (arXiv:2110.02861).
+and an fp32 constant for every 256 (arXiv:2110.02861), in tensors that are not small.
 
 It measures nothing; ``calibrate`` corrects it by what was measured.
 """
@@ -19,11 +19,12 @@ It measures nothing; ``calibrate`` corrects it by what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tunegate.adapter.spec import named
+from tunegate.kernels.adamw8 import LEAST, moment_bytes
 from tunegate.kernels.cross_entropy import CHUNK_BYTES
 from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
 from tunegate.plan.native import LayerPass, Replay, replay, replay_evaluation
@@ -38,7 +39,6 @@ RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their alloca
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
 FRAGMENTATION = 0.05  # of what comes and goes
 ROW_TOKEN = 48  # bytes of a rendered token: an id (a Python int and its pointer) and its target mark
-EIGHT_BIT_BLOCK = 256
 EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
 
 
@@ -77,7 +77,7 @@ class PlanInputs:
     double_quant: bool = True
     unquantized: tuple[str, ...] = ()
     adapter_itemsize: int = 4
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     dropout: bool = True
     checkpointing: Checkpointing = "none"
     kept_layers: int = 0
@@ -100,6 +100,14 @@ class PlanInputs:
             return self.shape.parameters
         low = sum(t.rank * (t.inputs + t.outputs) for t in self.targets)
         return low + (sum(t.outputs for t in self.targets) if self.method == "dora" else 0)
+
+    def tensors(self) -> Iterator[int]:
+        """Elements of each trained tensor of an adapter."""
+        for t in self.targets:
+            yield t.rank * t.inputs
+            yield t.rank * t.outputs
+            if self.method == "dora":
+                yield t.outputs
 
     def to_json(self) -> dict[str, Any]:
         names = [name for name in self.__dataclass_fields__ if name not in ("shape", "targets", "evaluation")]
@@ -207,7 +215,11 @@ def _trained(p: PlanInputs) -> list[Part]:
     if p.optimizer == "adamw":
         state, how = 2 * n * size, f"two moments x {n:,} x {size} bytes"
     else:
-        state, how = 2 * n + 8 * -(-n // EIGHT_BIT_BLOCK), f"two 8-bit moments x {n:,}, one fp32 in 256 each"
+        sizes = [n] if p.method == "full" else list(p.tensors())
+        state = sum(moment_bytes(count, eight_bit=True) for count in sizes)
+        large = sum(count for count in sizes if count >= LEAST)
+        how = f"two 8-bit moments x {large:,}, one fp32 in 256 each"
+        how += f"; fp32 for {n - large:,} in small tensors" if large < n else ""
     parts = [
         # on a CPU the allocator keeps these many small tensors' memory for the next step
         Part("gradients", n * size, f"{n:,} x {size} bytes", "kept" if p.engine == "native" else "training"),

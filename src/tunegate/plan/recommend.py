@@ -210,7 +210,7 @@ def changes(p: PlanInputs, longest: int, *, quantizes: bool, eight_bit: bool, of
         setting = "train.gradient_checkpointing: offload"
         found.append(Change(setting, replace(p, checkpointing="offload"), "the same result, layer inputs in a file"))
     if eight_bit and p.optimizer == "adamw":
-        found.append(Change("train.optimizer: adamw8bit", replace(p, optimizer="adamw8bit"), "moments in 8 bits"))
+        found.append(Change("train.optimizer: adamw_8bit", replace(p, optimizer="adamw_8bit"), "moments in 8 bits"))
     if quantizes and p.quantization is None:
         packed = replace(p, quantization="nf4")
         found.append(Change("base.quantization: nf4", packed, "the weights lose some precision"))

@@ -44,8 +44,9 @@ from tunegate.data.types import Rendered
 from tunegate.engine import train as native
 from tunegate.engine.backends import check_backend
 from tunegate.engine.checkpoint import TrainState, load_parameters
+from tunegate.engine.optimizers import make_optimizer
 from tunegate.engine.runner import Runner
-from tunegate.engine.schedule import StepPlan, lr_factor, make_optimizer
+from tunegate.engine.schedule import StepPlan, lr_factor
 from tunegate.engine.train import Hooks, TrainResult
 from tunegate.errors import InputError, Problem, TunegateError
 

@@ -36,11 +36,23 @@ class Busy(TunegateError):
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's text and what it took."""
+    """A model's text and what it took; ``whole`` is False where the length limit ended it, ``counted`` where the
+    server gave no count of its tokens."""
 
     text: str
     input_tokens: int
     output_tokens: int
+    whole: bool = True
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the address, the model and the key are called where the user sets them; for messages."""
+
+    url: str = "judge.url"
+    model: str = "judge.model"
+    key: str = "judge.key_env"
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Endpoint:
     url: str
     key: str | None = field(repr=False)
     timeout: float = 120.0
+    settings: Settings = Settings()
 
     def __post_init__(self) -> None:
         try:
@@ -60,7 +73,7 @@ class Endpoint:
         if not good or parts.username is not None:
             raise InputError(
                 "not the address of a server",
-                where="judge.url",
+                where=self.settings.url,
                 expected="http://HOST:PORT/v1 or https://HOST/v1, without a user name",
                 got=self.url if parts.username is None else "an address with a user name",
             )
@@ -71,8 +84,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def post(endpoint: Endpoint, body: dict[str, Any]) -> Reply:
-    """Send a chat completion request. :class:`Busy` if it may be sent again; :class:`InputError` if it is wrong."""
+def post(endpoint: Endpoint, body: dict[str, Any], *, cut_off: bool = False) -> Reply:
+    """Send a chat completion request. :class:`Busy` if it may be sent again; :class:`InputError` if it is wrong.
+
+    With ``cut_off`` a reply that the length limit ended is one, and so is an empty one.
+    """
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"
@@ -89,7 +105,7 @@ def post(endpoint: Endpoint, body: dict[str, Any]) -> Reply:
         reason = getattr(error, "reason", None) or error
         text = f"no reply from {_host(endpoint)}: {type(reason).__name__}: {str(reason)[:_LONGEST_TEXT]}"
         raise Busy(text, (0, 0) if isinstance(reason, ConnectionRefusedError) else None) from None
-    return _reply(raw, endpoint)
+    return _reply(raw, endpoint, cut_off)
 
 
 def _read(response: Any, deadline: float, timeout: float) -> bytes:
@@ -111,19 +127,20 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> TunegateError
     if error.code in (408, 409, 425, 429) or error.code >= 500:
         wait = retry_after(error.headers.get("Retry-After"))
         return Busy(f"{_host(endpoint)} answered with status {error.code}", wait=wait)
+    names = endpoint.settings
     ways_out = {
-        401: "check the key in the environment (judge.key_env)",
-        403: "check the key in the environment (judge.key_env)",
-        404: "check judge.url and judge.model",
+        401: f"check the key in the environment ({names.key})",
+        403: f"check the key in the environment ({names.key})",
+        404: f"check {names.url} and {names.model}",
     }
     moved = 300 <= error.code < 400
     return InputError(
         f"the server refused the request with status {error.code}",
-        where=f"judge.url: {endpoint.url}",
+        where=f"{names.url}: {endpoint.url}",
         got=_message(error, endpoint.key),
         fix="write the address it moved to"
         if moved
-        else ways_out.get(error.code, "check judge.model and its settings"),
+        else ways_out.get(error.code, f"check {names.model} and its settings"),
     )
 
 
@@ -136,19 +153,22 @@ def _message(error: urllib.error.HTTPError, key: str | None) -> str:
     return (text.replace(key, "[key]") if key else text)[:_LONGEST_TEXT]
 
 
-def _reply(raw: bytes, endpoint: Endpoint) -> Reply:
+def _reply(raw: bytes, endpoint: Endpoint, cut_off: bool) -> Reply:
     try:
         data = json.loads(raw)
         choice, usage = data["choices"][0], data.get("usage") or {}
-        text = choice["message"]["content"]
+        text, whole = choice["message"]["content"], choice.get("finish_reason") != "length"
+        if text is None and cut_off:
+            text = ""
+        counted = all(type(usage.get(name)) is int for name in ("prompt_tokens", "completion_tokens"))
         used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
         if not isinstance(text, str):
             raise TypeError("content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise Busy(f"the reply of {_host(endpoint)} is not a chat completion in JSON", None) from None
-    if choice.get("finish_reason") == "length":
+    if not whole and not cut_off:
         raise Busy("the reply was cut off at judge.max_tokens", used)
-    return Reply(text, *used)
+    return Reply(text, *used, whole, counted)
 
 
 def _host(endpoint: Endpoint) -> str:

@@ -50,6 +50,64 @@ inline Moment advance(Moment at, vfloat g, const AdamwGroup& by) {
   return at;
 }
 
+// --- moments in 8 bits ---
+
+constexpr int32_t kLowestKey = 104 << 7, kLastKey = (127 << 7) - kLowestKey;  // of 2^-23 and of 1
+constexpr int32_t kZeroCode = 127;
+constexpr float kLeastScale = 1e-38f;  // below it 1 / scale may overflow
+
+inline int32_t rank_of(float magnitude, const Codebook& book) {
+  int32_t key;
+  memcpy(&key, &magnitude, 4);
+  key = (key >> 16) - kLowestKey;
+  key = key < 0 ? 0 : key > kLastKey ? kLastKey : key;
+  int32_t rank = book.starts[key];
+  return rank + (magnitude > book.bounds[rank]);
+}
+
+inline void decode(const uint8_t* codes, int64_t n, float scale, const float* values, float* out) {
+  for (int64_t i = 0; i < n; i++) out[i] = values[codes[i]] * scale;
+  for (int64_t i = n; i < kAdamw8Block; i++) out[i] = 0.0f;
+}
+
+template <bool has_sign>
+inline float encode(const float* x, int64_t n, const Codebook& book, uint8_t* codes) {
+  vfloat most = {};
+  for (int64_t i = 0; i < kAdamw8Block; i += W) most = vmax((vfloat)((vint)load(x + i) & 0x7fffffff), most);
+  float scale = largest(most), inverse = scale > kLeastScale ? 1.0f / scale : 0.0f;
+  for (int64_t i = 0; i < n; i++) {
+    float scaled = x[i] * inverse;
+    int32_t rank = rank_of(fabsf(scaled), book);
+    if constexpr (has_sign) {
+      int32_t below = rank < kZeroCode ? rank : kZeroCode;  // there is no -1
+      rank = scaled < 0 ? kZeroCode - below : kZeroCode + rank;
+    }
+    codes[i] = uint8_t(rank);
+  }
+  return scale;
+}
+
+inline void advance_block(const Adamw8Tensor& t, int64_t at, const AdamwGroup& by, const Codebook& with_sign,
+                          const Codebook& without_sign) {
+  alignas(64) float first[kAdamw8Block], second[kAdamw8Block];
+  int64_t n = min_of(kAdamw8Block, t.count - at), block = at / kAdamw8Block;
+  decode(t.first + at, n, t.first_scales[block], with_sign.values, first);
+  decode(t.second + at, n, t.second_scales[block], without_sign.values, second);
+  float* p = t.parameter + at;
+  const float* g = t.gradient + at;
+  for (int64_t i = 0; i < n; i += W) {
+    int64_t rest = n - i;
+    vfloat parameter = rest < W ? load_part(p + i, rest) : load(p + i);
+    vfloat gradient = rest < W ? load_part(g + i, rest) : load(g + i);
+    Moment to = advance({parameter, load(first + i), load(second + i)}, gradient, by);
+    rest < W ? store_part(p + i, to.parameter, rest) : store(p + i, to.parameter);
+    store(first + i, to.first);
+    store(second + i, to.second);
+  }
+  t.first_scales[block] = encode<true>(first, n, with_sign, t.first + at);
+  t.second_scales[block] = encode<false>(second, n, without_sign, t.second + at);
+}
+
 // The sum of squares in fp64, in four chains.
 struct Squares {
   vdouble low[2] = {}, high[2] = {};
@@ -113,6 +171,17 @@ void adamw(TensorRow row, const AdamwTensor* tensors, const AdamwGroup* groups) 
         store_part(t.first + i, to.first, n);
         store_part(t.second + i, to.second, n);
       }
+    });
+  });
+}
+
+void adamw8(TensorRow row, const Adamw8Tensor* tensors, const AdamwGroup* groups, const Codebook& with_sign,
+            const Codebook& without_sign) {
+  for_tasks(row, [&](int64_t task) {
+    for_pieces(row, task, [&](int64_t index, int64_t begin, int64_t end) {
+      const Adamw8Tensor& t = tensors[index];
+      for (int64_t at = begin; at < end; at += kAdamw8Block)
+        advance_block(t, at, groups[t.group], with_sign, without_sign);
     });
   });
 }

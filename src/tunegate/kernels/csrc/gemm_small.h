@@ -39,7 +39,7 @@ inline void widen_x(const GemmTerm& t, int64_t m, float* to) {
   for (int64_t r = 0; r < m; r++, to += padded) {
     if (t.x_type == kBf16)
       widen((const bf16*)t.x + r * t.x_stride, t.k, to);
-    else
+    else if (t.k)  // an empty product's x may be null
       memcpy(to, (const float*)t.x + r * t.x_stride, size_t(t.k) * 4);
     for (int64_t k = t.k; k < padded; k++) to[k] = 0.0f;
   }
