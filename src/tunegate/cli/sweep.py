@@ -63,6 +63,8 @@ def _print_points(record: SweepRecord, console: Console) -> None:
                 "" if gain is None else f"{gain.difference:+.3f} {p_value(gain.p_value)}",
                 "" if moved is None else f"{moved['kl']:.3g}",
                 "" if ratio is None or ratio.value is None else f"{ratio.value:.3f}",
-                ", ".join(notes(record, trial, point)),
+                ", ".join(notes(record, trial, point)).replace("recommended", "[bold]*[/]"),
             ])  # fmt: skip
-    console.table(["rank", "epoch", "trained", "steps", record.metric, "gain", "KL", "of base", ""], rows)
+    columns = ["rank", "epoch", "trained", "steps", record.metric, "gain", "KL", "of base", ""]
+    used = [n for n, name in enumerate(columns) if name != "of base" or any(row[n] for row in rows)]
+    console.table([columns[n] for n in used], [[row[n] for n in used] for row in rows])
