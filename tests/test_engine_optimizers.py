@@ -43,11 +43,7 @@ def test_settings_name_their_optimizer() -> None:
 
 def test_what_a_device_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     paged, plain = section(optimizer="paged_adamw_8bit"), section(optimizer="adamw_8bit")
-<<<<<<< HEAD
-    with pytest.raises(InputError, match=r"(?s)train.optimizer.*a CUDA device.*cpu.*adamw_8bit"):
-=======
     with pytest.raises(InputError, match=r"(?s)^train\.optimizer.*a CUDA device.*cpu.*adamw_8bit"):
->>>>>>> a80ebdffb139916a1e5c64b5c422971af46bd7b0
         check_optimizer(paged, "cpu")
     with pytest.raises(InputError, match="paged"):
         make_optimizer(_adapter(), paged)
