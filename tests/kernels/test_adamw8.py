@@ -236,7 +236,7 @@ def test_a_state_of_another_kind_is_named() -> None:
     optimizer = FusedAdamW([parameter], eight_bit=True)
     optimizer.load_state_dict(plain.state_dict())
     with pytest.raises(
-        ValueError, match="state1 must be a contiguous torch.uint8 tensor of 4096 elements, got nothing"
+        ValueError, match=r"state1 must be a contiguous torch.uint8 tensor of 4096 elements, got nothing"
     ):
         optimizer.step()
 
