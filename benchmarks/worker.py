@@ -314,8 +314,7 @@ def main() -> None:
         found = importlib.import_module({"roofline": "roofline", "generate": "generation"}[spec["kind"]]).run(spec)
     else:
         kinds = {"tunegate": train_tunegate, "peft": train_peft, "trl": train_trl, "loss_gap": loss_gap}
-        kinds["curves"] = curves
-        found = {**kinds, "breakdown": breakdown}[spec["kind"]](spec)
+        found = {**kinds, "curves": curves, "breakdown": breakdown}[spec["kind"]](spec)
     found["rss"] = common.resident(what="VmHWM")
     found["rss_after_torch"] = RSS_AFTER_TORCH
     found["threads"] = torch.get_num_threads()

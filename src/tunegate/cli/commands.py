@@ -22,7 +22,7 @@ from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
 from tunegate.files import read_json, write_text
 from tunegate.gate import PASS, SHIP
-from tunegate.pipeline.reporter import count
+from tunegate.pipeline.reporter import count, p_value
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
@@ -211,11 +211,10 @@ def _print_card(card: AdapterCard, console: Console) -> None:
 
 
 def _comparison(comparison: Comparison) -> str:
-    p = f"p = {comparison.p_value:.2g}" if comparison.p_value >= 0.001 else "p < 0.001"
     name = "best prompt" if comparison.reference == "prompt" else comparison.reference
     return (
         f"{name}: {comparison.difference:+.4f} ({comparison.low:+.3f} to {comparison.high:+.3f}), "
-        f"{comparison.wins} better, {comparison.losses} worse, {p}"
+        f"{comparison.wins} better, {comparison.losses} worse, {p_value(comparison.p_value)}"
     )
 
 

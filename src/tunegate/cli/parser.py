@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import tunegate
@@ -49,14 +50,19 @@ def _size(text: str) -> int:
     return number
 
 
-def _epochs(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs")
-    return number
+def _number_of(what: str) -> Callable[[str], float]:
+    """The reader of a number above 0, in ``what``."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < 1e6:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}")
+        return number
+
+    return read
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -127,16 +133,6 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _minutes(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes")
-    return number
-
-
 def _add_sweep(commands: Any, task: argparse.ArgumentParser) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -146,9 +142,11 @@ def _add_sweep(commands: Any, task: argparse.ArgumentParser) -> None:
         "The test split stays closed. docs/sweep.md",
     )
     sweep.add_argument("--ranks", type=_ranks, default=(4, 8, 16, 32), metavar="R,R,...", help="default: 4,8,16,32")
-    sweep.add_argument("--epochs", type=_epochs, metavar="N", help="of each rank; default: the task's")
+    sweep.add_argument("--epochs", type=_number_of("epochs"), metavar="N", help="of each rank; default: the task's")
     sweep.add_argument("--max-trials", type=_size, metavar="N", help="at most so many of the ranks, from below")
-    sweep.add_argument("--budget", type=_minutes, metavar="MINUTES", help="of this call; the same command goes on")
+    sweep.add_argument(
+        "--budget", type=_number_of("minutes"), metavar="MINUTES", help="of this call; the same command goes on"
+    )
     sweep.add_argument(
         "--ray", action="store_true", help="all ranks at once on a Ray cluster (RAY_ADDRESS, or one started here)"
     )
@@ -240,7 +238,7 @@ def _add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     plan.add_argument("--tied", action="store_true", help="head and embeddings are one tensor")
     plan.add_argument("--rows", type=_size, metavar="N", help="rows to train on")
     plan.add_argument("--tokens", type=_size, metavar="L", help="tokens of a row")
-    plan.add_argument("--epochs", type=_epochs, default=3.0, metavar="N", help="default: 3")
+    plan.add_argument("--epochs", type=_number_of("epochs"), default=3.0, metavar="N", help="default: 3")
     plan.add_argument("--rank", type=_size, default=16, metavar="R", help="default: 16")
     plan.add_argument("--batch-tokens", type=_size, metavar="N", help="tokens in memory at once; default: 2048")
     plan.add_argument("--method", action="append", choices=METHODS, help="what to choose from, preferred first")

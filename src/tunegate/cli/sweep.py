@@ -47,8 +47,8 @@ def sweep(arguments: argparse.Namespace, console: Console) -> int:
 
 def _print_points(record: SweepRecord, console: Console) -> None:
     """A line a point, narrow enough for a terminal; sweep.md has every interval."""
-    from tunegate.pipeline.reporter import count
-    from tunegate.pipeline.sweep_report import notes, p_value
+    from tunegate.pipeline.reporter import count, p_value
+    from tunegate.pipeline.sweep_report import notes
 
     rows = []
     for trial in record.trials:

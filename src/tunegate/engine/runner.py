@@ -32,6 +32,7 @@ from tunegate.kernels import (
     Plan,
     attention,
     decode_attention,
+    gpu,
     linear_cross_entropy,
     native,
     similar_lengths,
@@ -257,7 +258,7 @@ class Runner:
     def _try_fused(self) -> str:
         """Replace the decoder layers where that reproduces the packed logits; says how it went."""
         if self.device.type == "cuda":
-            return self._try_liger(operations())
+            return f"attention by {gpu.attention_library().name}, {self._try_liger(operations())}"
         if self.device.type != "cpu" or native.library() is None:
             return f"no fused layers ({'not on the CPU' if self.device.type != 'cpu' else native.describe()[1]})"
         fused = FusedLayers(self.backbone)

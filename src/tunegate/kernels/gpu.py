@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from tunegate.errors import InputError
-from tunegate.kernels.formats import table
+from tunegate.kernels import native
+from tunegate.kernels.formats import NESTED_BLOCK, table
 from tunegate.kernels.linear import QuantizedWeight
 
 FLASH, TORCH, TWIN = "flash-attn", "torch", "twin"
@@ -146,8 +147,8 @@ def choose(wanted: str, flash: Callable[..., Any] | None, own: Callable[..., Any
 @cache
 def attention_library() -> Attention:
     """What this process uses. Imports ``flash_attn`` where it is installed."""
-    if os.environ.get("TUNEGATE_KERNELS", "").lower() in ("off", "0", "no"):
-        return Attention(TWIN, None, "switched off by TUNEGATE_KERNELS")
+    if native.switched_off():
+        return Attention(TWIN, None, native.SWITCHED_OFF)
     return choose(
         os.environ.get(VARIABLE, ""),
         _function("flash_attn", "flash_attn_varlen_func"),
@@ -196,7 +197,7 @@ def attention(
 @cache
 def bitsandbytes() -> Any:
     """``bitsandbytes.functional`` where it is installed, else None."""
-    if os.environ.get("TUNEGATE_KERNELS", "").lower() in ("off", "0", "no"):
+    if native.switched_off():
         return None
     try:
         import bitsandbytes.functional as found
@@ -214,7 +215,7 @@ def dequantize(library: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Ten
     nested, absmax = None, weight.absmax
     if absmax is None:
         nested = library.QuantState(
-            absmax=weight.nested_absmax, blocksize=256, code=weight.nested_code, dtype=torch.float32
+            absmax=weight.nested_absmax, blocksize=NESTED_BLOCK, code=weight.nested_code, dtype=torch.float32
         )
         absmax = weight.absmax_codes
     device = weight.codes.device
@@ -233,7 +234,7 @@ def dequantize(library: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Ten
 
 
 def describe() -> dict[str, str]:
-    """Operation → implementation and reason, for ``tunegate doctor`` and the record of a run."""
+    """Operation → implementation and reason, for ``tunegate doctor``."""
     found = attention_library()
     four_bits = "bitsandbytes" if bitsandbytes() is not None else "twin (no bitsandbytes)"
     return {"attention": f"{found.name} ({found.reason})", "4 bits": four_bits}

@@ -21,11 +21,19 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
+SWITCHED_OFF = "switched off by TUNEGATE_KERNELS"
+
+
+def switched_off() -> bool:
+    """Whether the environment asks for plain PyTorch everywhere."""
+    return os.environ.get("TUNEGATE_KERNELS", "").lower() in ("off", "0", "no")
+
+
 @cache
 def _load() -> tuple[ModuleType | None, str]:
     """The module and the reason for its level, or None and the reason why not."""
-    if os.environ.get("TUNEGATE_KERNELS", "").lower() in ("off", "0", "no"):
-        return None, "switched off by TUNEGATE_KERNELS"
+    if switched_off():
+        return None, SWITCHED_OFF
     try:
         from tunegate.kernels import _native  # type: ignore[attr-defined]
     except ImportError as error:

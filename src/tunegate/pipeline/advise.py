@@ -43,15 +43,16 @@ from tunegate.evaluation.advise import (
     recommend,
 )
 from tunegate.evaluation.answer_form import find_form
+from tunegate.evaluation.answering import takes_system
 from tunegate.evaluation.endpoint import Reference
-from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.evaluation.retrieval import Both, Lookup, SimilarShots, question, read_passages
 from tunegate.evaluation.statistics import compare, items_to_decide
 from tunegate.evaluation.types import Measurement
-from tunegate.files import read_jsonl, update_json
+from tunegate.files import update_json
+from tunegate.pipeline.evidence import measurement_of
 from tunegate.pipeline.folders import owned, short
-from tunegate.pipeline.prepare import Prepared, prepare, takes_system
+from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session
 from tunegate.records import EvalRecord
@@ -236,7 +237,7 @@ class Bench:
 
     def add(self, name: str, uses: frozenset[Uses], record: EvalRecord, items: Path) -> Option:
         """Keep a record with its items as an option."""
-        measured = self.measurements[name] = measurement_of(self.prepared, items)
+        measured = self.measurements[name] = measurement_of(self.prepared, items, self.prepared.baseline_items)
         gain = more = None
         if measured.counts is None:  # the score is the mean of the items' scores
             good = self.target.value
@@ -277,19 +278,6 @@ def load_record(path: Path, prompt_hash: str) -> EvalRecord | None:
         return None
     record = records.load(path, EvalRecord)
     return record if record.hashes.get("prompt") == prompt_hash else None
-
-
-def measurement_of(prepared: Prepared, items: Path) -> Measurement:
-    """The primary metric over the answers in an items file, scored again from the texts."""
-    rows = read_jsonl(items)
-    examples = prepared.baseline_items
-    if [row["row_id"] for row in rows] != [e.row_id for e in examples]:
-        raise InputError(
-            "these answers are of other items", where=str(items), fix="delete the file's folder, and run again"
-        )
-    metric = next(m for m in prepared.scorer.metrics if m.name == prepared.config.task.task.metric)
-    _, found = score_items([metric], [r["prediction"] for r in rows], [e.answer for e in examples], examples)
-    return found[metric.name]
 
 
 def advise(

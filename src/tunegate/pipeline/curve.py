@@ -29,7 +29,8 @@ from tunegate.evaluation.learning_curve import fit_curve
 from tunegate.evaluation.statistics import compare
 from tunegate.evaluation.types import Measurement
 from tunegate.files import hash_json
-from tunegate.pipeline.advise import Bench, Extras, measurement_of
+from tunegate.pipeline.advise import Bench, Extras
+from tunegate.pipeline.evidence import measurement_of
 from tunegate.pipeline.folders import begin, finish, is_done
 from tunegate.pipeline.session import adapter_spec
 from tunegate.records import EvalRecord
@@ -63,7 +64,7 @@ def measure_curve(
         for percent, part in shares(rows).items():
             folder = bench.folder / "curve" / f"p{percent:03d}"
             record = _train(bench, part, steps, folder, percent, lambda: stop() or time.monotonic() > end)
-            found.append((len(part), record, measurement_of(bench.prepared, folder / "adapter.items.jsonl")))
+            found.append((len(part), record, _measured(bench, folder)))
     except Interrupted:
         if stop():
             raise
@@ -77,6 +78,10 @@ def measure_curve(
     _, record, measured = found[-1]
     over_best = compare(measured, bench.measurements[best], best, confidence)
     return Trained(curve, record.score, over_best, steps, max(steps, StepPlan(rows, settings).total))
+
+
+def _measured(bench: Bench, folder: Path) -> Measurement:
+    return measurement_of(bench.prepared, folder / "adapter.items.jsonl", bench.prepared.baseline_items)
 
 
 def _train(

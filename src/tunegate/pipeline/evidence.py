@@ -6,7 +6,8 @@ risen from its lowest when the kept step came), ``train.best_share`` (the kept s
 (the kept step's validation score, beside the base's on the same items) and ``data.valid_leaks``. ``steps.recall``
 leaves those that need answers to training prompts.
 
-It reads files and computes no score.
+It reads files and asks no model. Where a comparison needs item scores, :func:`measurement_of` takes them from the
+stored answers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from tunegate.data.types import Example
 from tunegate.errors import InputError
 from tunegate.evaluation.measures import Measure, load_measures
+from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.prompts import AS_IS
+from tunegate.evaluation.types import Measurement
 from tunegate.files import read_jsonl
 from tunegate.gate.evidence import BEST_PROMPT
 from tunegate.pipeline.folders import short
@@ -77,6 +81,23 @@ def _same_items(rows: dict[str, list[dict[str, Any]]], files: dict[str, str]) ->
     for name, items in rows.items():
         if [row["row_id"] for row in items] != wanted:
             raise InputError("the items are not those of the adapter", where=files[name], expected=files[""])
+
+
+def measurement_of(prepared: Prepared, items: Path, examples: Sequence[Example]) -> Measurement:
+    """The primary metric over an items file of ``examples``, scored again from the answers. :class:`InputError` if the
+    file is of other examples."""
+    rows, name = read_jsonl(items), prepared.scorer.task.metric
+    ids = tuple(e.row_id for e in examples)
+    if tuple(row["row_id"] for row in rows) != ids:
+        raise InputError(
+            "the items are not those of this task's validation split", where=str(items),
+            fix="remove the folder of that run or advice; the same command makes it again",
+        )  # fmt: skip
+    metric = next((m for m in prepared.scorer.metrics if m.name == name), None)
+    if metric is None:  # the likelihood: no answers to read
+        return Measurement(name, ids, np.array([row["scores"][name] for row in rows]))
+    answers = [row["prediction"] for row in rows]
+    return score_items([metric], answers, [row["reference"] for row in rows], examples)[1][name]
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ import tunegate
 from tunegate.config import Config, default_lr
 from tunegate.data.check import CheckReport, Finding, check_examples
 from tunegate.data.forms import Loaded, load_examples
-from tunegate.data.render import Renderer
 from tunegate.data.rows import parse_json
 from tunegate.data.split import Splits, position, split
 from tunegate.data.tokens import check_tokens, render_all
@@ -26,6 +25,7 @@ from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
 from tunegate.engine.optimizers import check_optimizer
 from tunegate.errors import InputError, Problem, collecting, nearest
+from tunegate.evaluation.answering import takes_system
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.metrics import PYTHON_PREFIX
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
@@ -350,15 +350,6 @@ def _prompts(opened: Opened, report: CheckReport, reporter: Reporter) -> tuple[P
         if prompt not in fitting:
             reporter.line(f"prompt {prompt.name} is left out: it does not fit in the base's {positions:,} tokens")
     return tuple(fitting)
-
-
-def takes_system(renderer: Renderer) -> bool:
-    """Whether the base's template has a system role."""
-    try:
-        renderer.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-    except InputError:
-        return False
-    return True
 
 
 def _settle(config: Config, data: Data, base: Base, labels: list[str] | None) -> tuple[Config, list[str] | None]:

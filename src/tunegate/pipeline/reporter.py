@@ -29,6 +29,10 @@ def count(n: int) -> str:
     return str(n)
 
 
+def p_value(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+
+
 class Silent:
     """Says nothing."""
 

@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tunegate import records
 from tunegate.adapter.files import adapter_hash
 from tunegate.config import Config
@@ -29,12 +27,11 @@ from tunegate.engine.train import Interrupted
 from tunegate.errors import InputError
 from tunegate.evaluation.answering import Model
 from tunegate.evaluation.divergence import TextDivergence, divergence, neutral_texts
-from tunegate.evaluation.metrics import score_items
 from tunegate.evaluation.sweeping import Climb, Curve, climb
 from tunegate.evaluation.types import Measurement
 from tunegate.files import hash_json, read_jsonl, write_jsonl
 from tunegate.pipeline import kept, planning, steps
-from tunegate.pipeline.evidence import evaluations
+from tunegate.pipeline.evidence import evaluations, measurement_of
 from tunegate.pipeline.folders import is_done, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
@@ -101,13 +98,18 @@ class Trial:
 
     def curve(self) -> Curve:
         complete = self.complete  # asked first: another process may be training
-        points = [measured(self.prepared, self.items(event["step"])) for event in self.evaluations()]
+        points = [self.measured(event["step"]) for event in self.evaluations()]
         if complete and not points:
             raise InputError(
                 "the training log of this run holds no evaluation", where=str(self.folder / "train" / "log.jsonl"),
                 fix="restore it, or remove the run's folder; the same command makes it again",
             )  # fmt: skip
         return Curve(self.rank, tuple(points), complete)
+
+    def measured(self, step: int) -> Measurement:
+        """The primary metric of the evaluation after ``step`` steps."""
+        asked = self.prepared.valid[: self.prepared.config.task.train.eval_items]
+        return measurement_of(self.prepared, self.items(step), asked)
 
     def record(self) -> RunRecord | None:
         return records.load(self.folder / "train" / "run.json", RunRecord) if self.complete else None
@@ -119,23 +121,6 @@ class Trial:
             return None
         names = TextDivergence.__dataclass_fields__
         return [TextDivergence(**{name: row[name] for name in names}) for row in read_jsonl(path)]
-
-
-def measured(prepared: Prepared, items: Path) -> Measurement:
-    """The primary metric of an evaluation, from its items file."""
-    rows, name = read_jsonl(items), prepared.scorer.task.metric
-    examples = prepared.valid[: len(rows)]
-    if [row["row_id"] for row in rows] != [e.row_id for e in examples]:
-        raise InputError(
-            "the items are not those of this task's validation split", where=str(items),
-            fix="remove the run's folder; the same command makes it again",
-        )  # fmt: skip
-    metric = next((m for m in prepared.scorer.metrics if m.name == name), None)
-    if metric is None:  # the likelihood: no answers to read
-        scores = np.array([row["scores"][name] for row in rows])
-        return Measurement(name, tuple(e.row_id for e in examples), scores)
-    answers = [row["prediction"] for row in rows]
-    return score_items([metric], answers, [row["reference"] for row in rows], examples)[1][name]
 
 
 def trial_of(prepared: Prepared, rank: int, epochs: float | None) -> Trial:

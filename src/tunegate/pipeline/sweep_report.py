@@ -23,8 +23,8 @@ from tunegate.evaluation.statistics import detectable_gain, score
 from tunegate.evaluation.sweeping import Climb, fit_forgetting, forgetting_band
 from tunegate.files import canonical_json, read_json, write_bytes, write_json, write_text
 from tunegate.pipeline.kept import REGRESSION
-from tunegate.pipeline.reporter import count
-from tunegate.pipeline.sweep import Trial, measured
+from tunegate.pipeline.reporter import count, p_value
+from tunegate.pipeline.sweep import Trial
 from tunegate.pipeline.sweep_charts import can_draw, charts, draw, forgotten
 from tunegate.records import Comparison, RegressionRecord, SweepPoint, SweepRecord, SweepTrial
 
@@ -105,7 +105,7 @@ def _point(trial: Trial, event: Mapping[str, Any], folder: Path) -> SweepPoint:
         epoch=trial.steps.epochs_done(step),
         step=step,
         parameters=record.trainable_parameters if record is not None else int(event["trainable_parameters"]),
-        score=score(measured(trial.prepared, items), confidence),
+        score=score(trial.measured(step), confidence),
         valid_loss=event.get("valid_loss"),
         forgetting=None if moved is None else {name: moved[name] for name in ("kl", "kl_low", "kl_high", "texts")},
         items_path=Path(os.path.relpath(items, folder)).as_posix(),
@@ -175,10 +175,6 @@ def _dearer(kept: SweepTrial, higher: SweepTrial) -> list[str]:
 
 def _gain(found: Comparison) -> str:
     return f"{found.difference:+.4f} ({found.low:+.3f} to {found.high:+.3f}), {p_value(found.p_value)}"
-
-
-def p_value(p: float) -> str:
-    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
 def _settings(trial: Trial) -> dict[str, Any]:
