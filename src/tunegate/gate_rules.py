@@ -37,12 +37,14 @@ EXAMPLE = "task vs base > 0"
 
 @dataclass(frozen=True)
 class Family:
-    """``names``: what may follow the family's name, None where users name it. ``command``: what measures it."""
+    """``names``: what may follow the family's name, None where users name it. ``command``: what measures it,
+    or, where it is ``given``, what reads it from a ``measures.json`` that somebody left in the run."""
 
     names: tuple[str, ...] | None
     command: str
     alone: bool = False  # whether the family's own name is a metric
     apart: tuple[str, ...] = ()  # names that a * right after the family's name does not stand for
+    given: bool = False
 
 
 _TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "score", "best_share")
@@ -50,9 +52,9 @@ _MEMORISED = ("verbatim_rate", "verbatim_excess", "ngram_overlap", "ngram_excess
 FAMILIES = {
     "task": Family(None, "tunegate run TASK", alone=True),
     "regression": Family(None, "tunegate run TASK", apart=("likelihood", "divergence")),
-    "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate judge TASK"),
+    "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate gate TASK", given=True),
     "safety": Family(("bypass_rate", "over_refusal", "coherence", "refusal_rate"), "tunegate run TASK"),
-    "review": Family(("accept", "preferred"), "tunegate review RUN"),
+    "review": Family(("accept", "preferred"), "tunegate gate TASK", given=True),
     "train": Family(_TRAIN + _MEMORISED, "tunegate run TASK"),
     "data": Family(("leaked_rows", "near_leaks", "valid_leaks", "harmful_rows"), "tunegate check TASK"),
 }
