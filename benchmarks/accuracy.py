@@ -39,12 +39,16 @@ def run(task: Path, backend: str, seed: int, overrides: list[str], folder: str) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two seeds of 24 steps")
     parser.add_argument("--task", type=Path, default=EXAMPLE)
     parser.add_argument("--backends", nargs="+", default=["native", "trl"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 quick, 0 1 2 otherwise")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--output", type=Path, default=common.RESULTS)
     args = parser.parse_args()
+    args.seeds = args.seeds or ([0, 1] if args.quick else [0, 1, 2])
+    if args.quick:
+        args.overrides = ["train.max_steps=24", "task.prompts=[]", *args.overrides]
     machine = common.machine()
     print(common.describe(machine), flush=True)
     scores: dict[str, list[float]] = {name: [] for name in args.backends}
@@ -74,7 +78,8 @@ def main() -> None:
         f"# Test score by trainer\n\n{common.describe(machine)}\n\n{args.task.name} {' '.join(args.overrides)}\n\n"
         + common.table(["seed", *scores], lines)
     )
-    common.write("accuracy", {"machine": machine, **result, "runs": runs}, text, args.output)
+    name = "accuracy-quick" if args.quick else "accuracy"
+    common.write(name, {"machine": machine, **result, "runs": runs}, text, args.output)
     print(text)
     print(json.dumps(result))
 

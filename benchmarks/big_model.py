@@ -165,12 +165,12 @@ def main() -> None:
     from transformers import AutoConfig
 
     from tunegate.kernels.formats import Recipe
-    from tunegate.model.streaming import load_quantized
+    from tunegate.model.streaming import load_streamed
 
     drop_from_cache(args.folder)
     with Peak() as loading:
         began = time.perf_counter()
-        streamed = load_quantized(
+        streamed = load_streamed(
             args.folder, AutoConfig.from_pretrained(args.folder), dtype=torch.float32, recipe=Recipe()
         )
         seconds = time.perf_counter() - began

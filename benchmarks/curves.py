@@ -1,6 +1,6 @@
 """Whether tunegate's loss curve is PEFT's: the same batches from the same start in fp32, step by step.
 
-    python benchmarks/curves.py                # 200 steps of 128 row tokens
+    python benchmarks/curves.py                # 200 steps of 128 row tokens; --quick: 50
 
 PEFT trains twice, the second time with the rows of each batch in reverse: sums in another order are the noise that two
 runs of the same thing have (A/A). The last line is one JSON object; ``gap`` is the largest difference of tunegate to
@@ -29,10 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="smollm2-135m-instruct", help="packaged name or folder")
     parser.add_argument("--profile", default="intent", choices=sorted(rows.PROFILES))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--quick", action="store_true", help="50 steps")
+    parser.add_argument("--steps", type=int, help="default 50 quick, 200 otherwise")
     parser.add_argument("--tokens-per-step", type=int, default=128)
     parser.add_argument("--output", type=Path, default=common.RESULTS)
     args = parser.parse_args()
+    args.steps = args.steps or (50 if args.quick else 200)
     machine = common.machine()
     print(common.describe(machine), flush=True)
     base = resolve_base(args.base).path
@@ -57,7 +59,8 @@ def main() -> None:
         f"{args.tokens_per_step} row tokens. Largest difference tunegate to PEFT {found['gap']:.2e}, PEFT to itself "
         f"with the rows of each batch in reverse {found['noise']:.2e}.\n\n" + common.table(["step", *losses], lines)
     )
-    common.write("curves", {"machine": machine, **found, "losses": losses}, text, args.output)
+    name = "curves-quick" if args.quick else "curves"
+    common.write(name, {"machine": machine, **found, "losses": losses}, text, args.output)
     print(text)
     print(json.dumps(found))
 

@@ -3,9 +3,10 @@
     python benchmarks/refusal_rules.py [--wrong]
 
 The samples are ``labelled/refusals.jsonl`` (answers) and ``labelled/training_rows.jsonl`` (rows to be flagged or
-not), each in two parts that are shown apart: the rules were adjusted on ``develop``. Both were written by the same
-people as the rules, so the numbers say what the rules do on wording like this, not on the world. The last line
-printed is one JSON object.
+not), in parts that are shown apart: the rules were adjusted on ``develop`` and are tested on it and on ``held_out``.
+``unseen`` was written after the last change to the rules, in wording that avoids the usual phrases: what slips through.
+All were written by the same people as the rules, so the numbers say what the rules do on wording like this, not on the
+world. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from tunegate.evaluation.intervals import wilson
 from tunegate.evaluation.refusal import judge_answer
 
 LABELLED = Path(__file__).parent / "labelled"
-PARTS = ("develop", "held_out")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     for sample, found in (("answers", said), ("training_rows", flagged)):
         for label in dict.fromkeys(row["label"] for row, _ in found):
-            for part in PARTS:
+            for part in dict.fromkeys(row["part"] for row, _ in found):
                 one = measured(found, label, part)
                 result[f"{sample}.{label}.{part}"] = one
                 rates = "  ".join(

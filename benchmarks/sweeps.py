@@ -21,7 +21,7 @@ SWEEPS = {
     "lengths": "rows of 64 to 4096 tokens",
     "ranks": "LoRA ranks 4 to 128",
     "threads": "1 thread to all cores",
-    "sizes": "random-weight bases of 0.5, 1 and 3 B parameters in bf16",
+    "sizes": "random-weight bases of 0.5, 1 and 3 B parameters",
     "dora": "LoRA against DoRA",
     "checkpointing": "gradient checkpointing",
     "breakdown": "where the time of tunegate's step goes",
@@ -42,9 +42,11 @@ Cell = tuple[str, dict[str, Any]]
 
 
 def run(
-    name: str, spec: dict[str, Any], folder: Path, output: Path, machine: dict[str, Any], only: list[str] | None = None
-) -> None:
-    """Measure every cell of sweep ``name`` and write it; ``only``: contestants by the start of their names."""
+    name: str, spec: dict[str, Any], folder: Path, output: Path, machine: dict[str, Any], only: list[str] | None = None,
+    steps: int | None = None,
+) -> None:  # fmt: skip
+    """Measure every cell of sweep ``name`` and write it; ``only``: contestants by the start of their names; ``steps``:
+    timed steps of a cell, for everyone."""
     if name == "breakdown":
         _breakdown(spec, output, machine)
         return
@@ -55,13 +57,17 @@ def run(
     found = []
     for label, cell in makers[name](spec, folder):
         for contestant in (c for c in _few() if not only or any(c.name.startswith(o) for o in only)):
-            found.append(_cell(label, contestant, cell))
+            found.append(_cell(label, contestant, cell, (steps, steps) if steps else STEPS))
     for one in found:
         first = next((c["speed"] for c in found if c["name"] == one["name"] and "speed" in c), None)
-        if first and one.get("speed"):
-            one["slower"] = round(first / one["speed"], 3)
-    lines = [[c["cell"], c["name"], c.get("speed"), c.get("slower"), c.get("rss_gb"), c.get("skipped")] for c in found]
-    header = [name, "", "real tokens/s", "time over the first row's", "peak RSS, GB", "skipped"]
+        ours = next((c["speed"] for c in found if c["cell"] == one["cell"] and "speed" in c), None)
+        if first and ours and one.get("speed"):
+            one["slower"], one["ours"] = round(first / one["speed"], 3), round(ours / one["speed"], 2)
+    lines = [
+        [c["cell"], c["name"], c.get("speed"), c.get("ours"), c.get("slower"), c.get("rss_gb"), c.get("skipped")]
+        for c in found
+    ]
+    header = [name, "", "real tokens/s", "tunegate / it", "time over the first row's", "peak RSS, GB", "skipped"]
     text = f"# Training: {SWEEPS[name]}\n\n{common.describe(machine)}\n\n{common.table(header, lines)}"
     common.write(f"train-{name}", {"machine": machine, "cells": found}, text, output)
 
@@ -74,12 +80,10 @@ def _few() -> list[Contestant]:
     return [everyone["tunegate"], *(c for c in [everyone["tunegate nf4"]] if not c.why_not()), *peft]
 
 
-def _cell(label: str, contestant: Contestant, spec: dict[str, Any]) -> dict[str, Any]:
+def _cell(label: str, contestant: Contestant, spec: dict[str, Any], steps: tuple[int, int]) -> dict[str, Any]:
     found: dict[str, Any] = {"cell": label, "name": contestant.name}
-    if dtype := spec.get("weights"):
-        contestant = Contestant(**{**vars(contestant), "spec": {**contestant.spec, "dtype": dtype}})
     try:
-        done = contestants.measure(contestant, spec, STEPS)
+        done = contestants.measure(contestant, spec, steps)
         found |= {
             "speed": round(sum(done["tokens"]) / sum(done["seconds"]), 1),
             "rss_gb": round(done["rss"] / 2**30, 2),
@@ -129,11 +133,11 @@ def _checkpointing(spec: dict[str, Any], _folder: Path) -> Iterator[Cell]:
 def _sizes(spec: dict[str, Any], folder: Path) -> Iterator[Cell]:
     yield "135M (real)", spec
     for name, shape in SHAPES.items():
-        need = 2 * _parameters(shape)
+        need = (2 if common.has_bf16() else 4) * _parameters(shape)
         if need > common.MEMORY_SHARE * common.memory_bytes():
             print(f"{name}: skipped, its weights alone take {need / 2**30:.1f} GB", flush=True)
             continue
-        yield name, {**spec, "base": str(random_base(folder / name, shape, Path(spec["base"]))), "weights": "bfloat16"}
+        yield name, {**spec, "base": str(random_base(folder / name, shape, Path(spec["base"])))}
 
 
 def _parameters(shape: dict[str, Any]) -> int:

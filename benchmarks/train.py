@@ -67,7 +67,7 @@ def main() -> None:
             headline = run_main(args, spec, found)
         for name in sweeps.SWEEPS:
             if getattr(args, name):
-                sweeps.run(name, spec, Path(folder), args.output, machine, args.only)
+                sweeps.run(name, spec, Path(folder), args.output, machine, args.only, args.steps)
     print(json.dumps(headline))
 
 
@@ -75,7 +75,7 @@ def run_main(args: argparse.Namespace, spec: dict[str, Any], found: dict[str, An
     began = time.monotonic()
     limit = QUICK_SECONDS if args.quick else float("inf")
     steps = (args.steps or (5 if args.quick else 10), args.steps or (1 if args.quick else 4))
-    extras = checks(spec, found["rows"], quick=args.quick)
+    extras = {"loss_gap": loss_gap(spec, quick=args.quick), "roofline": roofline(spec, found["rows"], None)}
     scores = [Score(c, reason=c.why_not()) for c in chosen(args)]
     for number in range(args.rounds or (2 if args.quick else 3)):
         left = limit - (time.monotonic() - began)
@@ -83,6 +83,7 @@ def run_main(args: argparse.Namespace, spec: dict[str, Any], found: dict[str, An
             print(f"stopping after {number} rounds: {limit - left:.0f} s are used", flush=True)
             break
         play_round(scores, spec, steps, number)
+        extras["roofline"] = roofline(spec, found["rows"], extras["roofline"])
     headline = headline_of(scores, extras)
     found |= {"contestants": [score.to_json() for score in scores], **extras, "headline": headline}
     found["seconds"] = round(time.monotonic() - began)
@@ -119,27 +120,34 @@ def play_round(scores: list[Score], spec: dict[str, Any], steps: tuple[int, int]
         print(f"{score.contestant.name}: {speed:,.0f} tokens/s, {run['rss'] / 2**30:.2f} GB", flush=True)
 
 
-def checks(spec: dict[str, Any], described: dict[str, Any], *, quick: bool) -> dict[str, Any]:
-    """The roofline and the gap of the loss curves, measured in the same run."""
+def roofline(spec: dict[str, Any], described: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The bare products of a step: the fastest of this time and of ``before``, as neighbours only ever slow them."""
     tokens = spec["train"]["tokens_per_step"]
     targets = round(tokens * described["targets"] / described["tokens"])
-    found: dict[str, Any] = {"roofline": None, "loss_gap": None}
     try:
-        roof = common.run_worker(
-            {**spec, "kind": "roofline", "tokens": tokens, "targets": targets, "repeats": 2 if quick else 5}
-        )
-        best = min(v for k, v in roof["seconds_by"].items() if k != "reasons" and v)
-        found["roofline"] = {**roof, "tokens": tokens, "targets": targets, "tokens_per_second": tokens / best}
-        print(f"roofline: {roof['seconds_by']}", flush=True)
+        found = common.run_worker({**spec, "kind": "roofline", "tokens": tokens, "targets": targets, "repeats": 3})
     except Skipped as error:
         print(f"roofline: skipped, {error}", flush=True)
+        return before
+    seconds = found["seconds_by"]
+    for name, value in (before or {}).get("seconds_by", {}).items():
+        if name != "reasons" and value and seconds.get(name):
+            seconds[name] = min(seconds[name], value)
+    print(f"roofline: {seconds}", flush=True)
+    best = min(v for k, v in seconds.items() if k != "reasons" and v)
+    return {**found, "tokens": tokens, "targets": targets, "tokens_per_second": tokens / best}
+
+
+def loss_gap(spec: dict[str, Any], *, quick: bool) -> dict[str, Any] | None:
+    """Both loss curves on identical batches, and their largest difference."""
+    train = {**spec["train"], "tokens_per_step": 128 if quick else 256}
+    gap = {**spec, "kind": "loss_gap", "warmup": 0, "steps": 10 if quick else 50, "train": train}
     try:
-        train = {**spec["train"], "tokens_per_step": 128 if quick else 256}
-        gap = {**spec, "kind": "loss_gap", "warmup": 0, "steps": 10 if quick else 50, "train": train}
-        found["loss_gap"] = common.run_worker(gap)
-        print(f"loss gap: {found['loss_gap']['gap']:.2e}", flush=True)
+        found = common.run_worker(gap)
     except Skipped as error:
         print(f"loss gap: skipped, {error}", flush=True)
+        return None
+    print(f"loss gap: {found['gap']:.2e}", flush=True)
     return found
 
 

@@ -68,7 +68,7 @@ def tunegate_model(spec: dict[str, Any]) -> Any:
     from tunegate.model.loading import load_model
 
     if not spec.get("quantization"):
-        return load_model(Path(spec["base"]), dtype=getattr(torch, spec["dtype"]))
+        return load_model(Path(spec["base"]), dtype=getattr(torch, spec["dtype"]), narrow=True)
     import rows as made
 
     from tunegate.config import load_config

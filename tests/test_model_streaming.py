@@ -15,6 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tiny import FAMILIES, tiny_base
+from tunegate.adapter.inject import inject
+from tunegate.adapter.spec import AdapterSpec
+from tunegate.data.pack import split_batches
+from tunegate.data.types import Rendered
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError
 from tunegate.kernels.formats import Recipe
@@ -84,6 +88,41 @@ def test_a_16_bit_checkpoint_keeps_16_bits_and_computes_in_32(family, tmp_path):
     assert runner.path == "packed" and runner.dtype == torch.float32
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrow_model_is_the_wide_one_in_half_the_memory(family, tmp_path):
+    folder = tiny_base(tmp_path / family, family)
+    recast(folder, torch.bfloat16)
+    narrow, wide = (load_model(folder, dtype=torch.float32, narrow=on) for on in (True, False))
+    for (name, ours), theirs in zip(narrow.named_modules(), wide.modules(), strict=True):
+        if type(theirs) is nn.Linear and theirs is not wide.get_output_embeddings():
+            assert isinstance(ours, StoredLinear) and ours.weight.dtype == torch.bfloat16, name
+    torch.testing.assert_close(logits(narrow), logits(wide), atol=2e-5, rtol=2e-5)
+    ours, theirs = Runner(narrow), Runner(wide)
+    assert (ours.path, ours.dtype, ours.path_reason) == (theirs.path, theirs.dtype, theirs.path_reason)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_on_a_narrow_model_gets_the_gradients_of_the_wide_one(method, tmp_path):
+    folder = tiny_base(tmp_path / "llama", "llama")
+    recast(folder, torch.bfloat16)
+    spec = AdapterSpec(rank=4, alpha=8.0, use_dora=method == "dora")
+    rows = [Rendered(str(n), tuple(range(1, 9 + n)), (False,) * 3 + (True,) * (5 + n)) for n in range(3)]
+    batch = next(iter(split_batches(rows, 64)))
+    gradients = []
+    for on in (True, False):
+        runner = Runner(load_model(folder, dtype=torch.float32, narrow=on))
+        injection = inject(runner.model, spec, seed=3)
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in injection.parameters().items():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, std=0.05, generator=generator)
+        runner.loss_sum(batch).backward()
+        gradients.append({name: parameter.grad for name, parameter in injection.parameters().items()})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) >= 2
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-5, rtol=2e-4)
+
+
 def test_layers_that_are_named_stay_as_they_are(tiny_llama):
     model = load_model(
         tiny_llama, dtype=torch.float32, recipe={**RECIPE, "keep": ["down_proj", "layers.0.self_attn.q_proj"]}
@@ -142,9 +181,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 from tunegate.kernels.formats import Recipe
-from tunegate.model.streaming import load_quantized
+from tunegate.model.streaming import load_streamed
 small, folder = map(Path, sys.argv[1:])  # the small one first: what is imported on the way counts as before
-load_quantized(small, AutoConfig.from_pretrained(small), dtype=torch.float32, recipe=Recipe())
+load_streamed(small, AutoConfig.from_pretrained(small), dtype=torch.float32, recipe=Recipe())
 config = AutoConfig.from_pretrained(folder)
 def rss(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before, peak, done = rss(), 0, False
@@ -153,7 +192,7 @@ def watch():
     while not done:
         peak = max(peak, rss()); time.sleep(0.0005)
 thread = threading.Thread(target=watch); thread.start()
-found = load_quantized(folder, config, dtype=torch.float32, recipe=Recipe())
+found = load_streamed(folder, config, dtype=torch.float32, recipe=Recipe())
 done = True; thread.join()
 print(json.dumps({"peak": peak - before, "bytes": found.weight_bytes}))
 """

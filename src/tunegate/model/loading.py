@@ -10,6 +10,7 @@ It moves nothing to a device and swaps no layers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.kernels.formats import Recipe
 from tunegate.model.resolve import ResolvedBase
-from tunegate.model.streaming import is_quantized, load_quantized
+from tunegate.model.streaming import Rearranged, is_quantized, keeps_16_bits, load_streamed
 from tunegate.model.weights import load_object
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ _CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 def load_model(
     base: ResolvedBase | Path, *, dtype: torch.dtype, recipe: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    narrow: bool = False, trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """The base on the CPU in ``dtype``, in eval mode, no parameter requiring a gradient.
 
     ``recipe`` (format, block, double, keep, stored) quantizes its linear layers on the way
-    (:mod:`tunegate.model.streaming`), unless the folder's are stored so.
+    (:mod:`tunegate.model.streaming`), unless the folder's are stored so. ``narrow``: a bf16 checkpoint that computes in
+    fp32 keeps 16 bits in memory, layers of :mod:`tunegate.kernels.stored` taking the place of ``nn.Linear``; the rare
+    architecture that rearranges its tensors is widened all the same.
     Raises :class:`InputError` if it is not a decoder-only causal LM, if tensors are missing or have other
     shapes, or if transformers cannot read it. A head tied to the embedding does not count as missing.
     """
@@ -47,10 +50,12 @@ def load_model(
     if recipe is not None or is_quantized(folder):
         given = None if recipe is None or recipe.get("stored") else Recipe.from_json(recipe)
         keep = () if recipe is None else recipe["keep"]
-        streamed = load_quantized(
+        return load_streamed(
             folder, config, dtype=dtype, recipe=given, keep=keep, trust_remote_code=trust_remote_code
-        )
-        return streamed.model
+        ).model
+    if narrow and dtype == torch.float32 and keeps_16_bits(folder):
+        with contextlib.suppress(Rearranged):
+            return load_streamed(folder, config, dtype=dtype, recipe=None, trust_remote_code=trust_remote_code).model
     loader: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
     try:
         model, info = loader.from_pretrained(

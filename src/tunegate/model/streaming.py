@@ -1,14 +1,14 @@
-"""A checkpoint into a quantized model, tensor by tensor, so that the whole never lies in memory.
+"""A checkpoint into a model, tensor by tensor, quantized on the way or as it is stored.
 
 The model is built on the meta device and its tensors are read in file order, one ahead of the one at work. The weight
 of a linear layer is quantized as it arrives and its bytes are dropped; what stays as it is keeps the buffer it was
 read into. Memory while loading: the finished model, two tensors, and the interpreter. Files are read, not mapped: pages
 of a mapped file count as the process's own.
 
-Embeddings, the output head, norms and expert routers are never quantized. In a 16-bit checkpoint that computes in fp32
-a plain embedding and head keep 16 bits (``kernels.stored``). What "preparing for k-bit training" means elsewhere holds
-by construction: norms are in the compute dtype, nothing of the base requires a gradient, and activations carry theirs
-through every layer.
+In a bf16 checkpoint that computes in fp32, linear layers, a plain embedding and the head keep 16 bits
+(``kernels.stored``). Embeddings, the output head, norms and expert routers are never quantized. What "preparing for
+k-bit training" means elsewhere holds by construction: norms are in the compute dtype, nothing of the base requires a
+gradient, and activations carry theirs through every layer.
 
 Architectures whose checkpoints are rearranged on the way in (experts fused from single matrices) are refused. It does
 not read other formats than safetensors and moves nothing to a device.
@@ -39,6 +39,10 @@ ROUTERS = ("router", "mlp.gate", "block_sparse_moe.gate")
 _OTHER_DTYPE = "choose the base's 16-bit checkpoint; 8-bit weights need scales that are not read here"
 
 
+class Rearranged(InputError):
+    """The architecture makes its tensors of several that are stored."""
+
+
 @dataclass(frozen=True)
 class Streamed:
     """A loaded model and what was done: names of quantized layers, bytes of all weights as they lie in memory."""
@@ -56,15 +60,16 @@ class _Job:
     stored: StoredWeight | None = None
 
 
-def load_quantized(
+def load_streamed(
     folder: Path, config: Any, *, dtype: torch.dtype, recipe: Recipe | None, keep: Iterable[str] = (),
     trust_remote_code: bool = False,
 ) -> Streamed:  # fmt: skip
-    """The checkpoint in ``folder`` as a frozen model in eval mode, linear layers in 4 bits, the rest in ``dtype``.
+    """The checkpoint in ``folder`` as a frozen model in eval mode that computes in ``dtype``.
 
-    ``recipe`` says how layers are quantized; ``keep`` names further ones (or endings of their paths) to leave as they
-    are. Weights stored in bitsandbytes' 4-bit form are taken as they are, and None leaves all others alone.
-    :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, and NaN or infinity.
+    ``recipe`` says how linear layers are quantized; None leaves them alone. ``keep`` names further ones (or endings of
+    their paths) to leave as they are. Weights stored in bitsandbytes' 4-bit form are taken as they are.
+    :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, NaN or infinity in what is
+    quantized, and, as :class:`Rearranged`, an architecture that cannot be read tensor by tensor.
     """
     model = on_meta(config, dtype, trust_remote_code)
     files = tensors_of(folder)
@@ -74,7 +79,7 @@ def load_quantized(
         raise InputError(problems)
     names = set() if recipe is None else quantizable(model, tuple(keep))
     names -= {job.name.removesuffix(".weight") for job in jobs if job.stored is not None}
-    if not names and not stored:
+    if recipe is not None and not names and not stored:
         raise InputError(
             f"{type(model).__name__} has no linear layer to quantize",
             where="base.quantization",
@@ -100,6 +105,12 @@ def load_quantized(
     model.eval()
     held = {t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
     return Streamed(model, tuple(sorted(done)), sum(held.values()))
+
+
+def keeps_16_bits(folder: Path) -> bool:
+    """Whether most of the weights in ``folder`` are stored in bf16."""
+    sizes = [(size_of(entry), entry.dtype) for entries in tensors_of(folder).values() for entry in entries]
+    return 2 * sum(size for size, dtype in sizes if dtype == "BF16") > sum(size for size, _ in sizes)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -156,7 +167,7 @@ def checkpoint_names(folder: Path, model: Any, files: Mapping[Path, list[TensorE
         elif name in state:
             names[entry.name] = name
     if rearranged:
-        raise InputError(
+        raise Rearranged(
             f"{type(model).__name__} rearranges tensors while loading; they cannot be worked on one by one",
             where=str(folder),
             got=f"{len(rearranged)} tensors, such as {rearranged[0]!r}",
@@ -281,7 +292,7 @@ def _place(model: Any, job: _Job, tensor: Tensor, dtype: torch.dtype) -> None:
     if narrow and type(module) is nn.Embedding:
         kept = StoredEmbedding(nn.Parameter(tensor, requires_grad=False), dtype, module.padding_idx)
         setattr(parent, child, kept)
-    elif narrow and type(module) is nn.Linear and module is model.get_output_embeddings():
+    elif narrow and type(module) is nn.Linear:
         setattr(parent, child, StoredLinear(nn.Parameter(tensor, requires_grad=False), module.bias))
     else:
         _set(module, kind, tensor.to(dtype))
