@@ -95,7 +95,12 @@ class Page:
         text = text or (key if len(key) == 1 else "\r" if key == "Enter" else "")
         virtual = {"Enter": 13, "Backspace": 8, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}.get(key, 0)
         event = {"key": key, "code": code, "windowsVirtualKeyCode": virtual}
-        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **event, **({"text": text} if text else {}))
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown" if text else "rawKeyDown",
+            **event,
+            **({"text": text} if text else {}),
+        )
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def keys(self, *keys: str) -> None:

@@ -130,7 +130,10 @@ def test_a_review_of_other_answers_decides_nothing(copy: Path) -> None:
 def test_items_are_the_runs_answers_with_their_prompts(copy: Path) -> None:
     run = run_of(copy)
     review = open_review(copy, 6)
-    rows = {subject: {r["row_id"]: r for r in read_jsonl(run / "test" / f"{subject}.items.jsonl")} for subject in ("base", "adapter")}
+    rows = {
+        subject: {r["row_id"]: r for r in read_jsonl(run / "test" / f"{subject}.items.jsonl")}
+        for subject in ("base", "adapter")
+    }
     texts = [json.loads(line) for line in (copy.parent / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(review.items) == 6 and review.of == len(rows["base"])
     for item in review.items:
@@ -202,7 +205,9 @@ def test_export_writes_the_labels_and_says_what_they_come_to(copy: Path, tmp_pat
     assert "anna: 5 of 5 judged, finished" in text and "tunegate gate" in text
 
 
-@pytest.mark.parametrize("flags", [["--items", "0"], ["--items", "x"], ["--port", "70000"], ["--seed", "-1"], ["--reviewer", "\t"]])
+@pytest.mark.parametrize(
+    "flags", [["--items", "0"], ["--items", "x"], ["--port", "70000"], ["--seed", "-1"], ["--reviewer", "\t"]]
+)
 def test_wrong_flags(copy: Path, flags: list[str]) -> None:
     assert call("review", copy, "--no-browser", *flags).code == 2
 
@@ -210,7 +215,19 @@ def test_wrong_flags(copy: Path, flags: list[str]) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process")
 def test_the_page_from_the_command_line(copy: Path) -> None:
     """A link on standard error, a page behind it, Ctrl-C, and one object on standard output."""
-    command = [sys.executable, "-m", "tunegate.cli", "review", str(copy), "--items", "2", "--no-browser", "--reviewer", "Zoë", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tunegate.cli",
+        "review",
+        str(copy),
+        "--items",
+        "2",
+        "--no-browser",
+        "--reviewer",
+        "Zoë",
+        "--json",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

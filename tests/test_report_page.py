@@ -1,4 +1,4 @@
-"""The review's page in a real headless Chromium: a whole review with the keyboard, with the mouse, and hostile texts."""
+"""The review's page in a real headless Chromium: a whole review with the keyboard, the mouse, and hostile texts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_with_the_mouse_back_forward_and_again(page: Page, tmp_path: Path) -> No
 
 
 def test_hostile_texts_are_text(page: Page, tmp_path: Path) -> None:
-    prompt = [{"role": role, "content": text} for role, text in zip(("system", "user", "<b>odd</b>"), HOSTILE, strict=False)]
+    prompt = [
+        {"role": role, "content": text} for role, text in zip(("system", "user", "<b>odd</b>"), HOSTILE, strict=False)
+    ]
     items = [item(str(n), text, "x", reference=text, prompt=prompt) for n, text in enumerate(HOSTILE)]
     review = begin(tmp_path / "run", items)
     with serving(review) as (server, _):
@@ -118,7 +120,10 @@ def test_hostile_texts_are_text(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [380, 1280])
 def test_long_and_right_to_left_texts_stay_in_their_place(page: Page, tmp_path: Path, width: int) -> None:
     long = "\n\n".join(["word " * 200, "w" * 5000, "\u05e9\u05dc\u05d5\u05dd " * 200])
-    prompt = [{"role": "system", "content": long}, {"role": "user", "content": "\u0645\u0631\u062d\u0628\u0627 (abc) 1"}]
+    prompt = [
+        {"role": "system", "content": long},
+        {"role": "user", "content": "\u0645\u0631\u062d\u0628\u0627 (abc) 1"},
+    ]
     review = begin(tmp_path / "run", [item("0", long, "\u0645\u0631\u062d\u0628\u0627 1", prompt=prompt)])
     with serving(review) as (server, _):
         page.resize(width, 860)
@@ -137,11 +142,15 @@ def test_a_click_that_could_not_be_saved_is_sent_again(page: Page, tmp_path: Pat
     review = begin(tmp_path / "run", 2)
     with serving(review) as (server, _):
         page.open(server.url("anna"))
-        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.call(
+            "Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
         page.keys("1", "3")
         page.wait("document.querySelector('#saved').textContent.startsWith('Not saved')")
         assert verdicts(review)[0] == (None, None, None)
-        page.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        page.call(
+            "Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=-1, uploadThroughput=-1
+        )
         saved(page)
     assert verdicts(review)[0] == ("good", "bad", "left")
 
@@ -177,7 +186,9 @@ def test_texts_can_be_read(page: Page, tmp_path: Path, scheme: str) -> None:
         found = page.js(CONTRAST % json.dumps(selectors))
         page.keys("Enter", "2", "1", "Enter", "Enter")
         page.wait("!!document.querySelector('.panel')")
-        found += page.js(CONTRAST % json.dumps(".chip, .figure, .figure small, .legend span, .end > p, th, td button, code"))
+        found += page.js(
+            CONTRAST % json.dumps(".chip, .figure, .figure small, .legend span, .end > p, th, td button, code")
+        )
         page.scheme("light")
     assert len(found) > 25
     assert all(ratio >= 4.5 for _, ratio in found), [pair for pair in found if pair[1] < 4.5]

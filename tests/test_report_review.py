@@ -50,7 +50,7 @@ def test_each_stratum_gets_its_share_within_one(rows: list[tuple[float, float, s
 def test_every_item_is_as_likely_as_any_other() -> None:
     """Over the starts of one order: each of 7 items stands in 3 of the 7 samples of 3."""
     taken = Counter((start + k * 7) // 3 for start in range(7) for k in range(3))
-    assert taken == {i: 3 for i in range(7)}
+    assert taken == dict.fromkeys(range(7), 3)
     rows = [(0.0, 1.0, "")] * 37 + [(1.0, 0.0, "")] * 3
     found = Counter(i.row_id for seed in range(400) for i in select(items_of(rows), 8, seed))
     assert set(found) == {i.row_id for i in items_of(rows)}
@@ -114,7 +114,9 @@ def test_verdicts_settle_the_preference(tmp_path: Path, verdict: dict[str, str |
     assert given.complete == (preferred is not None)
 
 
-@pytest.mark.parametrize("verdict", [click("good", "bad", "right"), click("good", "bad", "tie"), click("good", None, "left")])
+@pytest.mark.parametrize(
+    "verdict", [click("good", "bad", "right"), click("good", "bad", "tie"), click("good", None, "left")]
+)
 def test_a_preference_against_the_verdicts_is_refused(tmp_path: Path, verdict: dict[str, str | None]) -> None:
     review = begin(tmp_path / "run")
     with pytest.raises(Refused, match="does not follow"):

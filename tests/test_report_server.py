@@ -29,7 +29,7 @@ VERDICT = {"reviewer": "anna", "item": 0, **click("good", "bad")}
 
 def test_nothing_without_the_token(tmp_path: Path) -> None:
     with serving(begin(tmp_path / "run")) as (server, client):
-        wrong = ["", "x", client.token[:-1], client.token + "x", client.token.swapcase(), "é", "%2e%2e"]
+        wrong = ["", "x", client.token[:-1], client.token + "x", client.token.swapcase(), "%2e%2e"]
         for token in wrong:
             for path in ("", "review.js", "state?reviewer=anna"):
                 status, _, data = client.ask("GET", f"/{token}/{path}")
@@ -48,7 +48,9 @@ def test_tokens_differ(tmp_path: Path) -> None:
         assert one.token != two.token and one.server_port != two.server_port
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "evil.example:PORT", "127.0.0.1.nip.io:PORT", "[::1]:PORT", ""])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1", "evil.example:PORT", "127.0.0.1.nip.io:PORT", "[::1]:PORT", ""]
+)
 def test_other_hosts_are_refused(tmp_path: Path, host: str) -> None:
     with serving(begin(tmp_path / "run")) as (server, client):
         given = {"Host": host.replace("PORT", str(server.server_port))}
@@ -77,12 +79,14 @@ def test_two_hosts_or_none_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "request_",
-    [b"\r\n\r\n", b"GET\r\n\r\n", b"GET //[ HTTP/1.1\r\n\r\n", b"\xff\xfe\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+    [b"\r\n\r\n", b"GET\r\n\r\n", b"GET //[ HTTP/1.1\r\n\r\n",
+        b"GET /\xc3\xa9/ HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\n\r\n", b"\xff\xfe\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
      b"DELETE / HTTP/1.1\r\n\r\n", b"GET " + b"/a" * 40000 + b" HTTP/1.1\r\n\r\n"],
 )  # fmt: skip
 def test_nonsense_does_not_stop_it(tmp_path: Path, request_: bytes) -> None:
     with serving(begin(tmp_path / "run")) as (server, client):
-        assert b"question" not in raw(server.server_port, request_)
+        said = raw(server.server_port, request_.replace(b"PORT", str(server.server_port).encode()))
+        assert b"question" not in said
         assert client.ask("GET", "")[0] == 200
 
 
@@ -116,7 +120,9 @@ def test_the_page_names_nothing_from_elsewhere(tmp_path: Path) -> None:
             status, headers, data = client.ask("GET", path)
             text = data.decode().replace('xmlns="http://www.w3.org/2000/svg"', "")
             assert status == 200 and headers["Content-Type"].startswith(PAGES[path][1].split(";")[0])
-            assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text), path
+            assert not re.search(
+                r"https?:|//[a-z]+\.|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", text
+            ), path
         assert not re.search(r"<script(?! src)|\son[a-z]+=|style=", client.ask("GET", "")[2].decode())
 
 
@@ -149,8 +155,13 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
 
 
 def test_texts_arrive_as_they_are(tmp_path: Path) -> None:
-    prompt = [{"role": "user", "content": HOSTILE[0]}, {"role": "assistant", "content": "", "tool_calls": [{"a": HOSTILE[1]}]}]
-    review = begin(tmp_path / "run", [item("0", *HOSTILE[1:3], reference=HOSTILE[3], prompt=prompt, tools=[{"name": "f"}])])
+    prompt = [
+        {"role": "user", "content": HOSTILE[0]},
+        {"role": "assistant", "content": "", "tool_calls": [{"a": HOSTILE[1]}]},
+    ]
+    review = begin(
+        tmp_path / "run", [item("0", *HOSTILE[1:3], reference=HOSTILE[3], prompt=prompt, tools=[{"name": "f"}])]
+    )
     with serving(review) as (_, client):
         (found,) = client.state("anna")["items"]
     assert {found["left"], found["right"]} == set(HOSTILE[1:3])
@@ -167,7 +178,12 @@ def play(review: Review) -> bytes:
         for path in (*PAGES, "state?reviewer=anna", "state?reviewer=ben", "state?reviewer=", "none"):
             client.ask("GET", path)
         for place in range(len(review.items)):
-            verdicts = [click("good", None), click("good", "bad"), click("bad", "bad", "left", "note"), click("bad", "good", "left")]
+            verdicts = [
+                click("good", None),
+                click("good", "bad"),
+                click("bad", "bad", "left", "note"),
+                click("bad", "good", "left"),
+            ]
             for verdict in verdicts:
                 client.click("anna", place, verdict)
             client.state("anna")
@@ -183,7 +199,9 @@ def test_nothing_that_is_sent_tells_the_adapter_from_the_base(tmp_path: Path, mo
     one = play(review)
 
     def swapped(i: Any) -> Any:
-        return dataclasses.replace(i, base=i.adapter, adapter=i.base, base_score=i.adapter_score, adapter_score=i.base_score)
+        return dataclasses.replace(
+            i, base=i.adapter, adapter=i.base, base_score=i.adapter_score, adapter_score=i.base_score
+        )
 
     other = dataclasses.replace(begin(tmp_path / "two", list(map(swapped, items))), key=review.key)
     other.save()

@@ -108,5 +108,7 @@ def _test_rows(config: Config) -> Iterable[Example]:
     try:
         return load_data(config).splits.test
     except InputError as error:
-        first = Problem("the prompts of the test rows are needed, and the task's data cannot be read", str(config.folder))
+        first = Problem(
+            "the prompts of the test rows are needed, and the task's data cannot be read", str(config.folder)
+        )
         raise InputError([first, *error.problems]) from None

@@ -124,9 +124,7 @@ def _publish(
     """Decide from what lies in ``run``, and write the card beside the adapter."""
     decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
     openings = Ledger(prepared.config.run_dir).of(prepared.test_hash)
-    return write_card(
-        prepared, run, record, list(evaluated.values()), list(comparisons.values()), decision, openings
-    )
+    return write_card(prepared, run, record, list(evaluated.values()), list(comparisons.values()), decision, openings)
 
 
 def _prepared(config: Config, reporter: Reporter) -> Prepared:

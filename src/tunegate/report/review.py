@@ -282,8 +282,8 @@ _THREADS = threading.Lock()
 
 
 def _settled(adapter: str | None, base: str | None, said: str | None, *, same: bool) -> str | None:
-    """The preference, as far as two verdicts settle it: none while one is missing, a tie between equal texts, the answer
-    with the better verdict; ``said`` where the verdicts are equal. :class:`Refused` if ``said`` contradicts."""
+    """The preference, as far as two verdicts settle it: none while one is missing, a tie between equal texts, the
+    answer with the better verdict; ``said`` where both are equal. :class:`Refused` if ``said`` contradicts."""
     if adapter is None or base is None:
         found = None
     elif same:
