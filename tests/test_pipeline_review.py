@@ -24,7 +24,7 @@ from tunegate.report.review import Review
 
 RULES = """\
   rules:
-    - review.accept >= 0.6
+    - review.accept >= 0.7
     - {rule: review.accept vs base > 0, required: false}
     - {rule: review.preferred >= 0.5, required: false}
 """
@@ -65,18 +65,18 @@ def judge_all(review: Review, reviewer: str, adapter: str, base: str) -> None:
 
 
 def test_a_decision_waits_for_people_and_the_card_gets_it(copy: Path) -> None:
-    before = rules(copy)["review.accept >= 0.6"]
+    before = rules(copy)["review.accept >= 0.7"]
     assert before["verdict"] == "inconclusive" and "`tunegate review TASK` provides it" in before["reason"]
     assert load_card(run_of(copy) / "adapter").decision.verdict == "inconclusive"
     review = open_review(copy)
     judge(review, "anna", 0, "good", "bad")
     assert call("review", copy, "--export", copy.parent / "some.jsonl").code == 0
-    assert call("gate", copy).code == 1 and rules(copy)["review.accept >= 0.6"] == before  # one item is no review
+    assert call("gate", copy).code == 1 and rules(copy)["review.accept >= 0.7"] == before  # one item is no review
 
     judge_all(review, "anna", "good", "bad")
     said = call("gate", copy)
     assert said.code == 0, said.err
-    after = rules(copy)["review.accept >= 0.6"]
+    after = rules(copy)["review.accept >= 0.7"]
     assert (after["verdict"], after["value"], after["n"]) == ("pass", 1.0, len(review.items))
     assert after["items"] == ["review/adapter.items.jsonl"]
     assert rules(copy)["review.accept vs base > 0"]["items"] == [f"review/{s}.items.jsonl" for s in ("adapter", "base")]
@@ -85,7 +85,7 @@ def test_a_decision_waits_for_people_and_the_card_gets_it(copy: Path) -> None:
     check_complete(folder)
     card = load_card(folder)
     assert card.decision.verdict == "ship" == read_json(run_of(copy) / "decision.json")["verdict"]
-    assert [r.value for r in card.decision.rules if r.rule == "review.accept >= 0.6"] == [1.0]
+    assert [r.value for r in card.decision.rules if r.rule == "review.accept >= 0.7"] == [1.0]
     assert "Decision: **ship**" in (folder / "README.md").read_text(encoding="utf-8")
     stamps = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert call("gate", copy).code == 0 and call("run", copy).code == 0  # nothing more to do
@@ -95,7 +95,7 @@ def test_a_decision_waits_for_people_and_the_card_gets_it(copy: Path) -> None:
 def test_people_who_do_not_accept_hold_it(copy: Path) -> None:
     judge_all(open_review(copy), "anna", "partly", "bad")
     assert call("gate", copy).code == 1
-    rule = rules(copy)["review.accept >= 0.6"]
+    rule = rules(copy)["review.accept >= 0.7"]
     assert (rule["verdict"], rule["value"]) == ("fail", 0.0) and "review/labels.jsonl" in rule["reason"]
     assert load_card(run_of(copy) / "adapter").decision.verdict == "hold"
 
@@ -121,7 +121,7 @@ def test_a_review_of_other_answers_decides_nothing(copy: Path) -> None:
         said = call(*command)
         assert said.code == 2 and "no longer those that were selected for review" in said.err
     shutil.rmtree(run_of(copy) / "review")
-    assert call("gate", copy).code == 1 and rules(copy)["review.accept >= 0.6"]["verdict"] == "inconclusive"
+    assert call("gate", copy).code == 1 and rules(copy)["review.accept >= 0.7"]["verdict"] == "inconclusive"
 
 
 # --- the selection -------------------------------------------------------------------------------------------------

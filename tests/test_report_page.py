@@ -163,7 +163,7 @@ def test_a_page_of_someone_who_finished_elsewhere_says_so(page: Page, tmp_path: 
         page.keys("3")
         page.wait("!!document.querySelector('.panel')")
         page.key("ArrowLeft")
-        assert page.js("document.querySelector('#left-name').textContent") == review.sides("anna")[0][0]
+        assert page.js("document.querySelector('#left-name .chip').textContent") == review.sides("anna")[0][0]
         assert page.js("[...document.querySelectorAll('.question button')].every((button) => button.disabled)")
 
 

@@ -461,6 +461,11 @@ def _freeze(value: Any) -> Any:
     return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
 
 
+def stored_task(value: Any) -> Task:
+    """The task that a run keeps as JSON (``task`` in its ``run.json``). :class:`ValueError` if it is none."""
+    return Task.model_validate(_freeze(value))
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path`` and ``--set`` overrides. :class:`InputError` lists every problem of the file."""
     path = Path(path)

@@ -6,12 +6,11 @@ items proves that they are the same rows. A review that was begun holds its own 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tunegate import records
-from tunegate.config import Config, Task, load_config
+from tunegate.config import Config, load_config, stored_task
 from tunegate.data.types import Example
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json, read_json, read_jsonl
@@ -62,7 +61,11 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
 
 def _config_of(run: Path, folder: Path | None) -> Config:
     """The settings that ``run`` began with. ``folder`` is the task's; without it the usual place of runs tells."""
-    task = Task.model_validate_json(json.dumps(read_json(run / "run.json")["task"]))
+    try:
+        task = stored_task(read_json(run / "run.json")["task"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = str(error).splitlines()[0]
+        raise InputError("cannot read the settings of the run", where=str(run / "run.json"), got=got) from None
     if folder is None and (run.resolve().parent.parent.name != "runs" or task.output):
         raise InputError(
             "the task's data are not to be found from here", where=str(run), expected="a run in FOLDER/runs/NAME",

@@ -117,6 +117,7 @@ async function finish(button) {
       await new Promise((after) => setTimeout(after, 20));
     }
     state = await ask("finish", { reviewer: state.reviewer });
+    tell("");
     show(state.items.length);
   } catch (error) {
     tell(`Not finished: ${error.message || "tunegate review does not answer"}`, true);
@@ -167,7 +168,7 @@ function showItem() {
   $("left-label").textContent = one ? "Both answers" : "Answer A";
   for (const side of ["left", "right"]) {
     fill($(`${side}-text`), item[side]);
-    $(`${side}-name`).textContent = nameOf(item, side);
+    $(`${side}-name`).replaceChildren(...namesOf(item, side));
     $(`${side}-name`).classList.toggle("match", item[side] === item.reference);
   }
   $("note").value = state.verdicts[place].note;
@@ -176,12 +177,14 @@ function showItem() {
   for (const text of document.querySelectorAll(".clamp")) clamp(text);
 }
 
-function nameOf(item, side) {
+function namesOf(item, side) {
   const told = [];
-  if (state.finished) told.push(same(item) ? "adapter and base" : subjectOf(side));
-  if (same(item)) told.push("both answers are the same");
-  if (item[side] === item.reference) told.push("the same as the reference");
-  return told.join(", ");
+  if (state.finished) {
+    for (const name of same(item) ? ["adapter", "base"] : [subjectOf(side)]) told.push(make("span", `chip ${name}`, name));
+  }
+  if (same(item)) told.push(make("span", "", "both answers are the same"));
+  if (item[side] === item.reference) told.push(make("span", "", "the same as the reference"));
+  return told;
 }
 
 const subjectOf = (side) => (state.revealed[place] === "adapter" === (side === "left") ? "adapter" : "base");
@@ -246,7 +249,7 @@ function showEnd() {
   if (state.finished) return showSummary();
   const open = state.verdicts.flatMap((v, i) => (isDone(v) ? [] : [i]));
   const n = state.items.length;
-  const button = make("button", "main ready", open.length ? "Go to the first " : "Finish and reveal ", make("kbd", "", "Enter"));
+  const button = make("button", "main ready", open.length ? `Go to item ${open[0] + 1} ` : "Finish and reveal ", make("kbd", "", "Enter"));
   button.id = "finish";
   button.addEventListener("click", () => (open.length ? go(open[0]) : finish(button)));
   const back = make("button", "quiet", "← Look again");
@@ -310,7 +313,7 @@ function showSummary() {
       + `${said(agreement.preferred)} on which is better. 1 is full agreement, 0 what chance gives.`)));
   }
   parts.push(make("section", "panel", make("h3", "", "What now"), make("p", "",
-    make("code", "", "tunegate gate TASK"), " decides with these verdicts. You can close this page and end the command with Ctrl-C.")));
+    make("code", "", "tunegate gate TASK"), " decides with these verdicts. You can close this page; ", make("kbd", "", "Ctrl C"), " ends the command.")));
   parts.push(make("section", "panel scroll", make("h3", "", `The items as ${state.reviewer} judged them`), table()));
   $("end").replaceChildren(...parts);
 }
