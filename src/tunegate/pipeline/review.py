@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tunegate import records
-from tunegate.config import Config, load_config, stored_task
+from tunegate.config import Config, Task, freeze, load_config
 from tunegate.data.types import Example
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json, read_json, read_jsonl
@@ -62,7 +62,7 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
 def _config_of(run: Path, folder: Path | None) -> Config:
     """The settings that ``run`` began with. ``folder`` is the task's; without it the usual place of runs tells."""
     try:
-        task = stored_task(read_json(run / "run.json")["task"])
+        task = Task.model_validate(freeze(read_json(run / "run.json")["task"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = str(error).splitlines()[0]
         raise InputError("cannot read the settings of the run", where=str(run / "run.json"), got=got) from None
