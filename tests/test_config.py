@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunegate import config as config_module
 from tunegate import yaml_file
-from tunegate.config import Config, default_lr, load_config
+from tunegate.config import Config, Task, default_lr, freeze, load_config
 from tunegate.errors import InputError, Problem
 
 MINIMAL = "base: tiny\ndata: rows.jsonl\ntask: exact_match\n"
@@ -436,3 +437,9 @@ def test_any_value_of_any_key_gives_a_config_or_an_input_error(any_file: Path, k
 def test_any_override_gives_a_config_or_an_input_error(any_file: Path, override: str) -> None:
     any_file.write_text(MINIMAL)
     config_or_input_error(any_file, [override])
+
+
+@pytest.mark.parametrize("name", ["support", "json"])
+def test_what_a_run_keeps_of_its_task_is_the_task(name: str) -> None:
+    task = load_config(Path(__file__).parents[1] / "examples" / name / "task.yaml").task
+    assert Task.model_validate(freeze(json.loads(json.dumps(task.model_dump(mode="json"))))) == task

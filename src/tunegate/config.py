@@ -454,11 +454,11 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
     return done
 
 
-def _freeze(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """Lists as tuples, what strict pydantic takes for a tuple field."""
     if isinstance(value, dict):
-        return {key: _freeze(inner) for key, inner in value.items()}
-    return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
+        return {key: freeze(inner) for key, inner in value.items()}
+    return tuple(freeze(inner) for inner in value) if isinstance(value, list) else value
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -468,7 +468,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     problems = parsed.problems
     overridden = _apply_overrides(parsed.value, overrides, problems)
     try:
-        task = Task.model_validate(_freeze(parsed.value))
+        task = Task.model_validate(freeze(parsed.value))
     except ValidationError as error:
         raise InputError(problems + problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)) from None
     if problems:

@@ -54,7 +54,7 @@ FAMILIES = {
     "regression": Family(None, "tunegate run TASK", apart=("likelihood", "divergence")),
     "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate gate TASK", given=True),
     "safety": Family(("bypass_rate", "over_refusal", "coherence", "refusal_rate"), "tunegate run TASK"),
-    "review": Family(("accept", "preferred"), "tunegate gate TASK", given=True),
+    "review": Family(("accept", "preferred"), "tunegate review TASK"),
     "train": Family(_TRAIN + _MEMORISED, "tunegate run TASK"),
     "data": Family(("leaked_rows", "near_leaks", "valid_leaks", "harmful_rows"), "tunegate check TASK"),
 }

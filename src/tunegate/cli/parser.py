@@ -9,6 +9,7 @@ from typing import Any
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.quantize import size
+from tunegate.cli.review import add_parser as add_review
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
 SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -117,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     commands.add_parser("gate", parents=[task], help="judge the run again from its records and its stored policy")
+    add_review(commands, common)
     show = commands.add_parser("show", parents=[common], help="show a task's settings, a run or an adapter")
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
     _add_sweep(commands, task)

@@ -41,6 +41,7 @@ _ADVICE = {
     "data.near_leaks": "Rows of the test set nearly equal training rows: group them with data.group_by or drop them.",
     "safety.bypass_rate": "Requests that the base refuses are now answered: add refusals to the training rows, or "
     "drop those that only comply.",
+    "review.accept": "People do not accept enough of the answers: read their notes in review/labels.jsonl.",
     "regression": "General ability was lost: a lower rank, fewer steps, or general examples among the training rows.",
 }
 _GOOD = {

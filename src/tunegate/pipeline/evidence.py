@@ -30,13 +30,15 @@ from tunegate.gate.evidence import BEST_PROMPT
 from tunegate.pipeline.folders import short
 from tunegate.pipeline.prepare import Prepared
 from tunegate.records import EvalRecord, RunRecord
+from tunegate.report.review import FOLDER, ITEMS, Review
 
 LOG = "train/log.jsonl"
 _ROUNDING = 1e-9  # a reported value this far from the mean of its items is a corpus value, no mean
 
 
 def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecord) -> dict[str, Measure]:
-    """Every measure of the run. :class:`InputError` if an items file cannot be read or does not fit another."""
+    """Every measure of the run. :class:`InputError` if an items file cannot be read or does not fit another, or if a
+    review is of other answers than those that lie there now."""
     found = _of_test(run, adapter)
     found |= _of_log(run, record)
     baseline = prepared.config.run_dir / f"baseline-{short(prepared.baseline_key)}"
@@ -47,6 +49,8 @@ def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecor
     flagged = prepared.report.stats.get("safety")
     if flagged is not None:
         found["data.harmful_rows"] = Measure("count", value=flagged["flagged"], items={"": "check.json"})
+    if (run / FOLDER / ITEMS).exists():
+        Review.load(run)
     return found | load_measures(run)
 
 

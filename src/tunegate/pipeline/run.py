@@ -24,7 +24,7 @@ from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.questions import REGRESSION, SAFETY, load_regression, load_safety, switch_on
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
-from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
+from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,22 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         steps.recall(session, run)
         kept.regression(session, run)
         kept.safety(session, run)
-        decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
-        card = write_card(
-            prepared,
-            run,
-            record,
-            list(evaluated.values()),
-            list(comparisons.values()),
-            decision,
-            ledger.of(prepared.test_hash),
-        )
+        card = _publish(prepared, run, record, evaluated, comparisons)
         planning.finish(planned, run, record, peak)
     return Outcome(run, run / "adapter", card, baselines)
+
+
+def _publish(
+    prepared: Prepared,
+    run: Path,
+    record: RunRecord,
+    evaluated: dict[str, EvalRecord],
+    comparisons: dict[str, Comparison],
+) -> AdapterCard:
+    """Decide from what lies in ``run``, and write the card beside the adapter."""
+    decision = steps.judge(prepared, run, record, evaluated["adapter"], comparisons)
+    openings = Ledger(prepared.config.run_dir).of(prepared.test_hash)
+    return write_card(prepared, run, record, list(evaluated.values()), list(comparisons.values()), decision, openings)
 
 
 def _prepared(config: Config, reporter: Reporter) -> Prepared:
@@ -188,7 +192,8 @@ def train_only(config: Config, reporter: Reporter, *, stop: Callable[[], bool]) 
 
 
 def decide_again(config: Config, reporter: Reporter) -> tuple[Path, Decision]:
-    """Apply the run's stored policy to its stored records; nothing is scored."""
+    """Apply the run's stored policy to its stored records, those of a review included, and write the card anew if the
+    decision is another; nothing is scored."""
     prepared = prepare(config, reporter)
     folder = run_folder(prepared)
     if not (folder / "test" / STEP).exists():
@@ -199,11 +204,9 @@ def decide_again(config: Config, reporter: Reporter) -> tuple[Path, Decision]:
         )
     with owned(prepared.config.run_dir):
         check_policy(prepared, folder)
-        evaluated = records.load(folder / "test" / "adapter.json", EvalRecord)
-        found = read_json(folder / "test" / "comparisons.json")
-        compared = {name: records.Comparison(**c) for name, c in found.items()}
+        steps.check_unchanged(folder)
         record = records.load(folder / "train" / "run.json", RunRecord)
-        return folder, steps.judge(prepared, folder, record, evaluated, compared)
+        return folder, _publish(prepared, folder, record, *steps.tested(folder)).decision
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def train_adapter(
     after each evaluation, with that step's adapter in place."""
     prepared, folder = session.prepared, run / "train"
     if is_done(folder, prepared.train_key) and (run / "adapter").exists():
-        _check_unchanged(run)
+        check_unchanged(run)
         return records.load(folder / "run.json", RunRecord)
     begin(folder, keep=True)
     settings = prepared.config.task.train
@@ -124,7 +124,7 @@ def train_adapter(
     return record
 
 
-def _check_unchanged(run: Path) -> None:
+def check_unchanged(run: Path) -> None:
     """The adapter is the one that training left."""
     expected, got = read_json(run / "train" / STEP).get("adapter"), adapter_hash(run / "adapter")
     if got != expected:
@@ -268,9 +268,15 @@ def test(
         write_json(folder / "comparisons.json", {name: asdict(c) for name, c in compared.items()})
         finish(folder, key)
         ledger.close(run_id, prepared.test_hash)
+    return tested(run)
+
+
+def tested(run: Path) -> tuple[dict[str, EvalRecord], dict[str, Comparison]]:
+    """What the test of ``run`` left; no prompt where none was better than the task's own."""
+    folder = run / "test"
+    subjects = [name for name in ("base", "prompt", "adapter") if (folder / f"{name}.json").exists()]
     evaluated = {name: records.load(folder / f"{name}.json", EvalRecord) for name in subjects}
-    comparisons = {name: Comparison(**c) for name, c in read_json(folder / "comparisons.json").items()}
-    return evaluated, comparisons
+    return evaluated, {name: Comparison(**c) for name, c in read_json(folder / "comparisons.json").items()}
 
 
 def recall(session: Session, run: Path) -> None:
