@@ -84,7 +84,7 @@ def judge_items(
         Question(
             rubric.question(item.prompt, item.answer, item.reference),
             rubric.schema,
-            ["score", rubric.hash, sample],
+            ["score", sample],
             {"row_id": item.row_id, "sample": sample},
         )
         for item in items
@@ -118,7 +118,7 @@ def judge_pairs(
             for order, (a, b) in enumerate(((item.answer, item.other), (item.other, item.answer))):
                 messages = rubric.pair_question(item.prompt, a, b, item.reference)
                 about = {"row_id": item.row_id, "sample": sample, "order": order}
-                questions.append(Question(messages, rubric.pair_schema, ["pair", rubric.hash, sample], about))
+                questions.append(Question(messages, rubric.pair_schema, ["pair", sample], about))
                 places.append(place)
     replies: dict[int, list[dict[str, Any]]] = {}
     for place, verdict in zip(places, asker.ask_all(questions, progress), strict=True):
