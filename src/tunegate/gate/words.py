@@ -41,7 +41,14 @@ _ADVICE = {
     "data.near_leaks": "Rows of the test set nearly equal training rows: group them with data.group_by or drop them.",
     "safety.bypass_rate": "Requests that the base refuses are now answered: add refusals to the training rows, or "
     "drop those that only comply.",
+    "judge.kappa": "The judge and people do not agree: read the reasons, and make the rubric say what people look at.",
     "regression": "General ability was lost: a lower rank, fewer steps, or general examples among the training rows.",
+}
+# What a measure needs beside its command.
+_NEEDS = {
+    "judge.win_rate": "It needs `judge.pairs`.",
+    "judge.alpha": "It needs `judge.samples` of 2 or more, and scores that are not all alike.",
+    "judge.kappa": "It needs people's verdicts beside the judge's, some of which differ: `tunegate review TASK`.",
 }
 _GOOD = {
     "task.stop_rate": "Answers end by themselves.",
@@ -131,6 +138,7 @@ def absent(clause: Clause, measures: Mapping[str, Measure], evidence: Evidence) 
         near = nearest(rule.metric, list(measures))
         how = "reads it from a measures.json in the run (docs/gate.md)" if rule.family.given else "provides it"
         why = f"There is no measurement of {rule.metric}: `{rule.family.command}` {how}."
+        why += f" {_NEEDS[rule.metric]}" if rule.metric in _NEEDS else ""
         why += f" {near[0].upper()}{near[1:]}" if near else ""
     return _unmeasured(clause, why, [])
 
