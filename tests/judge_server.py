@@ -22,7 +22,8 @@ def message(text: str, stop: str = "end_turn") -> dict[str, Any]:
     """The same in the form of Anthropic's Messages."""
     return {
         "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "stop_reason": stop,
-        "content": [{"type": "text", "text": text}], "stop_sequence": None, "usage": {"input_tokens": 100, "output_tokens": 20},
+        "content": [{"type": "text", "text": text}], "stop_sequence": None,
+        "usage": {"input_tokens": 100, "output_tokens": 20},
     }  # fmt: skip
 
 
