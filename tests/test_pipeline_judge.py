@@ -7,9 +7,9 @@ in the stored answers of the test.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -208,7 +208,7 @@ def test_a_second_run_asks_nothing(copy: Path, server: Server) -> None:
     assert len(server.requests) == before and read_json(run_of(copy) / "decision.json") == decision
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_kill_pays_nothing_twice(unjudged: Path, finished: Path, server: Server) -> None:
     def slowly(body: dict[str, Any]) -> str:
         time.sleep(0.05)
@@ -216,18 +216,17 @@ def test_a_kill_pays_nothing_twice(unjudged: Path, finished: Path, server: Serve
 
     before, server.say = len(server.requests), slowly
     try:
-        child = multiprocessing.get_context("fork").Process(target=call, args=("run", unjudged))
-        child.start()
-        deadline = time.monotonic() + 120
-        while len(server.requests) < before + 12 and child.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        child.kill()
-        child.join()
+        command = [sys.executable, "-m", "tunegate.cli", "run", str(unjudged)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            deadline = time.monotonic() + 120
+            while len(server.requests) < before + 12 and child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            child.kill()
     finally:
         server.say = truth
     time.sleep(0.2)  # what the server had not read yet
     kept, asked = len(replies(unjudged)), len(server.requests)
-    assert child.exitcode == -9 and 1 <= kept < len(replies(finished))
+    assert child.returncode == -9 and 1 <= kept < len(replies(finished))
     assert call("run", unjudged).code in (0, 1)
     assert len(server.requests) - asked == len(replies(finished)) - kept
     for name in ("judge.json", "adapter.items.jsonl", "pairs.items.jsonl", "measures.json"):
@@ -247,6 +246,17 @@ def test_the_budget_ends_the_run_and_a_larger_one_goes_on(unjudged: Path, finish
     assert len(server.requests) - before == len(replies(finished))
     record = load(run_of(unjudged) / "judge" / "judge.json", JudgeRecord)
     assert record.cost == pytest.approx(0.12 * len(replies(finished)))
+
+
+def test_a_judge_that_decides_nothing_makes_no_new_run(tmp_path: Path, tiny_llama: Path, server: Server) -> None:
+    path = write_task(tmp_path, tiny_llama)
+    assert call("run", path).code in (0, 1)
+    path.write_text(path.read_text(encoding="utf-8") + SECTION.replace("URL", server.url), encoding="utf-8")
+    said = call("run", path)
+    assert said.code in (0, 1) and "training" not in said.err and "judge judge-1: adapter" in said.err
+    assert (run_of(path) / "judge" / "measures.json").exists()
+    again = call("run", path, "--set", "judge.samples=1")  # asks nothing new, and judges anew
+    assert again.code in (0, 1) and load(run_of(path) / "judge" / "judge.json", JudgeRecord).samples == 1
 
 
 # --- people ------------------------------------------------------------------------------------------------------

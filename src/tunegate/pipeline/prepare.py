@@ -122,7 +122,8 @@ class Prepared:
 
     @cached_property
     def run_key(self) -> str:
-        asked = [one.key for one in (self.regression, self.safety, self.judge) if one is not None]
+        asked = [one.key for one in (self.regression, self.safety) if one is not None]
+        asked += [self.judge.key] if self.judge is not None and self.judge.binding else []
         return hash_json([self.train_key, self.test_hash, self.baseline_key, *asked])
 
 

@@ -70,13 +70,15 @@ class Safety:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who judges by what, and whose answers: ``subjects``, the adapter's first."""
+    """Who judges by what, and whose answers: ``subjects``, the adapter's first. ``binding``: a rule of the gate is
+    about its scores, so that another judge makes another run."""
 
     settings: JudgeSection
     rubric: Rubric
     model: Model
     limits: Limits
     subjects: tuple[str, ...]
+    binding: bool
 
     @property
     def against(self) -> str:
@@ -190,7 +192,7 @@ def load_judge(config: Config) -> Judge | None:
     _raise(problems)
     assert model is not None and limits is not None
     references = [rule.reference for rule in rules if rule.reference is not None]
-    return Judge(settings, rubric, model, limits, ("adapter", *sorted(set(references))))
+    return Judge(settings, rubric, model, limits, ("adapter", *sorted(set(references))), bool(rules))
 
 
 def _unserved(rule: Rule, settings: JudgeSection) -> Iterator[Problem]:

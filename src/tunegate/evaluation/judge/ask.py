@@ -267,13 +267,13 @@ def read_verdict(text: str, schema: dict[str, Any]) -> tuple[dict[str, Any] | No
     several objects the last that fits is the verdict, since reasoning comes before it."""
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(schema)
+    validator, decoder = jsonschema.Draft202012Validator(schema), json.JSONDecoder()
     verdict, fault, start = None, "it holds no JSON object", text.find("{")
     for _ in range(_TRIED):
         if start < 0:
             break
         try:
-            found, length = json.JSONDecoder().raw_decode(text[start:])
+            found, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             fault = "it is not whole JSON"
             start = text.find("{", start + 1)
@@ -283,7 +283,7 @@ def read_verdict(text: str, schema: dict[str, Any]) -> tuple[dict[str, Any] | No
             verdict = found
         else:
             fault = f"{wrong.json_path}: {wrong.message[:200]}"
-        start = text.find("{", start + length)
+        start = text.find("{", end)
     return (verdict, "") if verdict is not None else (None, fault)
 
 
