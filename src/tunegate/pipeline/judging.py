@@ -237,7 +237,7 @@ def people_measures(run: Path) -> dict[str, Measure]:
     people = with_people(run)
     if people is None or people["verdicts"].kappa is None:
         return {}
-    items = {"": f"{JUDGE}/adapter.items.jsonl", "labels": LABELS}
+    items = {"": f"{JUDGE}/adapter.items.jsonl", "others": LABELS}
     got = f"{people['verdicts'].kappa:.3f} on {people['verdicts'].n} answers that people judged"
     return {"judge.kappa": Measure("scalar", value=people["verdicts"].kappa, items=items, got=got)}
 

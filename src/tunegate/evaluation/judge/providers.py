@@ -166,7 +166,8 @@ class _OpenAi:
                 raise Busy(CUT_OFF, used)
             if choice.message.refusal or choice.finish_reason == "content_filter":
                 raise Busy(f"the model refused: {choice.message.refusal or 'content filter'}", used)
-            return Reply(choice.message.content or "", *(used or (0, 0)), counted=used is not None)
+            read, written = used or (0, 0)
+            return Reply(choice.message.content or "", read, written, counted=used is not None)
 
 
 @dataclass(frozen=True)
