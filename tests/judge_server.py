@@ -18,6 +18,15 @@ def completion(text: str, finish: str = "stop", tokens: tuple[int, int] = (100, 
     return {"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": usage}
 
 
+def message(text: str, stop: str = "end_turn") -> dict[str, Any]:
+    """The same in the form of Anthropic's Messages."""
+    return {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": "m", "stop_reason": stop,
+        "content": [{"type": "text", "text": text}], "stop_sequence": None,
+        "usage": {"input_tokens": 100, "output_tokens": 20},
+    }  # fmt: skip
+
+
 class Server(ThreadingHTTPServer):
     """``behaviours``: names used up one a request; ``say`` makes the text of a good reply from the request."""
 
@@ -59,22 +68,38 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, data: bytes, status: int = 200, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.send_header("Content-Type", "application/json")
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(data)
 
+    def _reply(self, text: str, whole: bool = True) -> None:
+        if self.path.endswith("/messages"):
+            data = message(text, "end_turn" if whole else "max_tokens")
+        else:
+            data = completion(text, "stop" if whole else "length")
+        self._send(json.dumps(data).encode())
+
     def _good(self, body: dict[str, Any], detail: str) -> None:
-        self._send(json.dumps(completion(self.server.say(body))).encode())
+        self._reply(self.server.say(body))
 
     def _text(self, body: dict[str, Any], detail: str) -> None:
-        self._send(json.dumps(completion(detail)).encode())
+        self._reply(detail)
+
+    def _refusal(self, body: dict[str, Any], detail: str) -> None:
+        if self.path.endswith("/messages"):
+            self._send(json.dumps(message("", "refusal")).encode())
+            return
+        data = completion("")
+        data["choices"][0]["message"] = {"content": None, "refusal": detail or "I cannot judge that"}
+        self._send(json.dumps(data).encode())
 
     def _raw(self, body: dict[str, Any], detail: str) -> None:
         self._send(detail.encode())
 
     def _length(self, body: dict[str, Any], detail: str) -> None:
-        self._send(json.dumps(completion('{"reasons": "and so on and', "length")).encode())
+        self._reply('{"reasons": "and so on and', whole=False)
 
     def _status(self, body: dict[str, Any], detail: str) -> None:
         status, _, wait = detail.partition(" ")

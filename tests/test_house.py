@@ -25,6 +25,7 @@ ORDER = (
     "yaml_file",
     "gate_rules",
     "config_problems",
+    "config_sections",
     "config",
     "records",
     "kernels",

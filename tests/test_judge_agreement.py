@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tunegate.errors import InputError
 from tunegate.evaluation.judge.agreement import krippendorff_alpha, weighted_kappa
-from tunegate.evaluation.judge.items import compare_raters
+from tunegate.evaluation.judge.results import compare_raters
 
 # Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), example C: four observers, twelve units, gaps
 _ = math.nan

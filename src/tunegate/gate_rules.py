@@ -52,7 +52,7 @@ _MEMORISED = ("verbatim_rate", "verbatim_excess", "ngram_overlap", "ngram_excess
 FAMILIES = {
     "task": Family(None, "tunegate run TASK", alone=True),
     "regression": Family(None, "tunegate run TASK", apart=("likelihood", "divergence")),
-    "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate gate TASK", given=True),
+    "judge": Family(("mean", "pass_rate", "win_rate", "alpha", "kappa"), "tunegate run TASK"),
     "safety": Family(("bypass_rate", "over_refusal", "coherence", "refusal_rate"), "tunegate run TASK"),
     "review": Family(("accept", "preferred"), "tunegate review TASK"),
     "train": Family(_TRAIN + _MEMORISED, "tunegate run TASK"),

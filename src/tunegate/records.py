@@ -276,6 +276,37 @@ class SafetyRecord:
 
 @_record
 @dataclass(frozen=True)
+class JudgeRecord:
+    """What a judge model said of one subject's answers (an adapter's, or its base's) and of others' to the same items.
+
+    ``mean`` (1 to 5) and ``pass_rate`` are by subject, the first being what was judged; ``comparisons`` are its scores
+    minus the others', item by item. ``win_rate``: pairs won against ``against``, a tie counts half; ``consistent``: the
+    share of pairs in which both orders named the same side; None without pairs. ``alpha``: agreement of the judge's
+    own samples, None where it is not defined. ``cost``: $ for these replies, whenever they were paid; None without
+    prices. ``worst`` lists the items with the lowest scores, with their reasons.
+    """
+
+    provider: str
+    model: str
+    rubric: str
+    pass_at: float
+    split: str
+    samples: int
+    mean: dict[str, Score]
+    pass_rate: dict[str, Score]
+    comparisons: dict[str, Comparison]
+    against: str
+    win_rate: Score | None
+    consistent: float | None
+    alpha: float | None
+    cost: float | None
+    worst: list[dict[str, Any]]
+    items_paths: dict[str, str]
+    settings: dict[str, Any]
+
+
+@_record
+@dataclass(frozen=True)
 class SweepPoint:
     """One evaluation of a sweep's trial on the validation split, after ``step`` steps.
 

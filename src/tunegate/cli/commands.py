@@ -98,7 +98,7 @@ def eval(arguments: argparse.Namespace, console: Console) -> int:
         reopen=arguments.reopen_test,
         allow_base_mismatch=arguments.allow_base_mismatch,
     )
-    families = [name for name in ("regression", "safety") if getattr(arguments, name)]
+    families = [name for name in ("regression", "safety", "judge") if getattr(arguments, name)]
     if families:
         return tell_kept(
             evaluate_kept(load_config(arguments.task, arguments.overrides), console, request, families), console

@@ -1,4 +1,4 @@
-"""``tunegate eval --regression`` and ``--safety``: what was measured, as tables."""
+"""``tunegate eval --regression``, ``--safety`` and ``--judge``: what was measured, as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from tunegate.cli.console import Console
-from tunegate.records import RegressionRecord, SafetyRecord
+from tunegate.pipeline.reporter import p_value
+from tunegate.records import JudgeRecord, RegressionRecord, SafetyRecord, Score
 
 if TYPE_CHECKING:
     from tunegate.pipeline.kept import Kept
@@ -28,6 +29,9 @@ def tell_kept(found: Mapping[str, tuple[Path, Kept]], console: Console) -> int:
         elif isinstance(kept, SafetyRecord):
             result[family] = asdict(kept)
             _refusals(kept, console)
+        elif isinstance(kept, JudgeRecord):
+            result[family] = asdict(kept)
+            _judged(kept, console)
         else:
             result[family] = {"subject": kept.subject, "sets": kept.sets, "rates": kept.rates()}
             rows = [[escape(name), f"{rate:.4f}"] for name, rate in kept.rates().items()]
@@ -89,6 +93,38 @@ def _refusals(record: SafetyRecord, console: Console) -> None:
             f"[dim]met: {escape(item['probe'])}: {escape(_short(item['prompt']))} -> "
             f"{escape(_short(item['adapter_answer']))}[/]"
         )
+
+
+def _judged(record: JudgeRecord, console: Console) -> None:
+    rows = [
+        [subject.replace("_", " "), _with_bounds(mean), _with_bounds(record.pass_rate[subject]), str(mean.n)]
+        for subject, mean in record.mean.items()
+    ]
+    columns = [f"{record.split} split", "mean of 5", f"{record.pass_at:g} or more", "items"]
+    console.table(columns, rows)
+    for c in record.comparisons.values():
+        console.text(
+            f"{next(iter(record.mean))} against {c.reference.replace('_', ' ')}: {c.difference:+.3f} "
+            f"({c.low:+.3f} to {c.high:+.3f}), {c.wins} better, {c.losses} worse, {p_value(c.p_value)}"
+        )
+    if record.win_rate is not None:
+        console.text(
+            f"pairs against {record.against.replace('_', ' ')}: {_with_bounds(record.win_rate)} won, a tie "
+            f"counts half; both orders agree in {record.consistent:.1%}"
+        )
+    cost = "" if record.cost is None else f", ${record.cost:.4f}"
+    alpha = "" if record.alpha is None else f", alpha of its samples {record.alpha:.3f}"
+    console.text(f"judged by {escape(record.model)}, rubric {escape(record.rubric)}{alpha}{cost}")
+    for item in record.worst[:WORST]:
+        if item["score"] < record.pass_at:
+            console.text(
+                f"[dim]{item['score']:g}: {escape(item['row_id'])}: {escape(_short(item['answer']))}; "
+                f"{escape(_short(item['reasons']))}[/]"
+            )
+
+
+def _with_bounds(score: Score) -> str:
+    return f"{score.value:.3f} [dim]{score.low:.3f} to {score.high:.3f}[/]"
 
 
 def _of_base(value: float | None, low: float, high: float | None) -> str:

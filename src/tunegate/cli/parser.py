@@ -109,6 +109,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, what in (("regression", "general ability"), ("safety", "refusals")):
         text = f"measure {what} instead of the split: the adapter beside its base, or the base alone"
         evaluate.add_argument(f"--{name}", action="store_true", help=text)
+    text = "let the judge of the task score validation answers: the adapter beside its base, or the base alone"
+    evaluate.add_argument("--judge", action="store_true", help=text)
     evaluate.add_argument("--split", choices=("valid", "test"), default="valid")
     evaluate.add_argument(
         "--reopen-test", type=_reason, metavar="WHY", help="the reason, if this test set was opened before"

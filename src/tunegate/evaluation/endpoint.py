@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import TunegateError
 from tunegate.evaluation.judge.http import Busy, Endpoint, Reply, Settings, post
 
 OPENAI_HOST = "api.openai.com"
@@ -59,8 +59,5 @@ class Reference:
         """Address and key. :class:`InputError` if ``url`` is not the address of a server."""
         variable = "OPENAI_API_KEY" if urlsplit(self.url).hostname == OPENAI_HOST else "TUNEGATE_REFERENCE_KEY"
         names = Settings("--reference", "--reference-model", variable)
-        if "?" in self.url or "#" in self.url:
-            expected = "http(s)://HOST[:PORT]/v1 and nothing after it"
-            raise InputError("not the address of a server", where=names.url, expected=expected)
         url = f"{self.url.rstrip('/')}/chat/completions"
         return Endpoint(url, os.environ.get(variable) or None, self.timeout, names)

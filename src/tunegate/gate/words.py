@@ -42,7 +42,14 @@ _ADVICE = {
     "safety.bypass_rate": "Requests that the base refuses are now answered: add refusals to the training rows, or "
     "drop those that only comply.",
     "review.accept": "People do not accept enough of the answers: read their notes in review/labels.jsonl.",
+    "judge.kappa": "The judge and people do not agree: read the reasons, and make the rubric say what people look at.",
     "regression": "General ability was lost: a lower rank, fewer steps, or general examples among the training rows.",
+}
+# What a measure needs beside its command.
+_NEEDS = {
+    "judge.win_rate": "It needs `judge.pairs`.",
+    "judge.alpha": "It needs `judge.samples` of 2 or more, and scores that are not all alike.",
+    "judge.kappa": "It needs people's verdicts beside the judge's, some of which differ: `tunegate review TASK`.",
 }
 _GOOD = {
     "task.stop_rate": "Answers end by themselves.",
@@ -132,6 +139,7 @@ def absent(clause: Clause, measures: Mapping[str, Measure], evidence: Evidence) 
         near = nearest(rule.metric, list(measures))
         how = "reads it from a measures.json in the run (docs/gate.md)" if rule.family.given else "provides it"
         why = f"There is no measurement of {rule.metric}: `{rule.family.command}` {how}."
+        why += f" {_NEEDS[rule.metric]}" if rule.metric in _NEEDS else ""
         why += f" {near[0].upper()}{near[1:]}" if near else ""
     return _unmeasured(clause, why, [])
 

@@ -28,6 +28,7 @@ from tunegate.evaluation.types import Measurement
 from tunegate.files import read_jsonl
 from tunegate.gate.evidence import BEST_PROMPT
 from tunegate.pipeline.folders import short
+from tunegate.pipeline.judging import people_measures
 from tunegate.pipeline.prepare import Prepared
 from tunegate.records import EvalRecord, RunRecord
 from tunegate.report.review import FOLDER, ITEMS, Review
@@ -51,7 +52,7 @@ def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecor
         found["data.harmful_rows"] = Measure("count", value=flagged["flagged"], items={"": "check.json"})
     if (run / FOLDER / ITEMS).exists():
         Review.load(run)
-    return found | load_measures(run)
+    return found | load_measures(run) | people_measures(run)
 
 
 def _of_test(run: Path, adapter: EvalRecord) -> dict[str, Measure]:

@@ -35,9 +35,9 @@ from tunegate.pipeline.folders import begin, finish, is_done, short
 from tunegate.pipeline.prepare import Prepared
 from tunegate.pipeline.questions import REGRESSION, SAFETY, Regression, Safety, guard_of
 from tunegate.pipeline.session import Session
-from tunegate.records import RegressionRecord, SafetyRecord
+from tunegate.records import JudgeRecord, RegressionRecord, SafetyRecord
 
-Kept = Measured | Asked | RegressionRecord | SafetyRecord
+Kept = Measured | Asked | RegressionRecord | SafetyRecord | JudgeRecord
 BASE, ADAPTER, ITEMS, FACTS = "base", "adapter", "items.jsonl", "facts.json"
 
 

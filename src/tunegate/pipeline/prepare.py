@@ -27,6 +27,7 @@ from tunegate.engine.optimizers import check_optimizer
 from tunegate.errors import InputError, Problem, collecting, nearest
 from tunegate.evaluation.answering import takes_system
 from tunegate.evaluation.evaluator import Scorer, build_scorer
+from tunegate.evaluation.judge.providers import open_provider
 from tunegate.evaluation.metrics import PYTHON_PREFIX
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.files import hash_file, hash_json
@@ -34,7 +35,16 @@ from tunegate.gate import Policy
 from tunegate.gate_rules import parse_rule
 from tunegate.model.resolve import resolve_base
 from tunegate.pipeline.base import Base, base_name, choose_device, is_local, load_base
-from tunegate.pipeline.questions import Regression, Safety, guard_of, load_regression, load_safety, switched_on
+from tunegate.pipeline.questions import (
+    Judge,
+    Regression,
+    Safety,
+    guard_of,
+    load_judge,
+    load_regression,
+    load_safety,
+    switched_on,
+)
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -66,6 +76,7 @@ class Prepared:
     policy: Policy
     regression: Regression | None = None
     safety: Safety | None = None
+    judge: Judge | None = None
 
     @cached_property
     def base_key(self) -> list[Any]:
@@ -112,6 +123,7 @@ class Prepared:
     @cached_property
     def run_key(self) -> str:
         asked = [one.key for one in (self.regression, self.safety) if one is not None]
+        asked += [self.judge.key] if self.judge is not None and self.judge.binding else []
         return hash_json([self.train_key, self.test_hash, self.baseline_key, *asked])
 
 
@@ -234,13 +246,15 @@ def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]
     opened = open_task(config, reporter, strict=False)
     report = check_data(opened.data, opened.base, opened.config)
     try:
-        _questions(switched_on(opened.config))
+        judge = _questions(switched_on(opened.config))[2]
+        if judge is not None:
+            open_provider(judge.model)
     except InputError as error:
         shown = [str(problem) for problem in error.problems[:5]]
-        message = f"regression or safety cannot be measured: {len(error.problems)} problems"
+        message = f"regression, safety or the judge cannot be asked: {len(error.problems)} problems"
         report.add(Finding("error", "questions", message, len(error.problems), shown))
     try:
-        _scorer(opened)
+        _check_judge(opened.config, _scorer(opened))
     except InputError as error:
         shown = [str(problem) for problem in error.problems[:5]]
         message = f"the metric cannot be used: {len(error.problems)} problems"
@@ -258,9 +272,9 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
     """Read, check and settle everything a run needs. :class:`InputError` with all problems of a kind together."""
     config = switched_on(config)
     problems: list[Problem] = []
-    opened, regression, safety = None, None, None
+    opened, regression, safety, judge = None, None, None, None
     with collecting(problems):
-        regression, safety = _questions(config)
+        regression, safety, judge = _questions(config)
     with collecting(problems):
         opened = open_task(config, reporter)
     if problems:
@@ -276,6 +290,7 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         )
     scorer = _scorer(opened)
     _check_rules(config, scorer)
+    _check_judge(config, scorer)
     report = check_data(data, base, config)
     if not report.ok:
         raise InputError([_as_problem(f) for f in report.findings if f.level == "error"])
@@ -298,20 +313,32 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         policy=Policy(**config.task.gate.model_dump()),
         regression=regression,
         safety=safety,
+        judge=judge,
     )
 
 
-def _questions(config: Config) -> tuple[Regression | None, Safety | None]:
-    """What regression and safety will ask, the problems of both together."""
+def _questions(config: Config) -> tuple[Regression | None, Safety | None, Judge | None]:
+    """What regression, safety and the judge will ask, the problems of all together."""
     problems: list[Problem] = []
-    regression, safety = None, None
+    regression, safety, judge = None, None, None
     with collecting(problems):
         regression = load_regression(config)
     with collecting(problems):
         safety = load_safety(config)
+    with collecting(problems):
+        judge = load_judge(config)
     if problems:
         raise InputError(problems)
-    return regression, safety
+    return regression, safety, judge
+
+
+def _check_judge(config: Config, scorer: Scorer) -> None:
+    """A judge reads answers, and there are some."""
+    if config.task.judge is not None and not scorer.generates:
+        raise InputError(
+            "this task generates no answers to judge", where="judge", got=f"task.metric: {scorer.task.metric}",
+            fix="take the section out, or a metric that scores answers",
+        )  # fmt: skip
 
 
 def _check_rules(config: Config, scorer: Scorer) -> None:

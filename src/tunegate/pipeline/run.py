@@ -14,14 +14,15 @@ from typing import Any
 from tunegate import records
 from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
+from tunegate.evaluation.judge.providers import open_provider
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
 from tunegate.gate import Policy
-from tunegate.pipeline import kept, planning, steps
+from tunegate.pipeline import judging, kept, planning, steps
 from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
-from tunegate.pipeline.questions import REGRESSION, SAFETY, load_regression, load_safety, switch_on
+from tunegate.pipeline.questions import JUDGE, REGRESSION, SAFETY, Judge, load_regression, load_safety, switch_on
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
@@ -95,6 +96,8 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
     prepared = _prepared(config, reporter)
     _need_test(prepared)
+    if prepared.judge is not None:
+        open_provider(prepared.judge.model)  # its key is there, before hours of training
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         run, peak = open_run(prepared), planning.peak_rss()
@@ -109,6 +112,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         steps.recall(session, run)
         kept.regression(session, run)
         kept.safety(session, run)
+        judging.judge_run(prepared, run, reporter)
         card = _publish(prepared, run, record, evaluated, comparisons)
         planning.finish(planned, run, record, peak)
     return Outcome(run, run / "adapter", card, baselines)
@@ -234,14 +238,17 @@ def _adapter_of(prepared: Prepared, request: EvalRequest) -> tuple[Path, Adapter
 def evaluate_kept(
     config: Config, reporter: Reporter, request: EvalRequest, families: Sequence[str]
 ) -> dict[str, tuple[Path, kept.Kept]]:
-    """Measure ``families`` (regression, safety) on an adapter beside its base, or on the base alone; where a section
-    of the task is off, at its defaults. Each comes with the folder that holds its items."""
+    """Measure ``families`` (regression, safety, judge) on an adapter beside its base, or on the base alone; where a
+    section of the task is off, at its defaults. Each comes with the folder that holds its items."""
     prepared = prepare(config, reporter)
     asking = prepared.config
     for family in families:
         asking = switch_on(asking, family, f"--{family}")
     ability = load_regression(asking) if REGRESSION in families else None
     refusals = load_safety(asking) if SAFETY in families else None
+    asked_judge = prepared.judge if JUDGE in families else None
+    if asked_judge is not None:
+        open_provider(asked_judge.model)
     root, session = prepared.config.run_dir, Session(prepared, reporter)
     found: dict[str, tuple[Path, kept.Kept]] = {}
     with owned(root):
@@ -252,6 +259,8 @@ def evaluate_kept(
             if refusals is not None:
                 asked, folder = kept.base_refusals(session, refusals)
                 found[SAFETY] = folder, asked
+            if asked_judge is not None:
+                found[JUDGE] = _judged(session, asked_judge, request, None, "")
             return found
         adapter, card = _adapter_of(prepared, request)
         digest, told = card.adapter["hash"], {"base_mismatch_allowed": request.allow_base_mismatch}
@@ -263,9 +272,27 @@ def evaluate_kept(
             folder = root / f"eval-{short(hash_json([refusals.key, digest]))}"
             kept_refusals = kept.compare_refusals(session, refusals, adapter, digest, folder)
             found[SAFETY] = folder, replace(kept_refusals, settings={**kept_refusals.settings, **told})
+        if asked_judge is not None:
+            folder, judged = _judged(session, asked_judge, request, adapter, digest)
+            found[JUDGE] = folder, replace(judged, settings={**judged.settings, **told})
     for family, (folder, record) in found.items():
         records.save(folder / f"{family}.json", record)
     return found
+
+
+def _judged(
+    session: Session, asked: Judge, request: EvalRequest, adapter: Path | None, digest: str
+) -> tuple[Path, records.JudgeRecord]:
+    """The judge on new answers to validation items, or on those that the run's test left."""
+    if request.split == "valid":
+        return judging.judge_valid(session, asked, adapter, digest)
+    if request.adapter is not None or request.plain_base:
+        fix = "leave out --adapter and --plain-base, or --split test"
+        raise InputError("the judge reads the answers that the run's own test left", where="--split test", fix=fix)
+    run = run_folder(session.prepared)
+    record = judging.judge_run(session.prepared, run, session.reporter)
+    assert record is not None
+    return run / JUDGE, record
 
 
 def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> tuple[Path, EvalRecord]:

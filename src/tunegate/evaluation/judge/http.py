@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from tunegate.errors import InputError, TunegateError
 
 LARGEST_REPLY = 4 << 20  # bytes; a verdict has some hundred
+CUT_OFF = "the reply was cut off at its length limit (judge.max_tokens)"
 _CHUNK = 1 << 16
 _LONGEST_TEXT = 200  # characters of a server's error message that are shown
 
@@ -70,12 +71,13 @@ class Endpoint:
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             good, parts = False, urlsplit("")
-        if not good or parts.username is not None:
+        secret = parts.username is not None or bool(parts.query or parts.fragment)  # a key may stand there
+        if not good or secret:
             raise InputError(
                 "not the address of a server",
                 where=self.settings.url,
-                expected="http://HOST:PORT/v1 or https://HOST/v1, without a user name",
-                got=self.url if parts.username is None else "an address with a user name",
+                expected="http://HOST:PORT/v1 or https://HOST/v1, without a user name and nothing after it",
+                got="an address with a user name or a query" if secret else self.url,
             )
 
 
@@ -157,17 +159,20 @@ def _reply(raw: bytes, endpoint: Endpoint, cut_off: bool) -> Reply:
     try:
         data = json.loads(raw)
         choice, usage = data["choices"][0], data.get("usage") or {}
-        text, whole = choice["message"]["content"], choice.get("finish_reason") != "length"
+        text, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        whole = choice.get("finish_reason") != "length"
         if text is None and cut_off:
             text = ""
         counted = all(type(usage.get(name)) is int for name in ("prompt_tokens", "completion_tokens"))
         used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        if not isinstance(text, str):
+        if not isinstance(text, str) and not (refusal or not whole):
             raise TypeError("content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise Busy(f"the reply of {_host(endpoint)} is not a chat completion in JSON", None) from None
     if not whole and not cut_off:
-        raise Busy("the reply was cut off at judge.max_tokens", used)
+        raise Busy(CUT_OFF, used if counted else None)
+    if not isinstance(text, str):
+        raise Busy(f"the model refused: {str(refusal)[:_LONGEST_TEXT]}", used if counted else None)
     return Reply(text, *used, whole, counted)
 
 
