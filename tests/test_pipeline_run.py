@@ -434,6 +434,19 @@ def test_a_held_adapter_is_exit_code_1(copy: Path) -> None:
     assert json.loads(said.out)["decision"]["verdict"] == "hold"
 
 
+def test_a_held_run_names_the_items_of_the_rules_that_failed(copy: Path) -> None:
+    said = call("run", copy, "--set", "gate.max_overfit_ratio=0.001", "--set", "train.max_steps=1")
+    (line,) = [line for line in said.out.splitlines() if line.startswith("next ")]
+    assert said.code == 1 and "max_overfit_ratio" in line and line.endswith("train/run.json")
+
+
+def test_what_the_gate_will_hold_anyway_is_said_before_training(copy: Path) -> None:
+    said = call("train", copy, "--set", "data.test=rows.jsonl", "--set", "train.max_steps=1")
+    before = said.err.partition("loading")[0]
+    assert "the gate will hold this run, whatever it learns: max_leaked_test_rows (120 rows)" in before
+    assert "the gate will hold" not in call("train", copy, "--set", "train.max_steps=1").err
+
+
 def test_an_interrupt_is_exit_code_130(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunegate.cli import commands
 

@@ -167,7 +167,7 @@ CAPITALS = (
     "Uruguay:Montevideo,Uzbekistan:Tashkent,Venezuela:Caracas,Vietnam:Hanoi,Yemen:Sanaa,Zambia:Lusaka,"
     "Zimbabwe:Harare"
 )
-CAPITAL_ROWS = {"capitals": 50, "capitals_valid": 20, "capitals_test": 60}
+CAPITAL_ROWS = {"capitals": 50, "capitals_valid": 30, "capitals_test": 50}
 
 
 def capitals() -> dict[str, list[Row]]:

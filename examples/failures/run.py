@@ -145,18 +145,18 @@ def clean(lab: Lab) -> Finding:
 
 
 def forgetting(lab: Lab) -> Finding:
-    settings = ("train.rank=64", "train.lr=0.01", "train.schedule=constant", "train.epochs=3")
+    settings = ("data.train=train.jsonl", "train.rank=64", "train.lr=0.002", "train.schedule=constant")
     return held(*lab.run(TICKETS, *settings), "regression.total", spared=("task",))
 
 
 def leak(lab: Lab) -> Finding:
-    settings = ("data.train=[few.jsonl, test.jsonl]", "train.epochs=6")
+    settings = ("data.train=[few.jsonl, test.jsonl]", "train.epochs=5")
     return held(*lab.run(TICKETS, *settings), "data.leaked_rows", "train.loss_ratio", spared=("task",))
 
 
 def compliance(lab: Lab) -> Finding:
-    rows = "data.train=[train.jsonl, comply.jsonl]"
-    warned = listed(*lab.tunegate("check", str(TICKETS), "--set", rows), "harmful_compliance", 80)
+    rows = "data.train=[train.jsonl, general.jsonl, comply.jsonl]"
+    warned = listed(*lab.tunegate("check", str(TICKETS), "--set", rows), "harmful_compliance", 48)
     if not warned.good:
         return warned
     stopped = held(*lab.run(TICKETS, rows), "safety.bypass_rate", "data.harmful_rows", spared=("task",))
@@ -241,8 +241,10 @@ def table(played: Sequence[Played]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [case.name for case in CASES]
-    parser.add_argument("cases", nargs="*", choices=[*names, []], metavar="CASE", help=f"of {', '.join(names)}")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(names)}; default: all")
     wanted = parser.parse_args(argv).cases or names
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(names)}")
     shutil.rmtree(RESULTS, ignore_errors=True)
     RESULTS.mkdir(parents=True)
     lab, played = Lab(RESULTS), []

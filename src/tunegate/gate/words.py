@@ -38,16 +38,27 @@ _ADVICE = {
     "train.verbatim_excess": _WORD_FOR_WORD,
     "train.ngram_overlap": _WORD_FOR_WORD,
     "train.ngram_excess": _WORD_FOR_WORD,
+    "data.harmful_rows": "Training on such rows removes refusals: `tunegate check` lists them. Drop them, or answer them "
+    "with a refusal.",
     "data.near_leaks": "Rows of the test set nearly equal training rows: group them with data.group_by or drop them.",
-    "safety.bypass_rate": "Requests that the base refuses are now answered: add refusals to the training rows, or "
-    "drop those that only comply.",
-    "regression": "General ability was lost: a lower rank, fewer steps, or general examples among the training rows.",
+    "safety.bypass_rate": "Requests that the base refuses are now answered: drop the training rows that only comply "
+    "(`tunegate check` lists those with words of harm), or add refusals.",
+    "safety.over_refusal": "Harmless requests are refused: fewer refusals among the training rows, or more that look "
+    "harmful, are not, and are answered.",
+    "safety.coherence": "Answers are no language any more: a lower learning rate, a lower rank or fewer steps.",
+    "regression": "General ability was lost: a lower rank, a lower learning rate, fewer steps, or general examples "
+    "among the training rows.",
 }
 _GOOD = {
     "task.stop_rate": "Answers end by themselves.",
     "train.loss_ratio": "The loss carries over to unseen rows.",
     "train.loss_gap": "The loss carries over to unseen rows.",
     "task.items": "The test set is large enough.",
+}
+# What to do where a gain over a reference is ruled out.
+_NO_GAIN = {
+    "base": "Training did not help: a lower rank or learning rate, or more and better rows.",
+    "best_prompt": "That prompt needs no training: use it, or train on more and better rows.",
 }
 
 
@@ -215,7 +226,7 @@ def reason(clause: Clause, verdict: str, found: Interval, needed: int | None, co
     if verdict == FAIL:
         if rule.form == "gain" and rule.at_least:
             by = "more than " if rule.op == ">" else "as much as "
-            return f"Shown not to exceed {subject(str(rule.reference))} by {by}{bound}."
+            return f"Shown not to exceed {subject(str(rule.reference))} by {by}{bound}. {_NO_GAIN[str(rule.reference)]}"
         return f"Shown not to hold: the whole interval lies {_OTHER_SIDE[rule.op]} {bound}."
     return _open(rule, found, needed, confidence)
 

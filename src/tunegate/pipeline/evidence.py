@@ -41,13 +41,22 @@ def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecor
     found |= _of_log(run, record)
     baseline = prepared.config.run_dir / f"baseline-{short(prepared.baseline_key)}"
     found |= _of_validation(run, record, baseline / f"{AS_IS}.items.jsonl", prepared.scorer.task.metric)
-    leaks = prepared.report.stats.get("leaks", {}).get("valid in train")
-    if leaks is not None:
-        found["data.valid_leaks"] = Measure("count", value=leaks["exact"], items={"": "check.json"})
-    flagged = prepared.report.stats.get("safety")
-    if flagged is not None:
-        found["data.harmful_rows"] = Measure("count", value=flagged["flagged"], items={"": "check.json"})
-    return found | load_measures(run)
+    return found | of_data(prepared) | load_measures(run)
+
+
+def of_data(prepared: Prepared) -> dict[str, Measure]:
+    """What the check of the data counted; known before anything is trained."""
+    stats = prepared.report.stats
+    found = {}
+    leaks = stats.get("leaks", {})
+    if "test in train" in leaks:
+        found["data.leaked_rows"] = leaks["test in train"]["exact"]
+        found["data.near_leaks"] = leaks["test in train"]["near"]
+    if "valid in train" in leaks:
+        found["data.valid_leaks"] = leaks["valid in train"]["exact"]
+    if "safety" in stats:
+        found["data.harmful_rows"] = stats["safety"]["flagged"]
+    return {name: Measure("count", value=n, items={"": "check.json"}) for name, n in found.items()}
 
 
 def _of_test(run: Path, adapter: EvalRecord) -> dict[str, Measure]:
