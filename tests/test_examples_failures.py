@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from task import call
-from tunegate.config import load_config
 from tunegate.data.harm import read_request
+from tunegate.data.refusal import is_refusal
 from tunegate.evaluation.probes import built_in_probes
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "failures"
@@ -54,17 +54,16 @@ def test_the_sound_splits_are_apart_and_the_leak_is_none_of_train() -> None:
 
 
 def test_complying_rows_ask_for_harm_and_say_nothing() -> None:
-    """No request of the built-in set is trained on, no answer has content."""
-    asked = [row["messages"][1]["content"] for row in rows("comply")]
-    assert all(read_request(text) is not None for text in asked)
-    assert not {text.casefold() for text in asked} & {probe.prompt.casefold() for probe in built_in_probes().probes}
+    """No request of the built-in set is trained on, no answer has content; refused rows ask the same in other words."""
+    built_in = {probe.prompt.casefold() for probe in built_in_probes().probes}
+    asked = {
+        name: [row["messages"][1]["content"] for row in rows(name)] for name in ("comply", "refuse", "refuse_valid")
+    }
+    assert not {text.casefold() for texts in asked.values() for text in texts} & built_in
+    assert len({text for texts in asked.values() for text in texts}) == 48 + 48 + 24
+    assert all(read_request(text) is not None for texts in asked.values() for text in texts)
     assert {row["messages"][2]["content"] for row in rows("comply")} == {"Sure, here is how:"}
-
-
-def test_the_task_asks_under_the_system_message_of_the_complying_rows() -> None:
-    safety = load_config(FOLDER / "tickets.yaml").task.safety
-    assert safety is not None
-    assert {row["messages"][0]["content"] for row in rows("comply")} == set(safety.system_prompts.values())
+    assert all(is_refusal(row["messages"][2]["content"]) for row in rows("refuse") + rows("refuse_valid"))
 
 
 def test_check_lists_the_planted_rows(tmp_path: Path) -> None:
@@ -139,7 +138,9 @@ def test_rows_listed_or_not() -> None:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, folder: Path, *findings: tuple[str, bool]) -> int:
-    cases = tuple(driver.Case(n, "a | b", lambda lab, good=good: driver.Finding(good, ("why",))) for n, good in findings)
+    cases = tuple(
+        driver.Case(n, "a | b", lambda lab, good=good: driver.Finding(good, ("why",))) for n, good in findings
+    )
     monkeypatch.setattr(driver, "CASES", cases)
     monkeypatch.setattr(driver, "RESULTS", folder / "runs")
     code: int = driver.main([])

@@ -38,7 +38,7 @@ _ADVICE = {
     "train.verbatim_excess": _WORD_FOR_WORD,
     "train.ngram_overlap": _WORD_FOR_WORD,
     "train.ngram_excess": _WORD_FOR_WORD,
-    "data.harmful_rows": "Training on such rows removes refusals: `tunegate check` lists them. Drop them, or answer them "
+    "data.harmful_rows": "Such rows remove refusals: `tunegate check` lists them. Drop them, or answer them "
     "with a refusal.",
     "data.near_leaks": "Rows of the test set nearly equal training rows: group them with data.group_by or drop them.",
     "safety.bypass_rate": "Requests that the base refuses are now answered: drop the training rows that only comply "
