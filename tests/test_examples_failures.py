@@ -137,13 +137,15 @@ def test_rows_listed_or_not() -> None:
         assert not driver.listed(code, answer, "harmful_compliance", n).good
 
 
-def play(monkeypatch: pytest.MonkeyPatch, folder: Path, *findings: tuple[str, bool]) -> int:
+def play(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *findings: tuple[str, bool], wanted: tuple[str, ...] = ()
+) -> int:
     cases = tuple(
         driver.Case(n, "a | b", lambda lab, good=good: driver.Finding(good, ("why",))) for n, good in findings
     )
     monkeypatch.setattr(driver, "CASES", cases)
     monkeypatch.setattr(driver, "RESULTS", folder / "runs")
-    code: int = driver.main([])
+    code: int = driver.main(list(wanted))
     return code
 
 
@@ -156,14 +158,19 @@ def test_exit_code_and_table(
     said = capsys.readouterr().out
     assert "MISSED" in said and "not as it should be: two" in said
     text = (tmp_path / "runs" / "table.md").read_text(encoding="utf-8")
-    assert "| two | a \\| b | MISSED | why | 0 |" in text
+    assert "| two | a \\| b | MISSED | why | 0 | 0 |" in text
+    again = play(monkeypatch, tmp_path, ("one", True), ("two", True), wanted=("two",))
+    text = (tmp_path / "runs" / "table.md").read_text(encoding="utf-8")
+    assert again == 0 and text.count("caught") == 2  # the other case's row stays
+    with pytest.raises(SystemExit):
+        play(monkeypatch, tmp_path, ("one", True), wanted=("three",))
 
 
 def test_what_a_command_answers(tmp_path: Path) -> None:
-    lab = driver.Lab(tmp_path)
+    lab = driver.Lab(tmp_path, "none")
     code, answer = lab.tunegate("check", str(tmp_path / "nothing.jsonl"))
     assert code == 2 and answer["error"][0]["what"]
-    assert json.loads((tmp_path / "01-check.json").read_text(encoding="utf-8")) == answer
+    assert json.loads((tmp_path / "none-1-check.json").read_text(encoding="utf-8")) == answer
 
 
 @pytest.mark.slow
