@@ -197,7 +197,7 @@ def mismatch(lab: Lab) -> Finding:
 
 
 def rank(lab: Lab) -> Finding:
-    return held(*lab.run(CAPITALS), "train.score", "task")
+    return held(*lab.run(CAPITALS), "train.score", "train.loss_rise", "task")
 
 
 def changed_base(folder: Path) -> Path:
@@ -228,7 +228,7 @@ CASES = (
     Case("leak", "the test rows among 80 training rows, six epochs", leak),
     Case("compliance", "48 rows that meet harmful requests, on a base that refuses them", compliance),
     Case("mismatch", "the clean adapter on a base with one changed tensor", mismatch),
-    Case("rank", "rank 256 for 50 rows of a task that the base can do", rank),
+    Case("rank", "rank 192 for 50 rows of a task that the base can do", rank),
 )
 
 
