@@ -151,7 +151,7 @@ def loss_turn(losses: Sequence[float], items: dict[str, str]) -> Measure:
 
 
 def loss_rise(batches: Sequence[float], kept: float, items: dict[str, str]) -> Measure:
-    """``kept``, the training loss at the kept step, over the lowest mean of :data:`SMOOTHED` steps' batch losses, nats per
+    """``kept``, the training loss at the kept step, over the lowest mean of :data:`SMOOTHED` steps, nats per
     target token. Below zero where the loss fell to the end."""
     width = min(SMOOTHED, len(batches))
     lowest = float(np.convolve(batches, np.full(width, 1.0 / width), "valid").min())
