@@ -1,4 +1,5 @@
 # make demo   run the example task end to end          make test      lint, types and the fast tests
+# make failures  plant five faults, see the gate catch them
 # make setup  install what running needs into .venv    make test-all  every test, the slow ones and `make sanitize` too
 #
 # torch's default build for Linux brings CUDA libraries of several GB. For the CPU build:
@@ -9,11 +10,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo setup dev test test-all sanitize lint format bench clean
+.PHONY: demo failures setup dev test test-all sanitize lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/tunegate run examples/support/task.yaml
+
+# Five spoilt runs and a sound one on the packaged base; fails unless each is caught for its reason.
+failures: setup
+	$(BIN)/python examples/failures/run.py
 
 setup: $(VENV)/.runtime
 dev: $(VENV)/.dev

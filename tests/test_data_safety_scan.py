@@ -85,10 +85,16 @@ def test_plain_text_has_no_turns() -> None:
         "What is phishing and how do I spot it?",
         "Kill the lights, please.",
         "Where can I buy a glue gun?",
+        "How do I avoid tax evasion charges, is it a crime to cheat on taxes?",
     ],
 )
 def test_look_alikes_are_left_alone(request_: str) -> None:
     assert read_request(request_) is None
+
+
+def test_a_verb_of_harm_that_sounds_like_prevention() -> None:
+    harm = read_request("How do I avoid paying my taxes?")
+    assert harm is not None and harm.category == "fraud"
 
 
 @given(st.text(max_size=300), st.text(max_size=300))

@@ -19,7 +19,7 @@ from tunegate.config import GateSection, RuleSection
 from tunegate.errors import InputError
 from tunegate.evaluation.intervals import proportion
 from tunegate.evaluation.measures import Measure
-from tunegate.gate import Evidence, Policy, RuleSetting, decide
+from tunegate.gate import Evidence, Policy, RuleSetting, decide, foreseen
 from tunegate.gate.verdict import Case, correct
 from tunegate.records import Decision, RuleResult
 
@@ -92,6 +92,21 @@ TABLE: list[tuple[str, Measure, str, str]] = [
     (">= 0.9 of base", Measure("mean", GRADED - 0.9, {"base": GRADED}, limits=(-1, 1)), "inconclusive", "negative"),
     ("vs base > 0", rates(260, 300), "inconclusive", "no measurement of the base"),
 ]
+
+
+def test_what_must_fail_is_foreseen_as_it_is_decided() -> None:
+    """Rules on one number that is known; not those that only report, that pass, or that need an interval."""
+    known = {"data.leaked_rows": scalar(2, "count"), "data.harmful_rows": scalar(3, "count")}
+    rules = ["data.harmful_rows <= 3", "data.harmful_rows <= 2", "not data.harmful_rows > 1", "data.* <= 1",
+             {"rule": "data.leaked_rows <= 1", "required": False}, "safety.coherence >= 0.9"]  # fmt: skip
+    settings = tuple(RuleSetting(**r) if isinstance(r, dict) else RuleSetting(r) for r in rules)
+    policy = replace(OFF, max_leaked_test_rows=0, rules=settings)
+    found = foreseen(policy, {**known, "safety.coherence": rates(1, 100)})
+    assert found == {"max_leaked_test_rows": "2 rows", "data.harmful_rows <= 2": "3 rows",
+                     "not data.harmful_rows > 1": "3 rows", "data.harmful_rows <= 1": "3 rows",
+                     "data.leaked_rows <= 1": "2 rows"}  # fmt: skip
+    decision = decide(policy, replace(EVIDENCE, leaked_test_rows=2, measures=known))
+    assert {rule.rule for rule in decision.rules if rule.verdict == "fail" and rule.required} == set(found)
 
 
 @pytest.mark.parametrize(("rule", "measure", "verdict", "reason"), TABLE)

@@ -72,8 +72,10 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 def _next_step(decision: Decision, adapter: Path) -> str:
     if decision.verdict == SHIP:
         return f"tunegate show {adapter}; load it with PeftModel.from_pretrained(base, {str(adapter)!r})"
-    rules = ", ".join(r.rule for r in decision.rules if r.verdict != PASS)
-    return f"see {rules} above; the answers are in {adapter.parent / 'test' / 'adapter.items.jsonl'}"
+    unmet = [rule for rule in decision.rules if rule.verdict != PASS and rule.required]
+    files = dict.fromkeys(str(adapter.parent / rule.items[0]) for rule in unmet if rule.items)
+    told = f"see {', '.join(rule.rule for rule in unmet)} above"
+    return f"{told}; what was counted lies in {', '.join(files)}" if files else told
 
 
 def train(arguments: argparse.Namespace, console: Console) -> int:

@@ -110,7 +110,7 @@ _HARM: dict[str, tuple[str, ...]] = {
 }
 _COMPILED = {category: tuple(map(re.compile, patterns)) for category, patterns in _HARM.items()}
 _TURNED = re.compile(
-    r"\b(?:protect|prevent|avoid(?! the)|recogni[sz]e|detect|spot|report|stop (?:\w+ ){0,3}(?:from (?:bullying|stealing|hurting)|bullying)|"
+    r"\b(?:protect|prevent|avoid(?! the| paying)|recogni[sz]e|detect|spot|report|stop (?:\w+ ){0,3}(?:from (?:bullying|stealing|hurting)|bullying)|"
     r"defend|against (?:thieves|theft|attacks?|hackers)|"
     r"help (?:a|my) (?:friend|child|brother|sister|\w+) who|if (?:someone|somebody) (?:\w+ )?(?:stalks?|threat\w+|robs?|stole|steals?|hacks?)|catch|"
     r"history of|in the (?:film|novel|book|movie|play|game)|thriller|detective|novel in which|what (?:is|does|are|was) (?:a |an |the )?(?:\w+ ){0,2}"

@@ -12,6 +12,6 @@ computed, no model started.
 
 from tunegate.gate.evidence import Evidence
 from tunegate.gate.policy import FAIL, HOLD, INCONCLUSIVE, PASS, SHIP, Policy, RuleSetting
-from tunegate.gate.verdict import decide
+from tunegate.gate.verdict import decide, foreseen
 
-__all__ = ["FAIL", "HOLD", "INCONCLUSIVE", "PASS", "SHIP", "Evidence", "Policy", "RuleSetting", "decide"]
+__all__ = ["FAIL", "HOLD", "INCONCLUSIVE", "PASS", "SHIP", "Evidence", "Policy", "RuleSetting", "decide", "foreseen"]

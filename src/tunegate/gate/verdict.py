@@ -11,7 +11,7 @@ is read at the level ``1 - (1 - confidence) / m``, and as some are decided the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,6 +42,17 @@ def decide(policy: Policy, evidence: Evidence) -> Decision:
     verdicts = {rule.verdict for rule in results if rule.required}
     verdict = HOLD if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else SHIP
     return Decision(verdict, results, policy.hash(), policy.correction)
+
+
+def foreseen(policy: Policy, measures: Mapping[str, Measure]) -> dict[str, str]:
+    """The required rules that fail on what is known before training, with what was found; only rules on one number."""
+    return {
+        clause.of(name).name: words.got(clause.rule, measure.estimate, None, None)
+        for clause in policy.clauses()
+        for name, measure in sorted(measures.items())
+        if clause.required and measure.kind in PLAIN and clause.rule.matches(name)
+        and clause.rule.reference is None and clause.rule.holds(measure.estimate) is clause.rule.negated
+    }  # fmt: skip
 
 
 @dataclass

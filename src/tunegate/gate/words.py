@@ -30,6 +30,8 @@ _ADVICE = {
     "train.loss_ratio": _BY_HEART,
     "train.loss_gap": _BY_HEART,
     "train.loss_turn": "The validation loss rose again before the kept step: fewer epochs or a lower learning rate.",
+    "train.loss_rise": "The training loss itself rose again: training diverged. A lower learning rate or a lower rank "
+    "(the step grows with both).",
     "train.score": "The adapter is worse than its base on validation items: the rank or the number of steps is too "
     "high for this much data. Start at rank 4 to 8, or collect more examples.",
     "train.best_share": "The best step lies at the start and what came after made it worse: a lower rank, a lower "
@@ -38,12 +40,18 @@ _ADVICE = {
     "train.verbatim_excess": _WORD_FOR_WORD,
     "train.ngram_overlap": _WORD_FOR_WORD,
     "train.ngram_excess": _WORD_FOR_WORD,
+    "data.harmful_rows": "Such rows remove refusals: `tunegate check` lists them. Drop them, or answer them "
+    "with a refusal.",
     "data.near_leaks": "Rows of the test set nearly equal training rows: group them with data.group_by or drop them.",
-    "safety.bypass_rate": "Requests that the base refuses are now answered: add refusals to the training rows, or "
-    "drop those that only comply.",
+    "safety.bypass_rate": "Requests that the base refuses are now answered: drop the training rows that only comply "
+    "(`tunegate check` lists those with words of harm), or add refusals.",
+    "safety.over_refusal": "Harmless requests are refused: fewer refusals among the training rows, or more that look "
+    "harmful, are not, and are answered.",
     "review.accept": "People do not accept enough of the answers: read their notes in review/labels.jsonl.",
     "judge.kappa": "The judge and people do not agree: read the reasons, and make the rubric say what people look at.",
-    "regression": "General ability was lost: a lower rank, fewer steps, or general examples among the training rows.",
+    "safety.coherence": "Answers are no language any more: a lower learning rate, a lower rank or fewer steps.",
+    "regression": "General ability was lost: a lower rank, a lower learning rate, fewer steps, or general examples "
+    "among the training rows.",
 }
 # What a measure needs beside its command.
 _NEEDS = {
@@ -56,6 +64,11 @@ _GOOD = {
     "train.loss_ratio": "The loss carries over to unseen rows.",
     "train.loss_gap": "The loss carries over to unseen rows.",
     "task.items": "The test set is large enough.",
+}
+# What to do where a gain over a reference is ruled out.
+_NO_GAIN = {
+    "base": "Training did not help: a lower rank or learning rate, or more and better rows.",
+    "best_prompt": "That prompt needs no training: use it, or train on more and better rows.",
 }
 
 
@@ -224,7 +237,7 @@ def reason(clause: Clause, verdict: str, found: Interval, needed: int | None, co
     if verdict == FAIL:
         if rule.form == "gain" and rule.at_least:
             by = "more than " if rule.op == ">" else "as much as "
-            return f"Shown not to exceed {subject(str(rule.reference))} by {by}{bound}."
+            return f"Shown not to exceed {subject(str(rule.reference))} by {by}{bound}. {_NO_GAIN[str(rule.reference)]}"
         return f"Shown not to hold: the whole interval lies {_OTHER_SIDE[rule.op]} {bound}."
     return _open(rule, found, needed, confidence)
 

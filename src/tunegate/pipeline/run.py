@@ -16,8 +16,8 @@ from tunegate.config import Config
 from tunegate.errors import InputError, TunegateError
 from tunegate.evaluation.judge.providers import open_provider
 from tunegate.files import canonical_json, hash_json, read_json, update_json, write_json
-from tunegate.gate import Policy
-from tunegate.pipeline import judging, kept, planning, steps
+from tunegate.gate import Policy, foreseen
+from tunegate.pipeline import evidence, judging, kept, planning, steps
 from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
@@ -140,6 +140,10 @@ def _prepared(config: Config, reporter: Reporter) -> Prepared:
     for finding in prepared.report.findings:
         if finding.level == "warning":
             reporter.line(f"warning: {finding.message}")
+    failing = foreseen(prepared.policy, evidence.of_data(prepared))
+    if failing:
+        rules = ", ".join(f"{rule} ({got})" for rule, got in failing.items())
+        reporter.line(f"warning: the gate will hold this run, whatever it learns: {rules}; `tunegate check` lists them")
     return prepared
 
 
