@@ -17,11 +17,11 @@ from tunegate.adapter.spec import AdapterSpec
 from tunegate.data.pack import make_batch
 from tunegate.data.types import Rendered
 from tunegate.engine import workspace
+from tunegate.engine.arena import Arena
 from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner
 from tunegate.kernels import native
 from tunegate.kernels.adamw8 import LEAST
-from tunegate.plan.arena import Arena
 from tunegate.plan.memory import (
     Evaluation,
     PlanInputs,

@@ -1,8 +1,8 @@
 """Memory of a training run, component by component, from its shape and settings.
 
-The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass,
-evaluation, and writing a checkpoint. On CPUs the activations are counted by replaying the engine's own allocations
-(``native``), which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
+The peak is what is held throughout plus the largest of four moments: loading, the loss, a layer's backward pass and
+evaluation. On CPUs the activations are counted by replaying the engine's own allocations (``engine.activations``),
+which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
 token:
 
 - ``eager``: each norm keeps an fp32 copy and its output; attention keeps q, k, v, its output and a log-sum-exp; the
@@ -24,16 +24,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tunegate.adapter.spec import named
+from tunegate.engine.activations import (
+    LayerPass,
+    Replay,
+    around_bytes,
+    kernel_bytes,
+    loss_bytes,
+    replay,
+    replay_evaluation,
+)
 from tunegate.kernels.adamw8 import LEAST, moment_bytes
-from tunegate.kernels.cross_entropy import CHUNK_BYTES
 from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
-from tunegate.plan.native import LayerPass, Replay, replay, replay_evaluation
 from tunegate.plan.shapes import ModelShape, Target
 
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
-Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation", "checkpoint"]
+Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
@@ -134,7 +141,6 @@ _MOMENTS: dict[Phase, tuple[Phase, ...]] = {
     "backward": ("always", "kept", "training", "backward"),
     "loss": ("always", "kept", "training", "loss"),
     "evaluation": ("always", "kept", "evaluation"),
-    "checkpoint": ("always", "kept", "checkpoint"),
     "loading": ("always", "loading"),
 }
 
@@ -225,8 +231,6 @@ def _trained(p: PlanInputs) -> list[Part]:
         Part("gradients", n * size, f"{n:,} x {size} bytes", "kept" if p.engine == "native" else "training"),
         Part("optimizer", state, how, "kept"),
     ]
-    if p.engine == "native":  # safetensors' bytes of each tensor, and of the file
-        parts.append(Part("checkpoint", 2 * state, "the optimizer's tensors, twice, as a file is made", "checkpoint"))
     if p.method == "full":
         return parts
     extra = 8 * sum(t.outputs for t in p.targets) if p.method == "dora" else 0  # squared row norms and gains, fp32
@@ -291,11 +295,7 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
 def _logits(p: PlanInputs) -> tuple[int, str]:
     vocab, n = p.shape.vocab, p.loss_tokens
     if p.loss == "kernel":
-        rows = min(n, max(16, CHUNK_BYTES // (4 * vocab)))
-        copies = 1 if p.engine == "native" and p.itemsize == 4 else 3
-        return 4 * rows * vocab * copies, f"{rows:,} positions at a time x {vocab:,} x 4 bytes" + (
-            "" if copies == 1 else ", loss and gradient beside them"
-        )
+        return loss_bytes(n, vocab, p.itemsize), f"{n:,} positions, a chunk at a time, x {vocab:,}"
     if p.loss == "chunks":
         # compiled, the fp32 copies of a part are never stored
         part = -(-n // 8) * vocab * (12 if p.engine == "eager" else 2 * p.itemsize)
@@ -325,16 +325,15 @@ def group_rows(e: Evaluation) -> int:
 
 
 def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPass:
-    """What the fused layers see of a batch of ``tokens``."""
+    """What a fused layer sees of a batch of ``tokens``."""
     return LayerPass(
-        shape=p.shape,
+        shape=p.shape.layer,
         tokens=tokens,
         itemsize=p.itemsize,
         ranks=_ranks(p),
         dropout=p.dropout and training,
         dora=p.method == "dora",
         prefix=p.prefix,
-        recomputed=p.recomputed if training else 0,
     )
 
 
@@ -359,20 +358,13 @@ def _ranks(p: PlanInputs) -> tuple[int, int, int, int, int, int, int]:
 
 def workspaces(p: PlanInputs) -> Replay:
     """The engine's activation memory after a training step and an evaluation."""
-    memory = replay(layer_pass(p, p.tokens))
-    if p.checkpointing == "offload":
-        memory = _offloaded(p)
+    layers = [layer_pass(p, p.tokens)] * p.shape.layers
+    memory = replay(layers, p.recomputed, offload=p.checkpointing == "offload")
     if p.evaluation:
         e = p.evaluation
         tokens = max(e.prefix, e.prompt * group_rows(e), e.loss_tokens)
         replay_evaluation(layer_pass(p, tokens, training=False), memory)
     return memory
-
-
-def _offloaded(p: PlanInputs) -> Replay:
-    """Layer inputs lie in a file: two of them are in memory, the rest is as with ``all``."""
-    two = replace(p.shape, layers=2)
-    return replay(replace(layer_pass(p, p.tokens), shape=two, recomputed=2))
 
 
 def _native_parts(p: PlanInputs) -> list[Part]:
@@ -387,14 +379,12 @@ def _native_parts(p: PlanInputs) -> list[Part]:
     else:
         found = _autograd_parts(replace(p, engine="eager", evaluation=None))
         parts = [part for part in found if part.name in ("activations", "layer at work")]
-    row = tokens * s.hidden * max(size, 4)
-    loss = 3 * p.loss_tokens * s.hidden * size
     logits, how = _logits(p)
-    around = max(4 * row, 3 * row + loss)
+    around = around_bytes(tokens, p.loss_tokens, s.hidden, size)
     parts += [
         Part("logits", logits, how, "kept"),
-        Part("around the layers", round(around), "embeddings, last norm, their gradients", "training"),
-        Part("kernels", p.threads * 2 * 2**20 + 10 * 2**20, "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
+        Part("around the layers", around, "embeddings, last norm, their gradients", "training"),
+        Part("kernels", kernel_bytes(p.threads), "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
         Part("rows", p.data_tokens * ROW_TOKEN, f"{p.data_tokens:,} tokens x {ROW_TOKEN} bytes"),
         Part("runtime", round(RUNTIME), "Python, torch, transformers"),
         Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),

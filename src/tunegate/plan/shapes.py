@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.adapter.spec import AdapterSpec
+from tunegate.engine.activations import LayerSizes
 from tunegate.errors import InputError, Problem
 
 HEAD_DIM = 128
@@ -93,6 +94,14 @@ class ModelShape:
     def largest(self) -> int:
         """Elements of the largest tensor."""
         return max(self.embedding, self.head, *(one.elements for one in self.linears), 0)
+
+    @property
+    def layer(self) -> LayerSizes:
+        """A decoder layer's sizes."""
+        return LayerSizes(
+            self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate,
+            head_norms=self.head_norms, sandwich=self.sandwich, packed=self.packed,
+        )  # fmt: skip
 
     def targets(self, spec: AdapterSpec) -> tuple[Target, ...]:
         """The layers ``spec`` adapts."""
