@@ -116,8 +116,6 @@ def test_a_range_has_no_error_inside() -> None:
     assert Point("g", "w", 2, 3, "h", 2.5, "", "").error == 0
     assert Point("g", "w", 2, 3, "h", 3.3, "", "").error == pytest.approx(0.1)
     assert Point("g", "w", 2, 3, "h", 1.0, "", "").error == pytest.approx(-0.5)
-    assert Point("g", "w", 0.5, 0.5, "GB", 0.41, "", "", step=0.5).error == 0
-    assert Point("g", "w", 0.5, 0.5, "GB", 0.9, "", "", step=0.5).error == pytest.approx(0.2)
 
 
 # --- the sheet ---------------------------------------------------------------------------------------------------

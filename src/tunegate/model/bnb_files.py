@@ -245,6 +245,16 @@ def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
     return [_refused(kind, where, f"quantization_config {json.dumps(said, default=str)[:120]}")]
 
 
+def stored_in_config(config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]] | None:
+    """(double quantization, layers left alone) of a checkpoint whose config.json says that it is bitsandbytes 4-bit;
+    None for every other."""
+    said = _said(config)
+    if not isinstance(said, dict) or _kind_said(said) != _FOUR_BIT:
+        return None
+    kept = said.get("llm_int8_skip_modules")
+    return said.get("bnb_4bit_use_double_quant") is True, tuple(map(str, kept)) if isinstance(kept, list) else ()
+
+
 def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry], where: str) -> bool:
     """Whether a checkpoint holds bitsandbytes 4-bit weights; False where it is not quantized at all.
 

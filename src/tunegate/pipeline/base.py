@@ -75,12 +75,7 @@ def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[st
     stored = quantized_names(names)
     wanted = section.quantization != "none"
     if stored and wanted:
-        raise InputError(
-            "the base is stored in 4 bits already",
-            where=f"base.quantization; {folder}",
-            got=f"{len(stored)} quantized weights",
-            fix="remove `quantization`, or name the 16-bit original",
-        )
+        raise quantized_already(folder, f"{len(stored)} quantized weights")
     if stored:
         first = next(iter(stored.values()))
         return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
@@ -88,6 +83,11 @@ def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[st
         return None
     recipe = Recipe(section.quantization, section.quantization_block, section.double_quantization)
     return {**recipe.to_json(), "keep": sorted(set(section.keep_unquantized)), "stored": False}
+
+
+def quantized_already(folder: Path, got: str) -> InputError:
+    where, fix = f"base.quantization; {folder}", "remove `quantization`, or name the 16-bit original"
+    return InputError("the base is stored in 4 bits already", where=where, got=got, fix=fix)
 
 
 def _count(entries: Mapping[str, TensorEntry]) -> int:

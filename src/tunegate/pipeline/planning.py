@@ -31,7 +31,7 @@ from tunegate.evaluation.prompts import FEW
 from tunegate.files import read_json, write_json
 from tunegate.model.loading import choose_dtype, load_tokenizer
 from tunegate.model.resolve import resolve_config
-from tunegate.pipeline.base import base_name, choose_device, eos_ids
+from tunegate.pipeline.base import base_name, choose_device, eos_ids, quantized_already
 from tunegate.pipeline.folders import is_done
 from tunegate.pipeline.prepare import Prepared, load_data
 from tunegate.pipeline.reporter import Reporter
@@ -66,13 +66,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task's memory and time inputs on this machine. ``longest`` is the longest row in tokens."""
+    """A task's memory and time inputs on this machine. ``longest`` is the longest row in tokens; ``unmet`` says that no
+    way to keep activations meets ``train.memory``."""
 
     inputs: PlanInputs
     workload: Workload
     longest: int
     answers: Answers
     device: Device
+    unmet: str = ""
 
 
 def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
@@ -89,6 +91,8 @@ def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
     device = choose_device(config.task.train.device)
     dtype, _ = choose_dtype(section.compute_dtype, device=device)
     shape = shape_of_folder(folder, name, trust_remote_code=section.trust_remote_code)
+    if shape.four_bit and section.quantization != "none":
+        raise quantized_already(folder, "quantization_config in config.json")
     wanted = config.task.task.prompts
     prompts = PROMPTS if wanted is None else 1 + len(wanted)
     return describe(config, shape, (train, valid, len(data.splits.test)), itemsize=dtype.itemsize, prompts=prompts)
@@ -106,8 +110,9 @@ def plan_prepared(prepared: Prepared, *, tested: bool = True) -> TaskPlan:
     shape = shape_of_folder(base.resolved.path, base.resolved.name, trust_remote_code=trusted)
     itemsize = 2 if base.compute_dtype == "bfloat16" else 4
     rows = prepared.train_rows, prepared.valid_rows, len(prepared.data.splits.test) if tested else 0
-    found = describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
-    return found if base.recipe is None else replace(found, inputs=replace(found.inputs, quantization="nf4"))
+    if base.recipe is not None and base.recipe["stored"]:  # its config.json need not say so
+        shape = replace(shape, four_bit=True, double_quant=base.recipe["double"])
+    return describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
 
 
 def describe(
@@ -141,9 +146,10 @@ def describe(
         method=method,  # type: ignore[arg-type]
         engine="eager" if cuda else "native",
         itemsize=itemsize,
-        quantization=None if base.quantization == "none" else "nf4",  # other 4-bit formats are as large
-        double_quant=base.double_quantization,
-        unquantized=base.keep_unquantized,
+        # other 4-bit formats are as large
+        quantization="nf4" if shape.four_bit or base.quantization != "none" else None,
+        double_quant=shape.double_quant if shape.four_bit else base.double_quantization,
+        unquantized=shape.kept if shape.four_bit else base.keep_unquantized,
         optimizer=settings.optimizer,
         dropout=settings.dropout > 0,
         checkpointing=checkpointing,
@@ -159,9 +165,14 @@ def describe(
         ),
         threads=threads,
     )
+    unmet = ""
     if settings.memory is not None:
         inputs = within(inputs, parse_size(settings.memory))
-    return TaskPlan(inputs, batches.workload, max(len(row) for row in train), answers, _here(cuda, itemsize, threads))
+        least = estimate(replace(inputs, evaluation=None)).total
+        if least > parse_size(settings.memory):
+            unmet = f"train.memory: {settings.memory} is not met: the least is about {least / 1e9:.2f} GB (offload)"
+    longest = max(len(row) for row in train)
+    return TaskPlan(inputs, batches.workload, longest, answers, _here(cuda, itemsize, threads), unmet)
 
 
 def _recomputation(settings: TrainSection, layers: int) -> tuple[Checkpointing, int]:

@@ -40,6 +40,7 @@ from tunegate.plan.shapes import ModelShape, Target
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "some", "all", "offload")
 Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
