@@ -198,8 +198,8 @@ def _choices(p: PlanInputs) -> dict[str, dict[str, int]]:
     """Bytes of activations, of those of a kept layer, and of the peak, by what is kept for the backward pass."""
     found = {}
     for choice in CHECKPOINTING:
-        plans = [estimate(replace(p, checkpointing=choice, kept_layers=p.shape.layers // 2, engine=engine,
-                                  itemsize=size)) for engine, size in (("eager", 2), ("native", p.itemsize))]  # fmt: skip
+        run = replace(p, checkpointing=choice, kept_layers=p.shape.layers // 2)
+        plans = [estimate(replace(run, engine="eager", itemsize=2)), estimate(replace(run, engine="native"))]
         found[choice] = {
             f"{where}_{what}": count
             for where, one in zip(("gpu", "cpu"), plans, strict=True)

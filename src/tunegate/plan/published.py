@@ -96,9 +96,10 @@ def derivation() -> PlanInputs:
 
 def rules_of_memory() -> list[Point]:
     given = "Llama-2-70B, 2 x 2,048 tokens, 16-bit training, r=16 on all linear layers, inputs of layers kept"
+    runs = seventy_billion()
     found = [
-        _point("rule", f"70B {name}", value, estimate(p).total / GB, given, unit="GB")
-        for (name, p), value in zip(seventy_billion().items(), (600, 160, 48), strict=True)
+        _point("rule", f"70B {label}", value, estimate(runs[name]).total / GB, given, unit="GB")
+        for name, label, value in (("full", "full", 600), ("lora", "LoRA r=16", 160), ("qlora", "QLoRA r=16", 48))
     ]
     p = derivation()
     q, trained = estimate(p), f"{p.trainable:,} in fp32 (r=64 on q and v)"
