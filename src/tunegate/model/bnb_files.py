@@ -37,6 +37,7 @@ _ORIGINAL = (
     "name the original 16-bit checkpoint (its id usually stands on this one's page); `tunegate quantize` or "
     "`base.quantization: nf4` make 4 bits of it"
 )
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # Tensors that only a checkpoint of that kind holds.
 _MARKS = {".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".SCB": "bitsandbytes 8-bit", ".weight_scale_inv": "FP8"}
 
@@ -304,4 +305,6 @@ def _mark(entry: TensorEntry) -> str:
     """The kind of quantization that a tensor gives away, or nothing."""
     if entry.dtype.startswith("F8"):
         return "FP8"
+    if entry.name.endswith(".weight") and entry.dtype in _INTEGERS:
+        return "integers"
     return next((kind for mark, kind in _MARKS.items() if entry.name.endswith(mark)), "")

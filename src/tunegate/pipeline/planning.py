@@ -47,6 +47,7 @@ from tunegate.records import RunRecord
 
 FILE = "plan.json"
 STEPS_LOOKED_AT = 200
+_FIXED = ("weights", "constants", "adapters", "gradients", "optimizer")
 PROMPTS = 4  # baselines that a task with labels has by default
 LEAST_STEPS = 3  # fewer are mostly warm-up and say nothing about speed
 
@@ -322,12 +323,29 @@ def check_fit(prediction: Prediction) -> None:
         raise TunegateError(problem)
 
 
+def check_budget(plan: TaskPlan, memory: str | None) -> None:
+    """:class:`InputError` for a ``train.memory`` below what no way to keep activations changes."""
+    if memory is None:
+        return
+    fixed = [p for p in estimate(plan.inputs).parts if p.name in _FIXED]
+    least = sum(part.bytes for part in fixed)
+    if least > parse_size(memory):
+        raise InputError(
+            "weights and adapter alone are above the budget",
+            where="train.memory",
+            expected=f"more than {least / 1e9:.2f} GB",
+            got=f"{memory}, against " + ", ".join(f"{part.name} {part.bytes / 1e9:.2f} GB" for part in fixed),
+            fix="set `base.quantization: nf4` (weights), lower train.rank, or give more memory",
+        )
+
+
 def begin(prepared: Prepared, run: Path, reporter: Reporter, *, tested: bool) -> Prediction | None:
     """Predict, refuse what does not fit, and write ``plan.json``; None for a run that is trained already or whose
     steps another trainer computes. ``tested``: baselines and test belong to the run, not training alone."""
     if is_done(run / "train", prepared.train_key) or prepared.config.task.train.backend != "native":
         return None
     prediction = predict(plan_prepared(prepared, tested=tested))
+    check_budget(prediction.plan, prepared.config.task.train.memory)
     check_fit(prediction)
     corrected = prediction.corrected
     reporter.line(
