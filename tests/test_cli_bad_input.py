@@ -229,7 +229,7 @@ def tensors(change: Callable[[dict[str, Any]], object], index: dict[str, str] | 
         save_file(found, path, metadata={"format": "pt"})
         if index is not None:
             path.rename(base / "a.safetensors")
-            whole = {name: "a.safetensors" for name in found}
+            whole = dict.fromkeys(found, "a.safetensors")
             (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**whole, **index}}))
 
     return spoil

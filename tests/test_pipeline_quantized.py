@@ -93,7 +93,7 @@ def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path, tiny_llama:
     from tunegate.pipeline.prepare import prepare
     from tunegate.pipeline.reporter import Silent
 
-    assert call("quantize", tiny_llama, tmp_path / "base", "--no-double", "--skip", "k_proj").code == 0
+    assert call("quantize", tiny_llama, tmp_path / "base", "--no-double-quant", "--skip", "k_proj").code == 0
     task = write_task(tmp_path / "task", tmp_path / "base")
     light = plan_task(load_config(task), Silent()).inputs
     whole = plan_prepared(prepare(load_config(task), Silent())).inputs
