@@ -4,8 +4,8 @@
     python benchmarks/big_model.py --folder /tmp/8b --quick    # a shape of 1.2 billion
 
 The checkpoint has the shape of Llama 3.1 8B and random weights: memory and time do not depend on their values. The
-disk is read once bare, once to hash it and once by the loader, each time with the files dropped from the page cache, so
-the shares of the disk's speed are of the same run. One step is one forward and backward pass over ``--tokens`` tokens in
+disk is read bare, to hash it and by the loader, each time with the files dropped from the page cache, so the shares of
+the disk's speed are of the same run. One step is one forward and backward pass over ``--tokens`` tokens in
 rows of 128, rank 16 on all linear layers, layer inputs kept only, and AdamW. The last line is one JSON object.
 """
 
@@ -198,6 +198,7 @@ def main() -> None:
             [
                 ["checkpoint, bf16", f"{size / 1e9:.2f} GB"],
                 ["model in memory", f"{streamed.weight_bytes / 1e9:.2f} GB"],
+                ["peak RSS while hashing the files", f"{hashing.bytes / 1e9:.2f} GB"],
                 ["peak RSS while loading", f"{loading.bytes / 1e9:.2f} GB"], ["load", f"{seconds:.0f} s"],
                 ["share of a bare sequential read's speed", f"{found['load_share_of_disk']:.0%}"],
                 [f"peak RSS of a QLoRA step, {args.tokens} tokens, rank 16", f"{training.bytes / 1e9:.2f} GB"],
