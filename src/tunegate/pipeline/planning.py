@@ -159,6 +159,7 @@ def describe(
         data_tokens=sum(len(row) for row in (*train, *valid)),
         evaluation=Evaluation(
             rows=min(EVALUATION_ROWS, max(items for _, items, _ in answers.passes)),
+            valid_rows=min(EVALUATION_ROWS, len(valid), settings.eval_items),
             prompt=answers.prompt,
             new=answers.new,
             prefix=_prompt_prefix(train, prompts),

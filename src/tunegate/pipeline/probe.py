@@ -129,7 +129,8 @@ def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering:
     assert seen.evaluation is not None
     evaluation = dataclasses.replace(
         seen.evaluation,
-        rows=min(seen.evaluation.rows, len(answered)),
+        rows=len(answered),
+        valid_rows=len(answered),
         loss_tokens=most_loss_tokens((answered,), prepared.config.task.train),
     )
     seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens), evaluation=evaluation)

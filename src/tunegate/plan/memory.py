@@ -1,7 +1,7 @@
 """Memory of a training run, component by component, from its shape and settings.
 
-The peak is what is held throughout plus the largest of four moments: loading, the loss, a layer's backward pass and
-evaluation. On CPUs the activations are counted by replaying the engine's own allocations (``engine.activations``),
+The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass, an
+evaluation between steps, and baselines or test, when no optimizer is held. On CPUs the activations are counted by replaying the engine's own allocations (``engine.activations``),
 which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
 token:
 
@@ -41,7 +41,7 @@ Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "some", "all", "offload")
-Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation"]
+Phase = Literal["always", "loading", "kept", "steps", "training", "loss", "backward", "evaluation", "test"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
@@ -52,10 +52,12 @@ EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Generated answers: ``rows`` side by side, ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens.
-    ``loss_tokens`` are held at once where a loss is taken over rows without gradients."""
+    """Generated answers: ``rows`` side by side in baselines and test, ``valid_rows`` in the evaluations between steps,
+    ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens. ``loss_tokens`` are held at once where a loss is
+    taken over rows without gradients."""
 
     rows: int = EVALUATION_ROWS
+    valid_rows: int = EVALUATION_ROWS
     prompt: int = 256
     new: int = 32
     prefix: int = 0
@@ -139,9 +141,10 @@ class Part:
 
 
 _MOMENTS: dict[Phase, tuple[Phase, ...]] = {
-    "backward": ("always", "kept", "training", "backward"),
-    "loss": ("always", "kept", "training", "loss"),
-    "evaluation": ("always", "kept", "evaluation"),
+    "backward": ("always", "kept", "steps", "training", "backward"),
+    "loss": ("always", "kept", "steps", "training", "loss"),
+    "evaluation": ("always", "kept", "steps", "evaluation"),
+    "test": ("always", "kept", "test"),
     "loading": ("always", "loading"),
 }
 
@@ -155,8 +158,8 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> Phase:
-        """When the peak is reached. What is ``kept`` is there once training has begun, what is held in ``training`` at
-        the loss and in the backward pass."""
+        """When the peak is reached. What is ``kept`` is there once training has begun, what belongs to ``steps`` until
+        the last one, what is held in ``training`` at the loss and in the backward pass."""
         return max(_MOMENTS, key=self._held)
 
     def _held(self, moment: Phase) -> int:
@@ -229,8 +232,8 @@ def _trained(p: PlanInputs) -> list[Part]:
         how += f"; fp32 for {n - large:,} in small tensors" if large < n else ""
     parts = [
         # on a CPU the allocator keeps these many small tensors' memory for the next step
-        Part("gradients", n * size, f"{n:,} x {size} bytes", "kept" if p.engine == "native" else "training"),
-        Part("optimizer", state, how, "kept"),
+        Part("gradients", n * size, f"{n:,} x {size} bytes", "steps" if p.engine == "native" else "training"),
+        Part("optimizer", state, how, "steps"),
     ]
     if p.method == "full":
         return parts
@@ -283,11 +286,9 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
         parts.append(Part("dequantized", whole, "the largest matrix, one at a time", "training"))
     dynamic = activations + max(logits, recomputed + working) + p.trainable * p.adapter_itemsize
     if p.evaluation:
-        parts.append(_cache(p, p.evaluation))
-        row_logits = p.evaluation.rows * s.vocab * 4 * 2
-        parts.append(
-            Part("answers' logits", row_logits, f"{p.evaluation.rows} rows x {s.vocab:,}, twice", "evaluation")
-        )
+        for phase, e in _passes(p.evaluation):
+            parts.append(_cache(p, e, phase))
+            parts.append(Part("answers' logits", e.rows * s.vocab * 8, f"{e.rows} rows x {s.vocab:,}, twice", phase))
     parts.append(Part("context", round(CONTEXT), "CUDA context and workspaces"))
     parts.append(Part("fragmentation", round(FRAGMENTATION * dynamic), "5 % of what comes and goes", "kept"))
     return parts
@@ -311,10 +312,15 @@ def cache_bytes(p: PlanInputs, rows: int, tokens: int) -> int:
     return rows * tokens * 2 * s.kv_heads * s.head_dim * s.layers * p.itemsize
 
 
-def _cache(p: PlanInputs, e: Evaluation) -> Part:
+def _passes(e: Evaluation) -> tuple[tuple[Phase, Evaluation], ...]:
+    """When answers are generated, and ``rows`` of them then."""
+    return ("evaluation", replace(e, rows=e.valid_rows)), ("test", e)
+
+
+def _cache(p: PlanInputs, e: Evaluation, phase: Phase) -> Part:
     held = cache_bytes(p, e.rows, e.prompt + e.new) + cache_bytes(p, 1, e.prefix)
     how = f"{e.rows} rows x {e.prompt + e.new:,} tokens" + (f" and {e.prefix:,} shared" if e.prefix else "")
-    return Part("KV cache", held, how, "evaluation")
+    return Part("KV cache", held, how, phase)
 
 
 # --- on the CPU ---------------------------------------------------------------------------------------------------
@@ -391,12 +397,13 @@ def _native_parts(p: PlanInputs) -> list[Part]:
         Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),
     ]
     if p.evaluation:
-        e = replace(p.evaluation, rows=group_rows(p.evaluation))
-        prefill = cache_bytes(p, e.rows, e.prompt)
-        cache = _cache(p, e)
-        parts.append(replace(cache, bytes=cache.bytes + prefill, how=cache.how + ", and the prompts' own while filled"))
-        texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
-        parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", "evaluation"))
+        for phase, asked in _passes(p.evaluation):
+            e = replace(asked, rows=group_rows(asked))
+            cache = _cache(p, e, phase)
+            held, how = cache.bytes + cache_bytes(p, e.rows, e.prompt), ", and the prompts' own while filled"
+            parts.append(replace(cache, bytes=held, how=cache.how + how))
+            texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
+            parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", phase))
     return parts
 
 
