@@ -1,9 +1,9 @@
 """Memory of a training run, component by component, from its shape and settings.
 
 The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass, an
-evaluation between steps, and baselines or test, when no optimizer is held. On CPUs the activations are counted by replaying the engine's own allocations (``engine.activations``),
-which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
-token:
+evaluation between steps, and baselines or test, when no optimizer is held. On CPUs the activations are counted by
+replaying the engine's own allocations (``engine.activations``), which are kept for good. Off the CPU, where autograd
+keeps what it needs, they are counted per layer and token:
 
 - ``eager``: each norm keeps an fp32 copy and its output; attention keeps q, k, v, its output and a log-sum-exp; the
   MLP keeps gate, activation, up and their product; dropout keeps a mask and the dropped input of each adapter;
