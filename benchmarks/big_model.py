@@ -4,8 +4,8 @@
     python benchmarks/big_model.py --folder /tmp/8b --quick    # a shape of 1.2 billion
 
 The checkpoint has the shape of Llama 3.1 8B and random weights: memory and time do not depend on their values. The
-disk is read once bare and once by the loader, each time with the files dropped from the page cache, so the load's
-share of the disk's speed is of the same run. One step is one forward and backward pass over ``--tokens`` tokens in
+disk is read bare, to hash it and by the loader, each time with the files dropped from the page cache, so the shares of
+the disk's speed are of the same run. One step is one forward and backward pass over ``--tokens`` tokens in
 rows of 128, rank 16 on all linear layers, layer inputs kept only, and AdamW. The last line is one JSON object.
 """
 
@@ -165,8 +165,14 @@ def main() -> None:
     from transformers import AutoConfig
 
     from tunegate.kernels.formats import Recipe
+    from tunegate.model.fingerprint import hash_weights
     from tunegate.model.streaming import load_streamed
 
+    drop_from_cache(args.folder)
+    with Peak() as hashing:
+        began = time.perf_counter()
+        hash_weights(args.folder, use_cache=False)
+        hash_seconds = time.perf_counter() - began
     drop_from_cache(args.folder)
     with Peak() as loading:
         began = time.perf_counter()
@@ -176,6 +182,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
     found = {
         "machine": machine, "shape": shape, "checkpoint_bytes": size,
+        "hash_seconds": hash_seconds, "hash_peak_rss": hashing.bytes,
         "weight_bytes": streamed.weight_bytes, "load_seconds": seconds, "load_peak_rss": loading.bytes,
         "disk_bytes_per_second": disk, "load_share_of_disk": size / seconds / disk,
     }  # fmt: skip
@@ -191,6 +198,7 @@ def main() -> None:
             [
                 ["checkpoint, bf16", f"{size / 1e9:.2f} GB"],
                 ["model in memory", f"{streamed.weight_bytes / 1e9:.2f} GB"],
+                ["peak RSS while hashing the files", f"{hashing.bytes / 1e9:.2f} GB"],
                 ["peak RSS while loading", f"{loading.bytes / 1e9:.2f} GB"], ["load", f"{seconds:.0f} s"],
                 ["share of a bare sequential read's speed", f"{found['load_share_of_disk']:.0%}"],
                 [f"peak RSS of a QLoRA step, {args.tokens} tokens, rank 16", f"{training.bytes / 1e9:.2f} GB"],

@@ -7,7 +7,7 @@ For each configuration one process probes the task (``tunegate plan TASK --probe
 (``tunegate run TASK``); its ``plan.json`` holds the peak memory and the seconds of its steps. The caches of bases are
 the user's own; calibration starts empty. Times mean something on a quiet machine only: the load before and after is
 written beside them. On a busy one, ``--cpu-seconds`` compares the processes' CPU seconds on one thread instead, which
-neighbours disturb less. Results go to docs/benchmarks/plan_probe.{json,md}.
+neighbours disturb less. Results go to docs/benchmarks/plan-probe.{json,md}.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
             found = measure(settings, Path(folder), args.cpu_seconds)
         result["configurations"][name] = found
         print(name, json.dumps(found), flush=True)
-    common.write("plan_probe", result, markdown(result), args.output)
+    common.write("plan-probe", result, markdown(result), args.output)
     print(markdown(result))
 
 

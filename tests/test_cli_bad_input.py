@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,6 +210,104 @@ def test_wrong_use(arguments: list[str]) -> None:
 def test_a_base_with_nan_weights(task: Path) -> None:
     not_finite(task.parent)
     said_well(call("run", task), 1, "NaN or infinite logits")
+
+
+# --- bases that cannot be read --------------------------------------------------------------------------------------
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def tensors(change: Callable[[dict[str, Any]], object], index: dict[str, str] | None = None) -> Spoil:
+    """The base's tensors changed; with an ``index`` in two shards, which it describes."""
+
+    def spoil(base: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = base / "model.safetensors"
+        found = load_file(path)
+        change(found)
+        save_file(found, path, metadata={"format": "pt"})
+        if index is not None:
+            path.rename(base / "a.safetensors")
+            whole = dict.fromkeys(found, "a.safetensors")
+            (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**whole, **index}}))
+
+    return spoil
+
+
+def quantized_as(method: str) -> Spoil:
+    def spoil(base: Path) -> None:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+
+    return spoil
+
+
+def fp8(found: dict[str, Any]) -> None:
+    import torch
+
+    found[UP] = found[UP].to(torch.float8_e4m3fn)
+    found[f"{UP}_scale_inv"] = torch.ones(1, 1)
+
+
+def integers(found: dict[str, Any]) -> None:
+    found[UP] = found[UP].to(dtype=__import__("torch").int8)
+
+
+# name: what is done to the base's folder, what `quantize` and `run` with NF4 have to say
+BASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
+    "a shard is missing": (tensors(lambda t: None, {"lm_head.bias": "b.safetensors"}), ("shard is missing",)),
+    "the index lies": (tensors(lambda t: t.pop(UP), {UP: "a.safetensors"}), ("tensors are missing", UP)),
+    "cut off": (truncate("model.safetensors", 5000), ("not a sound safetensors file",)),
+    "NaN": (tensors(lambda t: t[UP][1].fill_(float("nan"))), (UP,)),
+    "infinity": (tensors(lambda t: t[UP][1].fill_(float("-inf"))), (UP,)),
+    "another shape": (tensors(lambda t: t.update({UP: t[UP][:5].clone()})), ("another shape", UP)),
+    "a weight is missing": (tensors(lambda t: t.pop(UP)), ("not in the weights", UP)),
+    "fp8": (tensors(fp8), ("FP8", UP, "16-bit checkpoint")),
+    "integers": (tensors(integers), ("integers", UP)),
+    "GPTQ": (quantized_as("gptq"), ("GPTQ", "16-bit checkpoint")),
+    "AWQ": (quantized_as("awq"), ("AWQ", "16-bit checkpoint")),
+    "GPTQ by its tensors": (tensors(lambda t: t.update({f"{UP[:-6]}qweight": t.pop(UP)})), ("GPTQ or AWQ",)),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_that_cannot_be_read_is_told_and_nothing_is_left(task: Path, name: str) -> None:
+    spoil, texts = BASES[name]
+    base, out = task.parent / "base", task.parent / "out"
+    spoil(base)
+    said_well(call("quantize", base, out), 2, *texts)
+    said_well(call("run", task, "--set", "base.quantization=nf4"), 2, *texts)
+    assert {path.name for path in task.parent.iterdir()} <= {"base", "rows.jsonl", "task.yaml", "runs"}
+    assert not [*task.parent.glob("runs/**/*.safetensors"), *task.parent.glob("runs/**/.tmp-*")]
+
+
+@pytest.mark.parametrize("name", ["a shard is missing", "another shape", "fp8", "integers", "GPTQ", "NaN"])
+def test_so_it_is_without_quantization(task: Path, name: str) -> None:
+    BASES[name][0](task.parent / "base")
+    said = call("run", task)
+    said_well(said, 1 if name == "NaN" else 2)
+    assert not [*task.parent.glob("runs/**/*.safetensors"), *task.parent.glob("runs/**/.tmp-*")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_float_dtype_is_a_source(task: Path, dtype: str) -> None:
+    """Tied embeddings too, and rows that no block divides (the tiny base has widths of 32 and 64)."""
+    import torch
+
+    tensors(lambda t: t.update({k: v.to(getattr(torch, dtype)) for k, v in t.items()}))(task.parent / "base")
+    assert call("quantize", task.parent / "base", task.parent / "out", "--block", "4096").code == 0
+    assert call("train", task, "--set", "base.quantization=nf4", "--set", "train.max_steps=2").code == 0
+
+
+@pytest.mark.parametrize("memory", ["100kB", "30MB"])
+def test_a_budget_that_nothing_meets_is_told_and_nothing_is_trained(task: Path, memory: str) -> None:
+    """Less than the weights: before anything is loaded. Less than the process holds: before the first step."""
+    says = "alone are above the budget" if memory == "100kB" else "no way to keep activations fits the budget"
+    said_well(call("train", task, "--set", f"train.memory={memory}"), 2, says, "train.memory", "GB")
+    assert not list(task.parent.glob("runs/**/*.safetensors"))
+    said = call("plan", task, "--set", f"train.memory={memory}")
+    assert said.code == 0 and "is not met" in said.out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_rows(task: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from task import call, write_task
 from tunegate.files import read_json, read_jsonl
+from tunegate.plan.memory import weight_bytes
 
 NF4 = ("--set", "base.quantization=nf4")
 
@@ -82,6 +84,35 @@ def test_a_base_stored_in_4_bits_is_taken_as_it_is(tmp_path: Path, tiny_llama: P
     assert said.code == 2 and "stored in 4 bits already" in said.err
     said = call("merge", adapter(task), "-o", tmp_path / "merged")
     assert said.code == 2 and "16-bit original" in said.err
+
+
+def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path, tiny_llama: Path) -> None:
+    """By task and by flags as the run itself sees it, and as large as quantizing while loading makes it."""
+    from tunegate.config import load_config
+    from tunegate.pipeline.planning import plan_prepared, plan_task
+    from tunegate.pipeline.prepare import prepare
+    from tunegate.pipeline.reporter import Silent
+
+    assert call("quantize", tiny_llama, tmp_path / "base", "--no-double-quant", "--skip", "k_proj").code == 0
+    task = write_task(tmp_path / "task", tmp_path / "base")
+    light = plan_task(load_config(task), Silent()).inputs
+    whole = plan_prepared(prepare(load_config(task), Silent())).inputs
+    assert (light.quantization, light.double_quant) == ("nf4", False)
+    assert (whole.quantization, whole.double_quant, whole.unquantized) == ("nf4", False, light.unquantized)
+    original = write_task(tmp_path / "original", tiny_llama)
+    settings = ["base.quantization=nf4", "base.double_quantization=false", "base.keep_unquantized=[k_proj]"]
+    wanted = plan_task(load_config(original, settings), Silent()).inputs
+    assert weight_bytes(light) == weight_bytes(wanted) != weight_bytes(replace(wanted, unquantized=()))
+
+    said = json.loads(call("plan", task, "--json").out)
+    assert set(said["memory"]["gpu"]) == {"qlora", "qdora"} and said["devices"][0]["method"] == "qlora"
+    flags = ("--rows", "100", "--tokens", "64", "--device", "l4")
+    (device,) = json.loads(call("plan", "--base", tmp_path / "base", *flags, "--json").out)["devices"]
+    assert device["method"] == "qlora"
+    said = call("plan", "--base", tmp_path / "base", *flags, "--method", "lora")
+    assert said.code == 2 and "stored in 4 bits" in said.err
+    said = call("plan", task, *NF4)
+    assert said.code == 2 and "stored in 4 bits already" in said.err
 
 
 def _parameters(task: Path) -> int:

@@ -17,11 +17,11 @@ from tunegate.adapter.spec import AdapterSpec
 from tunegate.data.pack import make_batch
 from tunegate.data.types import Rendered
 from tunegate.engine import workspace
+from tunegate.engine.arena import Arena
 from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner
 from tunegate.kernels import native
 from tunegate.kernels.adamw8 import LEAST
-from tunegate.plan.arena import Arena
 from tunegate.plan.memory import (
     Evaluation,
     PlanInputs,
@@ -186,12 +186,23 @@ def test_a_run_that_does_not_fit_is_offered_8_bit_moments() -> None:
 def test_the_peak_is_the_largest_moment_and_not_their_sum() -> None:
     p = inputs(**GPU, loss="whole", evaluation=Evaluation(rows=4, prompt=16, new=8))
     memory = estimate(p)
-    always = sum(part.bytes for part in memory.parts if part.phase in ("always", "kept"))
+    always = sum(part.bytes for part in memory.parts if part.phase in ("always", "kept", "steps"))
     training = sum(part.bytes for part in memory.parts if part.phase == "training")
-    loss, backward, answers = (memory._held(m) for m in ("loss", "backward", "evaluation"))
-    assert memory.total == max(loss, backward, answers)
+    loss, backward, answers, test = (memory._held(m) for m in ("loss", "backward", "evaluation", "test"))
+    assert memory.total == max(loss, backward, answers, test)
     assert loss == always + training + memory.of("logits")
     assert sum(part.bytes for part in memory.at_peak()) == memory.total
+
+
+def test_the_optimizer_is_not_held_while_the_test_set_is_answered() -> None:
+    """A large rank and many test items: the peak is the larger of the two, not both."""
+    e = Evaluation(rows=64, valid_rows=4, prompt=64, new=8)
+    p = inputs(evaluation=e)
+    memory = estimate(p)
+    trained = memory.of("gradients", "optimizer")
+    rows = {phase: sum(part.bytes for part in memory.parts if part.phase == phase) for phase in ("evaluation", "test")}
+    assert 0 < rows["evaluation"] * 10 < rows["test"]
+    assert memory._held("test") - memory._held("evaluation") == rows["test"] - rows["evaluation"] - trained
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------

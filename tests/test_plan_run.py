@@ -179,6 +179,25 @@ def test_a_peak_of_an_earlier_run_is_not_taken_for_this_ones(task: Path) -> None
     assert read_json(folder / "plan.json")["measured"]["bytes"] is None
 
 
+def test_the_measured_peak_is_the_next_prediction(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of this base with these settings: what it took is what the next one is said to take."""
+    prediction = planning.predict(planning.plan_task(load_config(task), Silent()))
+    call("train", task)
+    from tunegate import records
+    from tunegate.plan.devices import this_machine
+
+    store_path(this_machine()).unlink()
+    folder = run_folder(task)
+    record = records.load(folder / "train" / "run.json", records.RunRecord)
+    monkeypatch.setattr(planning, "peak_rss", lambda: 1_234_567_890)
+    planning.finish(prediction, folder, record, peak_before=1)
+    assert read_json(folder / "plan.json")["measured"]["bytes"] == 1_234_567_890
+    after = planning.predict(planning.plan_task(load_config(task), Silent()))
+    assert after.corrected.bytes == 1_234_567_890 != prediction.corrected.bytes
+    other = planning.predict(planning.plan_task(load_config(task, ["train.tokens_per_step=512"]), Silent()))
+    assert other.corrected.bytes - other.raw_bytes == 1_234_567_890 - prediction.raw_bytes
+
+
 @pytest.mark.parametrize(
     ("settings", "choice", "kept"),
     [

@@ -126,6 +126,27 @@ def test_sizes_that_make_no_model_are_refused(sizes: dict[str, int], says: str) 
         shape_of_sizes(sizes)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "yarn", "llama3", "linear"])
+def test_rotary_scaling_changes_no_size(kind: str, tmp_path: Path) -> None:
+    """Bases whose context was stretched: their tables are computed, and hold no parameters."""
+    family, half = ("phi3", 8) if kind == "longrope" else ("llama", 8)
+    scaling = {"rope_type": kind, "rope_theta": 10_000.0, "original_max_position_embeddings": 64, "factor": 4.0}
+    extra = {
+        "longrope": {"short_factor": [1.0] * half, "long_factor": [2.0] * half},
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    }.get(kind, {})
+    plain = tiny_config(family, architectures=[type(tiny_model(family)).__name__])
+    plain.save_pretrained(tmp_path)
+    wanted = shape_of_folder(tmp_path, "x")
+    head_dim = wanted.head_dim
+    extra = {key: value[: head_dim // 2] if isinstance(value, list) else value for key, value in extra.items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {**scaling, **extra}
+    config["max_position_embeddings"] = 256
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert shape_of_folder(tmp_path, "x") == wanted
+
+
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     config = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}  # fmt: skip

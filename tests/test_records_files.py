@@ -131,6 +131,44 @@ def test_a_file_and_its_bytes_have_one_hash(tmp_path: Path, data: bytes) -> None
     assert files.hash_file(tmp_path / "f") == files.hash_bytes(data)
 
 
+@given(st.binary(max_size=300), st.integers(0, 300), st.integers(0, 300))
+def test_a_part_of_a_file_is_hashed_piece_by_piece(tmp_path_factory: Any, data: bytes, start: int, end: int) -> None:
+    """Pieces of 16 bytes, the last one short or whole; a part beyond the end is an error."""
+    path = tmp_path_factory.mktemp("digest") / "f"
+    path.write_bytes(data)
+    start, end = sorted((start, end))
+    with pytest.MonkeyPatch.context() as patch, path.open("rb") as handle:
+        patch.setattr(files, "_PIECE", 16)
+        if end > len(data) and end > start:
+            with pytest.raises(InputError, match="became shorter"):
+                files.digest(handle.fileno(), start, end, path)
+        else:
+            found = files.digest(handle.fileno(), start, end, path)
+            assert f"b3:{found}" == files.hash_bytes(data[start:end])
+
+
+_HASH = """
+import resource, sys
+from tunegate import files
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+files.hash_file(sys.argv[1])
+before = peak()
+files.hash_file(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sizes of resident memory as Linux counts them")
+def test_hashing_holds_two_pieces_of_a_file_and_not_the_file(tmp_path: Path) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"x" * 2_000_000)
+    with large.open("wb") as handle:
+        handle.truncate(400 << 20)  # a file of holes
+    command = [sys.executable, "-c", _HASH, str(small), str(large)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 3 * files._PIECE
+
+
 def test_the_hash_is_blake3() -> None:
     """The empty input of the BLAKE3 paper's test vectors."""
     empty = "b3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"

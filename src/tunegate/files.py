@@ -16,14 +16,17 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from tunegate.errors import TunegateError
+from tunegate.errors import InputError, TunegateError
 
 TEMPORARY_PREFIX = ".tmp-"
+_PIECE = 16 << 20  # bytes read at a time for a hash
+_THREADS_FROM = 1 << 20  # bytes: below this, handing work to other threads costs more than it saves
 
 
 def flush_folder(folder: Path) -> None:
@@ -160,9 +163,46 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path | str) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
-    hasher.update_mmap(str(path)) if Path(path).stat().st_size else None
-    return "b3:" + hasher.hexdigest()
+    with Path(path).open("rb") as handle:
+        return "b3:" + digest(handle.fileno(), 0, os.fstat(handle.fileno()).st_size, path)
+
+
+def digest(descriptor: int, start: int, end: int, path: Path | str) -> str:
+    """BLAKE3 hex digest of a file's bytes from ``start`` to ``end``.
+
+    All cores hash one piece while the next is read, by plain reads into two buffers: pages of a mapped file would count
+    as the process's own memory. Errors as :func:`read_into`.
+    """
+    spans = [(at, min(_PIECE, end - at)) for at in range(start, end, _PIECE)]
+    buffers = [memoryview(bytearray(min(_PIECE, end - start))) for _ in spans[:2]]
+    hasher = blake3(max_threads=blake3.AUTO if end - start >= _THREADS_FROM else 1)
+
+    def read(number: int) -> memoryview:
+        at, size = spans[number]
+        piece = buffers[number % 2][:size]
+        read_into(descriptor, piece, at, path)
+        return piece
+
+    if len(spans) < 2:
+        return hasher.update(read(0)).hexdigest() if spans else hasher.hexdigest()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(read, 0)
+        for number in range(len(spans)):
+            piece = waiting.result()
+            if number + 1 < len(spans):
+                waiting = pool.submit(read, number + 1)
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def read_into(descriptor: int, view: memoryview, start: int, path: Path | str) -> None:
+    """Fill ``view`` with the file's bytes from ``start``; :class:`InputError` naming ``path`` if it ends before."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(descriptor, [view[done:]], start + done)
+        if got == 0:
+            raise InputError("the file became shorter while it was read", where=str(path), fix="fetch it again")
+        done += got
 
 
 def home() -> Path:

@@ -37,14 +37,12 @@ EXAMPLE = "task vs base > 0"
 
 @dataclass(frozen=True)
 class Family:
-    """``names``: what may follow the family's name, None where users name it. ``command``: what measures it,
-    or, where it is ``given``, what reads it from a ``measures.json`` that somebody left in the run."""
+    """``names``: what may follow the family's name, None where users name it. ``command``: what measures it."""
 
     names: tuple[str, ...] | None
     command: str
     alone: bool = False  # whether the family's own name is a metric
     apart: tuple[str, ...] = ()  # names that a * right after the family's name does not stand for
-    given: bool = False
 
 
 _TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "loss_rise", "score", "best_share")

@@ -20,8 +20,8 @@ from tunegate.config import load_config
 from tunegate.errors import InputError, Problem
 from tunegate.pipeline.planning import Prediction, plan_task, predict
 from tunegate.plan.devices import Device, Sheet, load_sheet, total_memory
-from tunegate.plan.memory import Evaluation, MemoryPlan, PlanInputs, estimate
-from tunegate.plan.recommend import METHODS, Option, advise, as_method, best_option, option
+from tunegate.plan.memory import CHECKPOINTING, Evaluation, MemoryPlan, PlanInputs, estimate
+from tunegate.plan.recommend import Option, advise, as_method, best_option, method_name, methods_for, option
 from tunegate.plan.shapes import ModelShape, shape_of_folder, shape_of_sizes
 from tunegate.plan.time import Workload, even_rows
 
@@ -65,6 +65,8 @@ def _of_task(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device,
     console.text(_rows_line(task_plan.workload))
     _show(task_plan.inputs, task_plan.workload, _methods(arguments, task_plan.inputs), sheet, devices, console)
     console.text(_here_lines(prediction))
+    if task_plan.unmet:
+        console.text(f"[bold]{escape(task_plan.unmet)}[/]")
     options, here, advice = _decide(arguments, task_plan.inputs, task_plan.workload, devices, task_plan.device)
     _show_advice(advice, console)
     result = _result(task_plan.inputs, task_plan.workload, options, here, advice, sheet)
@@ -103,6 +105,9 @@ def _of_flags(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device
         targets=shape.targets(spec),
         tokens=batch,
         loss_tokens=max(1, round(batch * TARGET_SHARE)),
+        quantization="nf4" if shape.four_bit else None,
+        double_quant=shape.double_quant,
+        unquantized=shape.kept,
         dropout=True,
         data_tokens=arguments.rows * arguments.tokens,
         evaluation=Evaluation(prompt=max(1, arguments.tokens // 2), new=max(8, arguments.tokens // 8)),
@@ -127,8 +132,17 @@ def _shape(arguments: argparse.Namespace, console: Console) -> ModelShape:
 def _methods(arguments: argparse.Namespace, inputs: PlanInputs) -> tuple[str, ...]:
     """The methods to choose from, the preferred one first."""
     if arguments.method:
+        possible = methods_for(inputs)
+        problems = [
+            Problem("the base is stored in 4 bits", f"--method {name}", ", ".join(possible), fix="name the original")
+            for name in arguments.method
+            if name not in possible
+        ]
+        if problems:
+            raise InputError(problems)
         return tuple(arguments.method)
-    return ("dora", "qdora") if inputs.method == "dora" else ("lora", "qlora")
+    wanted = ("dora", "qdora") if inputs.method == "dora" else ("lora", "qlora")
+    return wanted[1:] if inputs.quantization else wanted
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -156,10 +170,13 @@ def _show(
     console.text(
         f"{p.tokens:,} tokens at once, {p.loss_tokens:,} of them targets; {w.tokens:,.0f} tokens in {w.steps:,} steps"
     )
-    gpu = {name: estimate(replace(as_method(p, name), engine="eager", itemsize=2)) for name in METHODS}
-    console.table(["component", *METHODS], _memory_rows(gpu), title="memory on a GPU, nothing recomputed")
-    cpu = {name: estimate(replace(as_method(p, name), engine="native")) for name in METHODS if name != "full"}
-    console.table(["component", *cpu], _memory_rows(cpu), title=f"memory on this CPU ({_bytes(total_memory())} in all)")
+    gpu, cpu = _by_method(p)
+    again = "" if p.checkpointing == "none" else f", {p.recomputed} of {p.shape.layers} layers recomputed"
+    console.table(["component", *gpu], _memory_rows(gpu), title=f"memory on a GPU{again}")
+    console.table(
+        ["component", *cpu], _memory_rows(cpu), title=f"memory on this CPU ({_bytes(total_memory())} in all){again}"
+    )
+    _show_choices(p, console)
     options = [best_option(p, w, device, methods) for device in devices]
     columns = ["device", "method", "needs", "most tokens", "time", "on demand, spot"]
     rows = [_option_row(o, sheet) for o in options if o.inputs is not None]
@@ -168,6 +185,35 @@ def _show(
     small = [f"{o.device.name} (needs {_bytes(o.memory.total)})" for o in options if o.inputs is None]
     if small:
         console.text(f"[dim]does not fit: {escape(', '.join(small))}[/]")
+
+
+def _by_method(p: PlanInputs) -> tuple[dict[str, MemoryPlan], dict[str, MemoryPlan]]:
+    """Memory by method, on a GPU and on this CPU."""
+    runs = {name: as_method(p, name) for name in methods_for(p)}
+    gpu = {name: estimate(replace(run, engine="eager", itemsize=2)) for name, run in runs.items()}
+    return gpu, {name: estimate(replace(run, engine="native")) for name, run in runs.items() if name != "full"}
+
+
+def _choices(p: PlanInputs) -> dict[str, dict[str, int]]:
+    """Bytes of activations, of those of a kept layer, and of the peak, by what is kept for the backward pass."""
+    found = {}
+    for choice in CHECKPOINTING:
+        run = replace(p, checkpointing=choice, kept_layers=p.shape.layers // 2)
+        plans = [estimate(replace(run, engine="eager", itemsize=2)), estimate(replace(run, engine="native"))]
+        found[choice] = {
+            f"{where}_{what}": count
+            for where, one in zip(("gpu", "cpu"), plans, strict=True)
+            for what, count in (("activations", one.of("activations", "layer at work")), ("peak", one.total))
+        }
+    return found
+
+
+def _show_choices(p: PlanInputs, console: Console) -> None:
+    words = {"none": "every layer kept", "some": f"{p.shape.layers // 2} of {p.shape.layers} layers kept",
+             "all": "layer inputs kept", "offload": "layer inputs in a file"}  # fmt: skip
+    rows = [[words[choice], *(_bytes(count) for count in sizes.values())] for choice, sizes in _choices(p).items()]
+    columns = ["activations", "on a GPU", "peak", "on this CPU", "peak"]
+    console.table(columns, rows, title=f"what the backward pass finds, {method_name(p)}")
 
 
 def _memory_rows(plans: dict[str, MemoryPlan]) -> list[list[str]]:
@@ -209,13 +255,12 @@ def _rows_line(w: Workload) -> str:
 def _result(
     p: PlanInputs, w: Workload, options: list[Option], here: Option | None, advice: Any, sheet: Sheet
 ) -> dict[str, Any]:
-    methods = {name: estimate(replace(as_method(p, name), engine="eager", itemsize=2)).to_json() for name in METHODS}
-    native = {name: estimate(replace(as_method(p, name), engine="native")).to_json() for name in METHODS[1:]}
+    gpu, cpu = ({name: one.to_json() for name, one in found.items()} for found in _by_method(p))
     return {
         "inputs": p.to_json(),
         "workload": {"rows": w.rows, "tokens": w.tokens, "steps": w.steps, "epochs": w.epochs,
                      "computed": w.computed, "targets": w.targets},
-        "memory": {"gpu": methods, "cpu": native},
+        "memory": {"gpu": gpu, "cpu": cpu, "by_checkpointing": _choices(p)},
         "devices": [o.to_json() for o in options],
         "prices": {"date": sheet.date, "currency": sheet.currency, "file": str(sheet.path)},
         "here": here.to_json() if here else None,

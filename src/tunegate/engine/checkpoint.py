@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunegate.engine.optimizers import restore_state, state_tensors
 from tunegate.files import (
     TEMPORARY_PREFIX,
+    atomic_path,
     explain_os_error,
     flush_folder,
     hash_file,
     read_json,
-    write_bytes,
     write_json,
 )
 
@@ -80,8 +80,9 @@ def save_checkpoint(
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Contiguous CPU copies of ``tensors`` at ``path``, flushed to disk."""
-    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    """``tensors`` at ``path``, flushed to disk. They are written from where they lie: a file's bytes are never held."""
+    with atomic_path(path) as temporary:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
 
 
 def find_checkpoint(folder: Path, key: str) -> Path | None:

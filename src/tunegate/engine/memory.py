@@ -1,13 +1,13 @@
 """Which decoder layers keep their activations, so that a training step fits a budget.
 
-A fused layer keeps what its backward pass reads (:func:`saved_bytes`, exact), or only its input, and is then computed
-again. Layers recomputed give the same bytes, so the choice changes time and memory and nothing else. With a budget,
-as few layers as possible are recomputed; if all of them are not enough, their inputs go to a file that the system
-writes out and reads back (``offload``).
+A fused layer keeps what its backward pass reads, or only its input, and is then computed again. Layers recomputed give
+the same bytes, so the choice changes time and memory and nothing else. With a budget, as few layers as possible are
+recomputed; if all of them are not enough, their inputs go to a file that the system writes out and reads back
+(``offload``).
 
-Counted are resident memory so far, what the optimizer and gradients add, kept activations, one layer's recomputed
-activations, the kernels' scratch and the loss's logits. Evaluation is not: its batches are cut to the same number of
-tokens and keep no activations. Layers that are not fused have no exact figure, and a budget is refused for them.
+Counted are resident memory so far, what the optimizer and gradients add, the activations (``activations`` replays
+them), the kernels' packed weights, and what the loss holds. Evaluation is not: its batches are cut to the same number
+of tokens and keep no activations. Layers that are not fused have no exact figure, and a budget is refused for them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from tunegate.engine.activations import LayerPass, LayerSizes, around_bytes, kernel_bytes, loss_bytes, replay
 from tunegate.engine.fused_layer import Projections
-from tunegate.engine.fused_shape import Shape
-from tunegate.engine.workspace import ALIGN, BLOCK_BYTES
+from tunegate.engine.fused_shape import Projection, Shape
 from tunegate.errors import InputError
-from tunegate.kernels.cross_entropy import CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -42,44 +43,26 @@ class Layer:
     projections: Projections
     hidden: int
 
-
-def saved_bytes(layer: Layer, tokens: int, itemsize: int) -> int:
-    """Bytes that :func:`tunegate.engine.fused_layer.forward` keeps for a backward pass, the layer's output included."""
-    shape, groups = layer.shape, layer.projections
-    wide = [layer.hidden, layer.hidden]  # the output, and the stream between attention and MLP
-    wide += [p.shape[0] for p in (*groups.qkv, *groups.gate_up)]
-    wide += [p.rank for p in groups.all() if p.parameters]
-    wide += [shape.heads * shape.head_dim]
-    single = [1, 1, shape.heads]  # two norms' inverse RMS, and the softmax's log-sum-exp
-    for norm, heads in ((shape.query_norm, shape.heads), (shape.key_norm, shape.kv_heads)):
-        if norm is not None:
-            wide.append(heads * shape.head_dim)
-            single.append(heads)
-    for group, after in ((groups.out, shape.after_attention), (groups.down, shape.after_mlp)):
-        if after is not None or group[0].gain is not None:
-            wide.append(group[0].shape[0])
-        if after is not None:
-            single.append(1)
-    return sum(_aligned(tokens * n * itemsize) for n in wide) + sum(_aligned(tokens * n * 4) for n in single)
+    def on(self, tokens: int, itemsize: int) -> LayerPass:
+        """What a pass over ``tokens`` tokens takes in it."""
+        shape, groups = self.shape, self.projections
+        down = groups.down[0]
+        sizes = LayerSizes(
+            self.hidden, shape.heads, shape.kv_heads, shape.head_dim, down.shape[1],
+            head_norms=shape.query_norm is not None, sandwich=shape.after_mlp is not None, packed=len(groups.qkv) == 1,
+        )  # fmt: skip
+        q, k, v = _ranks(groups.qkv, 3)
+        gate, up = _ranks(groups.gate_up, 2)
+        every = groups.all()
+        return LayerPass(
+            sizes, tokens, itemsize, (q, k, v, groups.out[0].rank, gate, up, down.rank),
+            dropout=any(p.dropout for p in every), dora=any(p.gain is not None for p in every),
+        )  # fmt: skip
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
-
-
-def scratch_bytes(layer: Layer, tokens: int, itemsize: int) -> int:
-    """An upper bound of what a layer's backward pass holds beside its saved activations."""
-    groups = layer.projections
-    inner = max(p.shape[1] for p in groups.down)
-    gate_up = sum(p.shape[0] for p in groups.gate_up)
-    widest = max(p.shape[0] for p in groups.all())
-    per_token = 6 * layer.hidden + 2 * inner + gate_up + sum(p.shape[0] for p in groups.qkv)
-    per_token += sum(p.rank for p in groups.all())
-    if any(p.dropout for p in groups.all()):
-        per_token += 4 * max(p.shape[1] for p in groups.all())
-    if any(p.gain is not None for p in groups.all()):
-        per_token += gate_up + 2 * widest
-    return tokens * per_token * itemsize
+def _ranks(group: Sequence[Projection], count: int) -> list[int]:
+    """The rank of each of ``count`` projections, packed into one or not."""
+    return [group[n if len(group) == count else 0].rank for n in range(count)]
 
 
 def resident_bytes() -> int:
@@ -92,29 +75,21 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """What a step adds to resident memory, bytes. ``kept`` and ``inputs`` hold one figure a layer."""
+    """What a step adds to resident memory: ``fixed`` bytes, and what the layers take."""
 
     fixed: int
-    kept: tuple[int, ...]
-    inputs: tuple[int, ...]
+    layers: tuple[LayerPass, ...]
 
     def total(self, saving: Saving) -> int:
-        n = saving.recompute
-        held = sum(self.kept[n:]) + (2 * max(self.inputs) if saving.offload else sum(self.inputs[:n]))
-        return self.fixed + _in_blocks(held) + (_in_blocks(max(self.kept[:n])) if n else 0)
+        return self.fixed + replay(self.layers, saving.recompute, offload=saving.offload).touched
 
 
-def _in_blocks(size: int) -> int:
-    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def step_need(layers: Sequence[Layer], tokens: int, itemsize: int, trained: int) -> Need:
-    """What a step over ``tokens`` computed tokens adds. ``trained``: bytes of gradients and moments."""
-    scratch = max(_in_blocks(scratch_bytes(layer, tokens, itemsize)) for layer in layers)
-    loss = 2 * CHUNK_BYTES + 2 * tokens * layers[0].hidden * itemsize
-    kept = tuple(saved_bytes(layer, tokens, itemsize) for layer in layers)
-    inputs = tuple(_aligned(tokens * layer.hidden * itemsize) for layer in layers)
-    return Need(trained + scratch + loss, kept, inputs)
+def step_need(layers: Sequence[Layer], tokens: int, itemsize: int, trained: int, vocab: int) -> Need:
+    """What a step over ``tokens`` computed tokens adds, if all of them were targets. ``trained``: bytes of gradients
+    and moments."""
+    loss = loss_bytes(tokens, vocab, itemsize) + around_bytes(tokens, tokens, layers[0].hidden, itemsize)
+    fixed = trained + kernel_bytes(torch.get_num_threads()) + loss
+    return Need(fixed, tuple(layer.on(tokens, itemsize) for layer in layers))
 
 
 def choose(budget: int, resident: int, need: Need, least: int = 0) -> Saving:
@@ -122,7 +97,7 @@ def choose(budget: int, resident: int, need: Need, least: int = 0) -> Saving:
 
     :class:`InputError` if none does.
     """
-    count = len(need.kept)
+    count = len(need.layers)
     options = [Saving(n) for n in range(least, count + 1)] + [Saving(count, offload=True)]
     for option in options:
         total = resident + need.total(option)

@@ -241,7 +241,9 @@ def plan_saving(runner: Runner, injection: Injection, settings: TrainSection, to
             got=f"{len(layers)} of them; {runner.path_reason}",
             fix="remove it, and set `train.gradient_checkpointing: true` to save memory",
         )
-    need = step_need(layers, tokens, runner.dtype.itemsize, step_bytes(injection.parameters(), settings))
+    trained = step_bytes(injection.parameters(), settings)
+    vocab = int(runner.model.config.get_text_config().vocab_size)
+    need = step_need(layers, tokens, runner.dtype.itemsize, trained, vocab)
     return choose(parse_size(settings.memory), resident_bytes(), need, least)
 
 

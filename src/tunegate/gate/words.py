@@ -150,8 +150,7 @@ def absent(clause: Clause, measures: Mapping[str, Measure], evidence: Evidence) 
         why = f"No {missing} loss was measured at the kept step; measure it{_or_off(clause)}."
     else:
         near = nearest(rule.metric, list(measures))
-        how = "reads it from a measures.json in the run (docs/gate.md)" if rule.family.given else "provides it"
-        why = f"There is no measurement of {rule.metric}: `{rule.family.command}` {how}."
+        why = f"There is no measurement of {rule.metric}: `{rule.family.command}` provides it."
         why += f" {_NEEDS[rule.metric]}" if rule.metric in _NEEDS else ""
         why += f" {near[0].upper()}{near[1:]}" if near else ""
     return _unmeasured(clause, why, [])

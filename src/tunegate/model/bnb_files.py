@@ -37,6 +37,7 @@ _ORIGINAL = (
     "name the original 16-bit checkpoint (its id usually stands on this one's page); `tunegate quantize` or "
     "`base.quantization: nf4` make 4 bits of it"
 )
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # Tensors that only a checkpoint of that kind holds.
 _MARKS = {".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".SCB": "bitsandbytes 8-bit", ".weight_scale_inv": "FP8"}
 
@@ -245,6 +246,16 @@ def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
     return [_refused(kind, where, f"quantization_config {json.dumps(said, default=str)[:120]}")]
 
 
+def stored_in_config(config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]] | None:
+    """(double quantization, layers left alone) of a checkpoint whose config.json says that it is bitsandbytes 4-bit;
+    None for every other."""
+    said = _said(config)
+    if not isinstance(said, dict) or _kind_said(said) != _FOUR_BIT:
+        return None
+    kept = said.get("llm_int8_skip_modules")
+    return said.get("bnb_4bit_use_double_quant") is True, tuple(map(str, kept)) if isinstance(kept, list) else ()
+
+
 def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry], where: str) -> bool:
     """Whether a checkpoint holds bitsandbytes 4-bit weights; False where it is not quantized at all.
 
@@ -294,4 +305,6 @@ def _mark(entry: TensorEntry) -> str:
     """The kind of quantization that a tensor gives away, or nothing."""
     if entry.dtype.startswith("F8"):
         return "FP8"
+    if entry.name.endswith(".weight") and entry.dtype in _INTEGERS:
+        return "integers"
     return next((kind for mark, kind in _MARKS.items() if entry.name.endswith(mark)), "")

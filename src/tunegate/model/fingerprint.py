@@ -6,7 +6,7 @@ the keys that do not change the function computed (:data:`VOLATILE_CONFIG`); dty
 tensors carry their own. ``tokenizer`` covers the vocabulary files and the settings that change an encoding,
 ``template`` the chat template's text.
 
-Files are mapped, never read whole into memory, and each tensor is hashed by all cores. Digests are kept per
+Files are read piece by piece (``files.digest``), and each tensor is hashed by all cores. Digests are kept per
 file below ``TUNEGATE_HOME/fingerprints``, valid while path, size, modification time and inode are unchanged: a
 file rewritten in place with its old time restored needs ``use_cache=False`` to be noticed.
 
@@ -16,7 +16,6 @@ It identifies; it does not judge: two configs that mean the same but are spelt d
 from __future__ import annotations
 
 import contextlib
-import mmap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ TOKENIZER_SETTINGS = (
 NO_TEMPLATE = "none"
 
 _SCHEMA = 1
-_THREADS_FROM = 1 << 20  # bytes: below this, handing work to other threads costs more than it saves
 _SETTLED_NS = 2_000_000_000  # a file changed this recently could change again within the clock's resolution
 
 
@@ -123,17 +121,11 @@ def _is_digest(value: Any) -> bool:
 
 
 def digest_tensors(path: Path, entries: list[TensorEntry]) -> dict[str, str]:
-    """Tensor name -> BLAKE3 hex digest of its bytes, by one pass over the mapped file."""
-    digests = {}
-    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_SEQUENTIAL)
-        with memoryview(mapped) as view:
-            for entry in sorted(entries, key=lambda e: e.start):
-                threads = blake3.AUTO if entry.end - entry.start >= _THREADS_FROM else 1
-                with view[entry.start : entry.end] as data:
-                    digests[entry.name] = blake3(data, max_threads=threads).hexdigest()
-    return digests
+    """Tensor name -> BLAKE3 hex digest of its bytes, in one pass over the file."""
+    with path.open("rb") as handle:
+        return {
+            e.name: files.digest(handle.fileno(), e.start, e.end, path) for e in sorted(entries, key=lambda e: e.start)
+        }
 
 
 def hash_config(folder: Path) -> str:

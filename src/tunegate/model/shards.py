@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from tunegate.errors import InputError
+from tunegate.files import read_into
 from tunegate.model.weights import TensorEntry
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -26,12 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def fill(descriptor: int, entry: TensorEntry, buffer: Tensor, path: Path) -> None:
     """Read the entry's bytes into ``buffer`` (bytes,) uint8. ``path`` is named where the file is too short."""
-    view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
-    while done < len(view):
-        got = os.preadv(descriptor, [view[done:]], entry.start + done)
-        if got == 0:
-            raise InputError("the file became shorter while it was read", where=str(path), fix="fetch it again")
-        done += got
+    read_into(descriptor, memoryview(buffer.numpy()), entry.start, path)  # type: ignore[arg-type]
 
 
 def size_of(entry: TensorEntry) -> int:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tunegate.config import BaseSection, Config
+from tunegate.config import BaseSection, Config, TrainSection
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError
+from tunegate.kernels import native
 from tunegate.kernels.formats import Recipe
 from tunegate.model.bnb_files import quantized_names
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
@@ -75,12 +76,7 @@ def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[st
     stored = quantized_names(names)
     wanted = section.quantization != "none"
     if stored and wanted:
-        raise InputError(
-            "the base is stored in 4 bits already",
-            where=f"base.quantization; {folder}",
-            got=f"{len(stored)} quantized weights",
-            fix="remove `quantization`, or name the 16-bit original",
-        )
+        raise quantized_already(folder, f"{len(stored)} quantized weights")
     if stored:
         first = next(iter(stored.values()))
         return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
@@ -88,6 +84,11 @@ def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[st
         return None
     recipe = Recipe(section.quantization, section.quantization_block, section.double_quantization)
     return {**recipe.to_json(), "keep": sorted(set(section.keep_unquantized)), "stored": False}
+
+
+def quantized_already(folder: Path, got: str) -> InputError:
+    where, fix = f"base.quantization; {folder}", "remove `quantization`, or name the 16-bit original"
+    return InputError("the base is stored in 4 bits already", where=where, got=got, fix=fix)
 
 
 def _count(entries: Mapping[str, TensorEntry]) -> int:
@@ -138,6 +139,12 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
 def is_local(config: Config) -> bool:
     """Whether the base is looked for on this machine only."""
     return Path(base_name(config)).is_dir() or config.task.base.name.startswith((".", "/", "~"))
+
+
+def keeps_16_bits(train: TrainSection, device: str) -> bool:
+    """Whether a bf16 base that computes in fp32 keeps 16 bits in memory. Other trainers expect ``nn.Linear``, and
+    without the CPU's kernels each product would widen its whole weight."""
+    return train.backend == "native" and device.startswith("cpu") and native.library() is not None
 
 
 def choose_device(wanted: str) -> str:

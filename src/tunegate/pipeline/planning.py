@@ -31,7 +31,7 @@ from tunegate.evaluation.prompts import FEW
 from tunegate.files import read_json, write_json
 from tunegate.model.loading import choose_dtype, load_tokenizer
 from tunegate.model.resolve import resolve_config
-from tunegate.pipeline.base import base_name, choose_device, eos_ids
+from tunegate.pipeline.base import base_name, choose_device, eos_ids, keeps_16_bits, quantized_already
 from tunegate.pipeline.folders import is_done
 from tunegate.pipeline.prepare import Prepared, load_data
 from tunegate.pipeline.reporter import Reporter
@@ -47,6 +47,7 @@ from tunegate.records import RunRecord
 
 FILE = "plan.json"
 STEPS_LOOKED_AT = 200
+_FIXED = ("weights", "constants", "adapters", "gradients", "optimizer")
 PROMPTS = 4  # baselines that a task with labels has by default
 LEAST_STEPS = 3  # fewer are mostly warm-up and say nothing about speed
 
@@ -66,13 +67,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task's memory and time inputs on this machine. ``longest`` is the longest row in tokens."""
+    """A task's memory and time inputs on this machine. ``longest`` is the longest row in tokens; ``unmet`` says that no
+    way to keep activations meets ``train.memory``."""
 
     inputs: PlanInputs
     workload: Workload
     longest: int
     answers: Answers
     device: Device
+    unmet: str = ""
 
 
 def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
@@ -89,6 +92,8 @@ def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
     device = choose_device(config.task.train.device)
     dtype, _ = choose_dtype(section.compute_dtype, device=device)
     shape = shape_of_folder(folder, name, trust_remote_code=section.trust_remote_code)
+    if shape.four_bit and section.quantization != "none":
+        raise quantized_already(folder, "quantization_config in config.json")
     wanted = config.task.task.prompts
     prompts = PROMPTS if wanted is None else 1 + len(wanted)
     return describe(config, shape, (train, valid, len(data.splits.test)), itemsize=dtype.itemsize, prompts=prompts)
@@ -106,8 +111,9 @@ def plan_prepared(prepared: Prepared, *, tested: bool = True) -> TaskPlan:
     shape = shape_of_folder(base.resolved.path, base.resolved.name, trust_remote_code=trusted)
     itemsize = 2 if base.compute_dtype == "bfloat16" else 4
     rows = prepared.train_rows, prepared.valid_rows, len(prepared.data.splits.test) if tested else 0
-    found = describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
-    return found if base.recipe is None else replace(found, inputs=replace(found.inputs, quantization="nf4"))
+    if base.recipe is not None and base.recipe["stored"]:  # its config.json need not say so
+        shape = replace(shape, four_bit=True, double_quant=base.recipe["double"])
+    return describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
 
 
 def describe(
@@ -141,9 +147,11 @@ def describe(
         method=method,  # type: ignore[arg-type]
         engine="eager" if cuda else "native",
         itemsize=itemsize,
-        quantization=None if base.quantization == "none" else "nf4",  # other 4-bit formats are as large
-        double_quant=base.double_quantization,
-        unquantized=base.keep_unquantized,
+        narrow=keeps_16_bits(settings, device),
+        # other 4-bit formats are as large
+        quantization="nf4" if shape.four_bit or base.quantization != "none" else None,
+        double_quant=shape.double_quant if shape.four_bit else base.double_quantization,
+        unquantized=shape.kept if shape.four_bit else base.keep_unquantized,
         optimizer=settings.optimizer,
         dropout=settings.dropout > 0,
         checkpointing=checkpointing,
@@ -152,6 +160,7 @@ def describe(
         data_tokens=sum(len(row) for row in (*train, *valid)),
         evaluation=Evaluation(
             rows=min(EVALUATION_ROWS, max(items for _, items, _ in answers.passes)),
+            valid_rows=min(EVALUATION_ROWS, len(valid), settings.eval_items),
             prompt=answers.prompt,
             new=answers.new,
             prefix=_prompt_prefix(train, prompts),
@@ -159,9 +168,14 @@ def describe(
         ),
         threads=threads,
     )
+    unmet = ""
     if settings.memory is not None:
         inputs = within(inputs, parse_size(settings.memory))
-    return TaskPlan(inputs, batches.workload, max(len(row) for row in train), answers, _here(cuda, itemsize, threads))
+        least = estimate(replace(inputs, evaluation=None)).total
+        if least > parse_size(settings.memory):
+            unmet = f"train.memory: {settings.memory} is not met: the least is about {least / 1e9:.2f} GB (offload)"
+    longest = max(len(row) for row in train)
+    return TaskPlan(inputs, batches.workload, longest, answers, _here(cuda, itemsize, threads), unmet)
 
 
 def _recomputation(settings: TrainSection, layers: int) -> tuple[Checkpointing, int]:
@@ -311,12 +325,29 @@ def check_fit(prediction: Prediction) -> None:
         raise TunegateError(problem)
 
 
+def check_budget(plan: TaskPlan, memory: str | None) -> None:
+    """:class:`InputError` for a ``train.memory`` below what no way to keep activations changes."""
+    if memory is None:
+        return
+    fixed = [p for p in estimate(plan.inputs).parts if p.name in _FIXED]
+    least = sum(part.bytes for part in fixed)
+    if least > parse_size(memory):
+        raise InputError(
+            "weights and adapter alone are above the budget",
+            where="train.memory",
+            expected=f"more than {least / 1e9:.2f} GB",
+            got=f"{memory}, against " + ", ".join(f"{part.name} {part.bytes / 1e9:.2f} GB" for part in fixed),
+            fix="set `base.quantization: nf4` (weights), lower train.rank, or give more memory",
+        )
+
+
 def begin(prepared: Prepared, run: Path, reporter: Reporter, *, tested: bool) -> Prediction | None:
     """Predict, refuse what does not fit, and write ``plan.json``; None for a run that is trained already or whose
     steps another trainer computes. ``tested``: baselines and test belong to the run, not training alone."""
     if is_done(run / "train", prepared.train_key) or prepared.config.task.train.backend != "native":
         return None
     prediction = predict(plan_prepared(prepared, tested=tested))
+    check_budget(prediction.plan, prepared.config.task.train.memory)
     check_fit(prediction)
     corrected = prediction.corrected
     reporter.line(

@@ -26,6 +26,7 @@ from tunegate.errors import InputError
 from tunegate.pipeline.planning import (
     Prediction,
     TaskPlan,
+    check_budget,
     check_fit,
     most_loss_tokens,
     peak_rss,
@@ -81,6 +82,7 @@ def probe(config: Config, reporter: Reporter) -> Probed:
             got=str(plan.workload.steps),
             fix="start the run: it takes no longer",
         )
+    check_budget(plan, config.task.train.memory)
     check_fit(predict(plan))
     session = Session(prepared, reporter)
     times, answering = _take_steps(prepared, session)
@@ -127,7 +129,8 @@ def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering:
     assert seen.evaluation is not None
     evaluation = dataclasses.replace(
         seen.evaluation,
-        rows=min(seen.evaluation.rows, len(answered)),
+        rows=len(answered),
+        valid_rows=len(answered),
         loss_tokens=most_loss_tokens((answered,), prepared.config.task.train),
     )
     seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens), evaluation=evaluation)

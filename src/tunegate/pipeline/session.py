@@ -23,9 +23,8 @@ from tunegate.engine.runner import Runner
 from tunegate.errors import InputError, Problem
 from tunegate.evaluation.evaluator import OWN_PROMPT, Evaluation, Evaluator
 from tunegate.evaluation.prompts import Prompt
-from tunegate.kernels import native
 from tunegate.model.loading import load_model
-from tunegate.pipeline.base import choose_device
+from tunegate.pipeline.base import choose_device, keeps_16_bits
 from tunegate.pipeline.prepare import Prepared
 from tunegate.pipeline.reporter import Reporter, count
 
@@ -46,14 +45,12 @@ class Session:
             f"loading {base.resolved.name}: {count(base.parameters)} parameters, "
             f"{base.compute_dtype} ({self.prepared.config.origins.get('base.compute_dtype', base.dtype_reason)}){kept}"
         )
-        device = torch.device(choose_device(config.train.device))
-        # other trainers expect nn.Linear, and without the kernels each product would widen its whole weight
-        narrow = config.train.backend == "native" and device.type == "cpu" and native.library() is not None
+        device = choose_device(config.train.device)
         model = load_model(
-            base.resolved, dtype=getattr(torch, base.compute_dtype), recipe=base.recipe, narrow=narrow,
-            trust_remote_code=config.base.trust_remote_code,
+            base.resolved, dtype=getattr(torch, base.compute_dtype), recipe=base.recipe,
+            narrow=keeps_16_bits(config.train, device), trust_remote_code=config.base.trust_remote_code,
         )  # fmt: skip
-        return model.to(device)  # type: ignore[arg-type]
+        return model.to(torch.device(device))  # type: ignore[arg-type]
 
     @cached_property
     def runner(self) -> Runner:

@@ -1,7 +1,6 @@
 """``plan``: what a run will take, said before it begins.
 
-``shapes`` reads a model's shape without its weights, ``memory`` counts bytes per component (``arena`` and ``native``
-replay the CPU engine's own allocations), ``time`` counts operations, ``devices`` holds the table of machines and
-prices, ``recommend`` says what fits and why, ``published`` compares with figures that others measured, ``calibrate``
-learns from runs on this machine.
+``shapes`` reads a model's shape without its weights, ``memory`` counts bytes per component, ``time`` counts
+operations, ``devices`` holds the table of machines and prices, ``recommend`` says what fits and why, ``published``
+compares with figures that others measured, ``calibrate`` learns from runs on this machine.
 """

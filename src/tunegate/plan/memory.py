@@ -1,9 +1,9 @@
 """Memory of a training run, component by component, from its shape and settings.
 
-The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass,
-evaluation, and writing a checkpoint. On CPUs the activations are counted by replaying the engine's own allocations
-(``native``), which are kept for good. Off the CPU, where autograd keeps what it needs, they are counted per layer and
-token:
+The peak is what is held throughout plus the largest of five moments: loading, the loss, a layer's backward pass, an
+evaluation between steps, and baselines or test, when no optimizer is held. On CPUs the activations are counted by
+replaying the engine's own allocations (``engine.activations``), which are kept for good. Off the CPU, where autograd
+keeps what it needs, they are counted per layer and token:
 
 - ``eager``: each norm keeps an fp32 copy and its output; attention keeps q, k, v, its output and a log-sum-exp; the
   MLP keeps gate, activation, up and their product; dropout keeps a mask and the dropped input of each adapter;
@@ -24,16 +24,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tunegate.adapter.spec import named
+from tunegate.engine.activations import (
+    LayerPass,
+    Replay,
+    around_bytes,
+    kernel_bytes,
+    loss_bytes,
+    replay,
+    replay_evaluation,
+)
 from tunegate.kernels.adamw8 import LEAST, moment_bytes
-from tunegate.kernels.cross_entropy import CHUNK_BYTES
 from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
-from tunegate.plan.native import LayerPass, Replay, replay, replay_evaluation
 from tunegate.plan.shapes import ModelShape, Target
 
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
 Checkpointing = Literal["none", "some", "all", "offload"]
-Phase = Literal["always", "loading", "kept", "training", "loss", "backward", "evaluation", "checkpoint"]
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "some", "all", "offload")
+Phase = Literal["always", "loading", "kept", "steps", "training", "loss", "backward", "evaluation", "test"]
 
 RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their allocators hold, measured: docs/plan.md
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
@@ -44,10 +52,12 @@ EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Generated answers: ``rows`` side by side, ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens.
-    ``loss_tokens`` are held at once where a loss is taken over rows without gradients."""
+    """Generated answers: ``rows`` side by side in baselines and test, ``valid_rows`` in the evaluations between steps,
+    ``prompt`` tokens each beside a shared ``prefix``, ``new`` tokens. ``loss_tokens`` are held at once where a loss is
+    taken over rows without gradients."""
 
     rows: int = EVALUATION_ROWS
+    valid_rows: int = EVALUATION_ROWS
     prompt: int = 256
     new: int = 32
     prefix: int = 0
@@ -62,8 +72,8 @@ class PlanInputs:
     ``itemsize`` is the bytes of a frozen weight and of an activation (2: bf16, 4: fp32), ``adapter_itemsize`` those of
     a trained parameter, its gradient and each moment. ``loss``: ``kernel`` for chunks of 64 MiB, ``chunks`` for eight
     parts with 16-bit logits kept, ``whole`` for full logits. ``data_tokens``: tokens of all rows held in memory.
-    ``unquantized`` names linear layers that keep their bits; with a quantized base, embeddings and head keep those of
-    the checkpoint.
+    ``narrow``: weights that the checkpoint stores in fewer bytes keep these. ``unquantized`` names linear layers that
+    are not quantized.
     """
 
     shape: ModelShape
@@ -73,6 +83,7 @@ class PlanInputs:
     method: Method = "lora"
     engine: Engine = "native"
     itemsize: int = 4
+    narrow: bool = True
     quantization: Literal["nf4"] | None = None
     double_quant: bool = True
     unquantized: tuple[str, ...] = ()
@@ -131,10 +142,10 @@ class Part:
 
 
 _MOMENTS: dict[Phase, tuple[Phase, ...]] = {
-    "backward": ("always", "kept", "training", "backward"),
-    "loss": ("always", "kept", "training", "loss"),
-    "evaluation": ("always", "kept", "evaluation"),
-    "checkpoint": ("always", "kept", "checkpoint"),
+    "backward": ("always", "kept", "steps", "training", "backward"),
+    "loss": ("always", "kept", "steps", "training", "loss"),
+    "evaluation": ("always", "kept", "steps", "evaluation"),
+    "test": ("always", "kept", "test"),
     "loading": ("always", "loading"),
 }
 
@@ -148,8 +159,8 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> Phase:
-        """When the peak is reached. What is ``kept`` is there once training has begun, what is held in ``training`` at
-        the loss and in the backward pass."""
+        """When the peak is reached. What is ``kept`` is there once training has begun, what belongs to ``steps`` until
+        the last one, what is held in ``training`` at the loss and in the backward pass."""
         return max(_MOMENTS, key=self._held)
 
     def _held(self, moment: Phase) -> int:
@@ -187,11 +198,12 @@ def nf4_constants(elements: int, *, double: bool = True) -> int:
 def weight_bytes(p: PlanInputs) -> tuple[int, int]:
     """(bytes of the frozen weights, bytes of quantization constants)."""
     shape = p.shape
+    stored = min(p.itemsize, shape.stored) if p.narrow else p.itemsize
     if p.quantization is None:
-        return shape.parameters * p.itemsize, 0
+        return (shape.embedding + shape.head + shape.linear) * stored + shape.other * p.itemsize, 0
     packed = [one.elements for one in shape.linears if not (p.unquantized and named(p.unquantized, one.path))]
     rest = (shape.embedding + shape.head) * min(p.itemsize, shape.stored)
-    rest += (shape.other + shape.linear - sum(packed)) * p.itemsize
+    rest += (shape.linear - sum(packed)) * stored + shape.other * p.itemsize
     codes = sum(-(-count // 2) for count in packed)
     return rest + codes, sum(nf4_constants(count, double=p.double_quant) for count in packed)
 
@@ -199,7 +211,7 @@ def weight_bytes(p: PlanInputs) -> tuple[int, int]:
 def _weights(p: PlanInputs) -> list[Part]:
     held, constants = weight_bytes(p)
     if p.quantization is None:
-        how = f"{p.shape.parameters:,} x {p.itemsize} bytes"
+        how = f"{p.shape.parameters:,} x {held / p.shape.parameters:.2g} bytes"
     else:
         rest = p.shape.parameters - p.shape.linear
         how = f"{p.shape.linear:,} x 4 bits and {rest:,} of 16 or 32 (embeddings, head, norms)"
@@ -222,11 +234,9 @@ def _trained(p: PlanInputs) -> list[Part]:
         how += f"; fp32 for {n - large:,} in small tensors" if large < n else ""
     parts = [
         # on a CPU the allocator keeps these many small tensors' memory for the next step
-        Part("gradients", n * size, f"{n:,} x {size} bytes", "kept" if p.engine == "native" else "training"),
-        Part("optimizer", state, how, "kept"),
+        Part("gradients", n * size, f"{n:,} x {size} bytes", "steps" if p.engine == "native" else "training"),
+        Part("optimizer", state, how, "steps"),
     ]
-    if p.engine == "native":  # safetensors' bytes of each tensor, and of the file
-        parts.append(Part("checkpoint", 2 * state, "the optimizer's tensors, twice, as a file is made", "checkpoint"))
     if p.method == "full":
         return parts
     extra = 8 * sum(t.outputs for t in p.targets) if p.method == "dora" else 0  # squared row norms and gains, fp32
@@ -278,11 +288,9 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
         parts.append(Part("dequantized", whole, "the largest matrix, one at a time", "training"))
     dynamic = activations + max(logits, recomputed + working) + p.trainable * p.adapter_itemsize
     if p.evaluation:
-        parts.append(_cache(p, p.evaluation))
-        row_logits = p.evaluation.rows * s.vocab * 4 * 2
-        parts.append(
-            Part("answers' logits", row_logits, f"{p.evaluation.rows} rows x {s.vocab:,}, twice", "evaluation")
-        )
+        for phase, e in _passes(p.evaluation):
+            parts.append(_cache(p, e, phase))
+            parts.append(Part("answers' logits", e.rows * s.vocab * 8, f"{e.rows} rows x {s.vocab:,}, twice", phase))
     parts.append(Part("context", round(CONTEXT), "CUDA context and workspaces"))
     parts.append(Part("fragmentation", round(FRAGMENTATION * dynamic), "5 % of what comes and goes", "kept"))
     return parts
@@ -291,11 +299,7 @@ def _autograd_parts(p: PlanInputs) -> list[Part]:
 def _logits(p: PlanInputs) -> tuple[int, str]:
     vocab, n = p.shape.vocab, p.loss_tokens
     if p.loss == "kernel":
-        rows = min(n, max(16, CHUNK_BYTES // (4 * vocab)))
-        copies = 1 if p.engine == "native" and p.itemsize == 4 else 3
-        return 4 * rows * vocab * copies, f"{rows:,} positions at a time x {vocab:,} x 4 bytes" + (
-            "" if copies == 1 else ", loss and gradient beside them"
-        )
+        return loss_bytes(n, vocab, p.itemsize), f"{n:,} positions, a chunk at a time, x {vocab:,}"
     if p.loss == "chunks":
         # compiled, the fp32 copies of a part are never stored
         part = -(-n // 8) * vocab * (12 if p.engine == "eager" else 2 * p.itemsize)
@@ -310,10 +314,15 @@ def cache_bytes(p: PlanInputs, rows: int, tokens: int) -> int:
     return rows * tokens * 2 * s.kv_heads * s.head_dim * s.layers * p.itemsize
 
 
-def _cache(p: PlanInputs, e: Evaluation) -> Part:
+def _passes(e: Evaluation) -> tuple[tuple[Phase, Evaluation], ...]:
+    """When answers are generated, and ``rows`` of them then."""
+    return ("evaluation", replace(e, rows=e.valid_rows)), ("test", e)
+
+
+def _cache(p: PlanInputs, e: Evaluation, phase: Phase) -> Part:
     held = cache_bytes(p, e.rows, e.prompt + e.new) + cache_bytes(p, 1, e.prefix)
     how = f"{e.rows} rows x {e.prompt + e.new:,} tokens" + (f" and {e.prefix:,} shared" if e.prefix else "")
-    return Part("KV cache", held, how, "evaluation")
+    return Part("KV cache", held, how, phase)
 
 
 # --- on the CPU ---------------------------------------------------------------------------------------------------
@@ -325,16 +334,15 @@ def group_rows(e: Evaluation) -> int:
 
 
 def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPass:
-    """What the fused layers see of a batch of ``tokens``."""
+    """What a fused layer sees of a batch of ``tokens``."""
     return LayerPass(
-        shape=p.shape,
+        shape=p.shape.layer,
         tokens=tokens,
         itemsize=p.itemsize,
         ranks=_ranks(p),
         dropout=p.dropout and training,
         dora=p.method == "dora",
         prefix=p.prefix,
-        recomputed=p.recomputed if training else 0,
     )
 
 
@@ -359,20 +367,13 @@ def _ranks(p: PlanInputs) -> tuple[int, int, int, int, int, int, int]:
 
 def workspaces(p: PlanInputs) -> Replay:
     """The engine's activation memory after a training step and an evaluation."""
-    memory = replay(layer_pass(p, p.tokens))
-    if p.checkpointing == "offload":
-        memory = _offloaded(p)
+    layers = [layer_pass(p, p.tokens)] * p.shape.layers
+    memory = replay(layers, p.recomputed, offload=p.checkpointing == "offload")
     if p.evaluation:
         e = p.evaluation
         tokens = max(e.prefix, e.prompt * group_rows(e), e.loss_tokens)
         replay_evaluation(layer_pass(p, tokens, training=False), memory)
     return memory
-
-
-def _offloaded(p: PlanInputs) -> Replay:
-    """Layer inputs lie in a file: two of them are in memory, the rest is as with ``all``."""
-    two = replace(p.shape, layers=2)
-    return replay(replace(layer_pass(p, p.tokens), shape=two, recomputed=2))
 
 
 def _native_parts(p: PlanInputs) -> list[Part]:
@@ -387,25 +388,24 @@ def _native_parts(p: PlanInputs) -> list[Part]:
     else:
         found = _autograd_parts(replace(p, engine="eager", evaluation=None))
         parts = [part for part in found if part.name in ("activations", "layer at work")]
-    row = tokens * s.hidden * max(size, 4)
-    loss = 3 * p.loss_tokens * s.hidden * size
     logits, how = _logits(p)
-    around = max(4 * row, 3 * row + loss)
+    around = around_bytes(tokens, p.loss_tokens, s.hidden, size)
     parts += [
         Part("logits", logits, how, "kept"),
-        Part("around the layers", round(around), "embeddings, last norm, their gradients", "training"),
-        Part("kernels", p.threads * 2 * 2**20 + 10 * 2**20, "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
+        Part("around the layers", around, "embeddings, last norm, their gradients", "training"),
+        Part("kernels", kernel_bytes(p.threads), "packed weights: 8 MiB, about 2 MiB a thread", "kept"),
         Part("rows", p.data_tokens * ROW_TOKEN, f"{p.data_tokens:,} tokens x {ROW_TOKEN} bytes"),
         Part("runtime", round(RUNTIME), "Python, torch, transformers"),
         Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),
     ]
     if p.evaluation:
-        e = replace(p.evaluation, rows=group_rows(p.evaluation))
-        prefill = cache_bytes(p, e.rows, e.prompt)
-        cache = _cache(p, e)
-        parts.append(replace(cache, bytes=cache.bytes + prefill, how=cache.how + ", and the prompts' own while filled"))
-        texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
-        parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", "evaluation"))
+        for phase, asked in _passes(p.evaluation):
+            e = replace(asked, rows=group_rows(asked))
+            cache = _cache(p, e, phase)
+            held, how = cache.bytes + cache_bytes(p, e.rows, e.prompt), ", and the prompts' own while filled"
+            parts.append(replace(cache, bytes=held, how=cache.how + how))
+            texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
+            parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", phase))
     return parts
 
 

@@ -32,8 +32,7 @@ QUERY_VALUE = ("q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Point:
-    """A published figure: a value or a range (``low`` to ``high``) in ``unit``, and the prediction. ``step``: the
-    figure was published as a multiple of this, and stands for what rounds to it."""
+    """A published figure: a value or a range (``low`` to ``high``) in ``unit``, and the prediction."""
 
     group: str
     what: str
@@ -43,18 +42,15 @@ class Point:
     predicted: float
     inputs: str
     source: str
-    step: float = 0.0
 
     @property
     def error(self) -> float:
-        """Relative distance to the nearest value that the published figure stands for; 0 inside a range."""
-        nearest = min(max(self.predicted, self.low - self.step / 2), self.high + self.step / 2)
-        return self.predicted / nearest - 1
+        """Relative distance to the published figure; 0 inside a range."""
+        return self.predicted / min(max(self.predicted, self.low), self.high) - 1
 
     @property
     def published(self) -> str:
-        text = f"{self.low:g}" if self.low == self.high else f"{self.low:g} to {self.high:g}"
-        return text + (f" (in steps of {self.step:g})" if self.step else "")
+        return f"{self.low:g}" if self.low == self.high else f"{self.low:g} to {self.high:g}"
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "error": self.error}
@@ -62,7 +58,8 @@ class Point:
 
 def points() -> list[Point]:
     """Every point, the rules first."""
-    return [*rules_of_memory(), *rules_of_time(), *_torchtune(), *_peft(), *_unsloth(), *_speeds()]
+    memory = [*_torchtune(), *_peft(), *_litgpt(), *_llama_factory(), *_unsloth()]
+    return [*rules_of_memory(), *rules_of_time(), *memory, *_speeds()]
 
 
 def gpu_inputs(
@@ -88,36 +85,36 @@ def seventy_billion() -> dict[str, PlanInputs]:
     return {"full": full, "lora": lora, "qlora": replace(lora, quantization="nf4")}
 
 
+def derivation() -> PlanInputs:
+    """The run behind "35 + 0.5 + 1 + 8". Its source names neither rank nor modules nor dtype. Adam is twice the
+    gradients, so a moment is as wide as a gradient, and both figures mean 125 M parameters in fp32 (or 250 M in 16
+    bits). QLoRA's rank (64, arXiv:2305.14314, table 9) and fp32 adapters and moments, on the modules that PEFT adapts
+    by default in a Llama (q and v), give 131 M."""
+    targets = LLAMA2_70B.targets(AdapterSpec(rank=64, alpha=16.0, target_modules=QUERY_VALUE))
+    return replace(seventy_billion()["qlora"], targets=targets, adapter_itemsize=4)
+
+
 def rules_of_memory() -> list[Point]:
-    runs = {name: estimate(p) for name, p in seventy_billion().items()}
-    given = "Llama-2-70B, 2 x 2,048 tokens, 16-bit training, inputs of layers kept"
+    given = "Llama-2-70B, 2 x 2,048 tokens, 16-bit training, r=16 on all linear layers, inputs of layers kept"
+    runs = seventy_billion()
     found = [
-        _point("rule", f"70B {label}", value, runs[name].total / GB, given, unit="GB")
+        _point("rule", f"70B {label}", value, estimate(runs[name]).total / GB, given, unit="GB")
         for name, label, value in (("full", "full", 600), ("lora", "LoRA r=16", 160), ("qlora", "QLoRA r=16", 48))
     ]
-    q = runs["qlora"]
+    p = derivation()
+    q, trained = estimate(p), f"{p.trainable:,} in fp32 (r=64 on q and v)"
     pieces = (
         ("base", 35, q.of("weights", "constants"), "4 bits a weight, constants, 16-bit embeddings and head"),
-        ("gradients", 0.5, _sixteen_bits(seventy_billion()["qlora"], 1), "16-bit gradients of 207 M parameters"),
-        ("Adam", 1, _sixteen_bits(seventy_billion()["qlora"], 2), "two 16-bit moments"),
-        (
-            "activations",
-            8,
-            q.of("activations", "layer at work", "dequantized"),
-            "inputs of layers, one layer at work, one matrix",
-        ),
-    )
-    found += [
-        replace(_point("rule", f"70B QLoRA: {n}", value, size / GB, how, unit="GB"), step=0.5 if value <= 1 else 0.0)
-        for n, value, size, how in pieces
-    ]
+        ("gradients", 0.5, q.of("gradients"), f"4 bytes x {trained}"),
+        ("Adam", 1, q.of("optimizer"), f"2 x 4 bytes x {trained}"),
+        ("activations", 8, q.of("activations", "layer at work", "dequantized"),
+         "4,096 tokens: inputs of 80 layers, one layer at work, one matrix in 16 bits"),
+        ("all of these, adapters and context", 48, q.total, "the derivation's run"),
+    )  # fmt: skip
+    found += [_point("rule", f"70B QLoRA: {n}", value, size / GB, how, unit="GB") for n, value, size, how in pieces]
     layer = 16 * (4096 + 4096)
     found.append(_point("rule", "trained share of a 4096 x 4096 layer", 0.78, 100 * layer / 4096**2, "r=16", unit="%"))
     return found
-
-
-def _sixteen_bits(p: PlanInputs, copies: int) -> int:
-    return 2 * copies * p.trainable
 
 
 def _a100() -> Device:
@@ -191,6 +188,44 @@ def _peft() -> list[Point]:
         ("Llama-3.2-3B full, L40S", 38.9, full, "4 x 768 tokens, 16-bit weights, gradients and moments"),
     )
     return [_point("memory", n, v, _torch_total(p, GB), h, unit="GB", source=source) for n, v, p, h in rows]
+
+
+def _litgpt() -> list[Point]:
+    """LitGPT config_hub/finetune: rows of up to 512 tokens, 1xA10G, rank 32 on q and v in bf16, nothing recomputed. Its
+    peaks are of the longest rows; Alpaca's rarely reach 512."""
+    base = gpu_inputs(LLAMA3_8B, 512, rank=32, modules=QUERY_VALUE, dropout=True)
+    quantized = replace(base, quantization="nf4", double_quant=False, tokens=1024, loss_tokens=1024)
+    how = "rows x 512 tokens, r=32 on q and v, nothing recomputed, full logits"
+    rows = (("LoRA", 19.73, base, "1 " + how), ("QLoRA", 17.41, quantized, "2 " + how))
+    source = "LitGPT config_hub/finetune"
+    return [
+        _point("memory", f"Llama-3-8B {n}, A10G", v, _torch_total(p, GB), h, unit="GB", source=source)
+        for n, v, p, h in rows
+    ]
+
+
+def _llama_factory() -> list[Point]:
+    """LLaMA-Factory's wiki (Performance comparison): batch of 4 rows of 1,024, rank 8 on all linear layers, inputs of
+    layers kept, full logits. Its README's "estimated" table comes without inputs; assumed: one row of 1,024 tokens."""
+    wiki = gpu_inputs(LLAMA2_7B, 4096, rank=8, checkpointing="all", adapter_itemsize=4)
+    how = "4 x 1,024 tokens, r=8, inputs of layers kept, full logits"
+    rows = [("Llama-2-7B LoRA, batch of 4", 18.0, wiki, how)]
+    rows.append(("Llama-2-7B QLoRA, batch of 4", 9.0, replace(wiki, quantization="nf4"), how))
+    thirty = llama_shape("LLaMA-30B", (60, 6656, 52, 52, 128, 17920, 32000))
+    for name, shape, value in (
+        ("7B", LLAMA2_7B, 6),
+        ("14B", QWEN3_14B, 12),
+        ("30B", thirty, 24),
+        ("70B", LLAMA2_70B, 48),
+    ):
+        p = gpu_inputs(shape, 1024, rank=8, checkpointing="all", adapter_itemsize=4, quantization="nf4")
+        rows.append((f"{name} QLoRA, estimated", value, p, f"{shape.name}, 1 x 1,024 tokens (assumed), r=8"))
+    p = gpu_inputs(LLAMA2_7B, 1024, rank=8, checkpointing="all", adapter_itemsize=4)
+    rows.append(("7B LoRA, estimated", 16, p, "Llama-2-7B, 1 x 1,024 tokens (assumed), r=8"))
+    return [
+        _point("memory", n, v, estimate(p).total / GB, h, unit="GB", source="LLaMA-Factory wiki, README")
+        for n, v, p, h in rows
+    ]
 
 
 def _unsloth() -> list[Point]:

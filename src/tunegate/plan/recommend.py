@@ -37,6 +37,11 @@ def as_method(p: PlanInputs, name: str) -> PlanInputs:
     )
 
 
+def methods_for(p: PlanInputs) -> tuple[str, ...]:
+    """Those of :data:`METHODS` that the base allows: one stored in 4 bits stays so."""
+    return tuple(name for name in METHODS if name[0] == "q" or not p.shape.four_bit)
+
+
 def method_name(p: PlanInputs) -> str:
     return "full" if p.method == "full" else ("q" if p.quantization else "") + p.method
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.adapter.spec import AdapterSpec
+from tunegate.engine.activations import LayerSizes
 from tunegate.errors import InputError, Problem
 
 HEAD_DIM = 128
@@ -58,7 +59,8 @@ class ModelShape:
     tensor); ``other`` is everything that is none of the linear layers: norms, biases, experts, convolutions.
 
     ``fused`` says that the decoder layers are of a class the CPU engine fuses; ``packed`` that q, k and v (gate and
-    up) are one layer. ``stored`` is the bytes of a parameter in the checkpoint. ``assumed`` tells what was not given.
+    up) are one layer. ``stored`` is the bytes of a parameter in the checkpoint; ``four_bit`` that its linear layers are
+    stored in 4 bits (with ``double_quant``) but for those named by ``kept``. ``assumed`` tells what was not given.
     """
 
     name: str
@@ -79,6 +81,9 @@ class ModelShape:
     sandwich: bool = False
     packed: bool = False
     stored: int = 2
+    four_bit: bool = False
+    double_quant: bool = True
+    kept: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
     @property
@@ -93,6 +98,14 @@ class ModelShape:
     def largest(self) -> int:
         """Elements of the largest tensor."""
         return max(self.embedding, self.head, *(one.elements for one in self.linears), 0)
+
+    @property
+    def layer(self) -> LayerSizes:
+        """A decoder layer's sizes."""
+        return LayerSizes(
+            self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate,
+            head_norms=self.head_norms, sandwich=self.sandwich, packed=self.packed,
+        )  # fmt: skip
 
     def targets(self, spec: AdapterSpec) -> tuple[Target, ...]:
         """The layers ``spec`` adapts."""
@@ -118,10 +131,13 @@ class ModelShape:
 
 def shape_of_folder(folder: Path, name: str, *, trust_remote_code: bool = False) -> ModelShape:
     """The shape of the model that ``folder/config.json`` describes. :class:`InputError` if it is no causal LM."""
+    from tunegate.model.bnb_files import stored_in_config
     from tunegate.model.loading import empty_model
+    from tunegate.model.weights import load_object
 
-    model = empty_model(folder, trust_remote_code=trust_remote_code)
-    return shape_of_model(model, name)
+    shape = shape_of_model(empty_model(folder, trust_remote_code=trust_remote_code), name)
+    packed = stored_in_config(load_object(folder / "config.json"))
+    return shape if packed is None else replace(shape, four_bit=True, double_quant=packed[0], kept=packed[1])
 
 
 def shape_of_model(model: Any, name: str) -> ModelShape:

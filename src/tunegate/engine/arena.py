@@ -41,6 +41,11 @@ class Arena:
         self._block, self._offset = before
 
     @property
+    def used(self) -> int:
+        """Bytes up to the highest one handed out, block by block."""
+        return sum(self._used)
+
+    @property
     def reserved(self) -> int:
         return sum(self._sizes)
 

@@ -1,11 +1,12 @@
-"""Activation memory of the CPU engine's fused layers, by replaying their allocations.
+"""Activation memory of the fused layers, by replaying their allocations.
 
-:func:`replay` walks the layers as ``engine.fused`` and ``engine.fused_layer`` do, in the same order and with the same
-lifetimes, on :class:`~tunegate.plan.arena.Arena` instead of memory. ``kept`` lives from the forward to the backward
-pass, ``temporary`` holds one layer that is computed again (or computed without gradients), ``scratch`` is used within
-a call. Whoever changes what the fused layer takes changes this file too: a test compares the two.
+:func:`replay` walks the layers as ``fused`` and ``fused_layer`` do, in the same order and with the same lifetimes, on
+:class:`~tunegate.engine.arena.Arena` instead of memory. ``kept`` lives from the forward to the backward pass,
+``temporary`` holds one layer that is computed again (or computed without gradients), ``scratch`` is used within a
+call. Whoever changes what the fused layer takes changes this file too: a test compares the two. The choice of layers
+to recompute (``memory``) and the plan of a run that does not exist yet (``plan.memory``) both count by it.
 
-It does not count torch's own tensors around the layers: ``memory`` does.
+:func:`around_bytes` and :func:`loss_bytes` are what torch and the loss hold beside the layers.
 """
 
 from __future__ import annotations
@@ -13,25 +14,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tunegate.engine.arena import Arena
+from tunegate.kernels.cross_entropy import CHUNK_BYTES
 from tunegate.kernels.gain import partial_floats
-from tunegate.plan.arena import Arena
-from tunegate.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """A decoder layer's sizes in elements. ``packed``: q, k and v (gate and up) are one product; ``head_norms``: q and
+    k are normed; ``sandwich``: each branch is normed before it is added."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    head_norms: bool = False
+    sandwich: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
 class LayerPass:
-    """One pass over ``tokens`` tokens. ``itemsize``: bytes of an activation. ``ranks``: the rank at q, k, v, o, gate,
-    up, down (0: not adapted). ``prefix``: tokens shared by the rows. ``recomputed``: layers, counted from
-    the first, that keep their input alone."""
+    """One layer in one pass over ``tokens`` tokens. ``itemsize``: bytes of an activation. ``ranks``: the rank at q, k,
+    v, o, gate, up, down (0: not adapted). ``prefix``: tokens shared by the rows."""
 
-    shape: ModelShape
+    shape: LayerSizes
     tokens: int
     itemsize: int
     ranks: tuple[int, int, int, int, int, int, int]
     dropout: bool = False
     dora: bool = False
     prefix: int = 0
-    recomputed: int = 0
 
 
 @dataclass
@@ -54,31 +68,52 @@ _SLICE_TOKENS, _MOST_SLICES, _PARTIAL_FLOATS = 256, 16, 8 << 20  # csrc/bind_att
 _Group = Sequence[tuple[int, int, int]]  # (in, out, rank) of each projection that one call computes
 
 
-def replay(p: LayerPass, into: Replay | None = None) -> Replay:
-    """Forward and backward over all layers; ``into`` continues with arenas that were used before."""
+def replay(
+    layers: Sequence[LayerPass], recomputed: int = 0, *, offload: bool = False, into: Replay | None = None
+) -> Replay:
+    """Forward and backward over ``layers``, of which the first ``recomputed`` keep their input alone. ``offload``: all
+    inputs lie in a file, and two of them in memory. ``into`` continues with arenas that were used before."""
     memory = into or Replay()
-    layers = p.shape.layers
+    if offload:
+        layers, recomputed = layers[:2], 2
     with memory.kept.scope():
-        for layer in range(layers):
+        for number, p in enumerate(layers):
             memory.kept.take(p.tokens * p.shape.hidden, p.itemsize)
-            if layer >= p.recomputed:
+            if number >= recomputed:
                 _forward(p, memory.kept, memory.scratch, saving=True)
             else:
                 with memory.temporary.scope():
                     _forward(p, memory.temporary, memory.scratch, saving=False)
-        for layer in reversed(range(layers)):
+        for number, p in reversed([*enumerate(layers)]):
             with memory.scratch.scope(), memory.temporary.scope():
-                if layer < p.recomputed:
+                if number < recomputed:
                     _forward(p, memory.temporary, memory.scratch, saving=True, output=False)
-                _backward(p, memory.scratch, first=layer == 0)
+                _backward(p, memory.scratch, first=number == 0)
     return memory
 
 
 def replay_evaluation(p: LayerPass, into: Replay) -> Replay:
-    """A forward pass without gradients."""
+    """A forward pass without gradients over layers like ``p``."""
     with into.scratch.scope(), into.temporary.scope():
         _forward(p, into.temporary, into.scratch, saving=False)
     return into
+
+
+def loss_bytes(targets: int, vocab: int, itemsize: int) -> int:
+    """Bytes that the chunked cross-entropy keeps: one chunk's logits, beside them 16-bit operands' fp32 copies."""
+    rows = min(targets, max(16, CHUNK_BYTES // (4 * vocab)))
+    return 4 * rows * vocab * (1 if itemsize == 4 else 3)
+
+
+def kernel_bytes(threads: int) -> int:
+    """Bytes that the kernels keep of packed weights: 10 MiB, and about 2 MiB a thread."""
+    return (10 + 2 * threads) << 20
+
+
+def around_bytes(tokens: int, targets: int, hidden: int, itemsize: int) -> int:
+    """Bytes of torch's own tensors around the layers: embeddings, the last norm, picked rows, and their gradients."""
+    row = tokens * hidden * max(itemsize, 4)
+    return max(4 * row, 3 * row + 3 * targets * hidden * itemsize)
 
 
 def _groups(p: LayerPass) -> tuple[_Group, _Group, _Group, _Group]:
