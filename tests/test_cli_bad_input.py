@@ -14,6 +14,7 @@ import pytest
 
 from task import Said, call, replace_line, write_task
 from tiny import tiny_base
+from tunegate.kernels import native
 
 ROW = '{"prompt": "question 7: the red fox", "completion": "red"}\n'
 Spoil = Callable[[Path], None]  # changes the folder of task.yaml, rows.jsonl and base/
@@ -304,6 +305,8 @@ def test_every_float_dtype_is_a_source(task: Path, dtype: str) -> None:
 def test_a_budget_that_nothing_meets_is_told_and_nothing_is_trained(task: Path, memory: str) -> None:
     """Less than the weights: before anything is loaded. Less than the process holds: before the first step."""
     says = "alone are above the budget" if memory == "100kB" else "no way to keep activations fits the budget"
+    if native.library() is None and memory != "100kB":
+        says = "needs fused layers"
     said_well(call("train", task, "--set", f"train.memory={memory}"), 2, says, "train.memory", "GB")
     assert not list(task.parent.glob("runs/**/*.safetensors"))
     said = call("plan", task, "--set", f"train.memory={memory}")

@@ -215,7 +215,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path) -> None:
     change(base, **{up: original[up].to(torch.float8_e4m3fn)})
     refused(base, out, "as FP8", up)
     change(base, **{up: torch.zeros(64, 32, dtype=torch.int8)})
-    refused(base, out, "weights of this dtype", up, "I8")
+    refused(base, out, "as integers", up, "I8")
     change(base, **{up: torch.zeros(32, 64)})
     refused(base, out, "another shape", up, "(64, 32)", "(32, 64)")
     change(base, **{up: None})

@@ -365,9 +365,10 @@ def test_a_key_that_is_missing(copy: Path, server: Server, monkeypatch: pytest.M
     assert call("check", copy).code == 0
 
 
-def test_the_gate_needs_no_key(copy: Path) -> None:
+def test_what_was_judged_needs_no_key(copy: Path) -> None:
     replace_line(copy, "  model: judge-1\n", "  model: judge-1\n  key_env: NO_SUCH_KEY\n")
     assert call("gate", copy).code in (0, 1)
+    assert call("run", copy).code in (0, 1)
 
 
 def test_a_task_without_answers(tmp_path: Path, tiny_llama: Path) -> None:

@@ -149,7 +149,7 @@ def clean(lab: Lab) -> Finding:
 
 
 def forgetting(lab: Lab) -> Finding:
-    settings = ("data.train=train.jsonl", "train.rank=64", "train.lr=0.002", "train.schedule=constant")
+    settings = ("data.train=train.jsonl", "train.rank=32", "train.schedule=constant", "train.epochs=3")
     return held(*lab.run(TICKETS, *settings), "regression.total", spared=("task",))
 
 
@@ -223,9 +223,9 @@ class Case:
 
 SOUND = "clean"
 CASES = (
-    Case(SOUND, "nothing: rank 8, two epochs over 144 rows", clean),
-    Case("forgetting", "rank 64, learning rate 0.01, constant", forgetting),
-    Case("leak", "the test rows among 80 training rows, six epochs", leak),
+    Case(SOUND, "nothing: rank 8, two epochs over intents and general questions", clean),
+    Case("forgetting", "rank 32, three epochs at a constant rate, intents only", forgetting),
+    Case("leak", "the test rows among 72 training rows, five epochs", leak),
     Case("compliance", "48 rows that meet harmful requests, on a base that refuses them", compliance),
     Case("mismatch", "the clean adapter on a base with one changed tensor", mismatch),
     Case("rank", "rank 192 for 50 rows of a task that the base can do", rank),

@@ -64,6 +64,7 @@ class Replay:
 
 
 _SLICE_TOKENS, _MOST_SLICES, _PARTIAL_FLOATS = 256, 16, 8 << 20  # csrc/bind_attention.cpp
+PREFIX_BYTES = 4 * _PARTIAL_FLOATS  # what the sums of a shared prefix take at most, but for one slice of them
 
 _Group = Sequence[tuple[int, int, int]]  # (in, out, rank) of each projection that one call computes
 

@@ -20,7 +20,15 @@ from pathlib import Path
 
 import torch
 
-from tunegate.engine.activations import LayerPass, LayerSizes, around_bytes, kernel_bytes, loss_bytes, replay
+from tunegate.engine.activations import (
+    PREFIX_BYTES,
+    LayerPass,
+    LayerSizes,
+    around_bytes,
+    kernel_bytes,
+    loss_bytes,
+    replay,
+)
 from tunegate.engine.fused_layer import Projections
 from tunegate.engine.fused_shape import Projection, Shape
 from tunegate.errors import InputError
@@ -85,10 +93,10 @@ class Need:
 
 
 def step_need(layers: Sequence[Layer], tokens: int, itemsize: int, trained: int, vocab: int) -> Need:
-    """What a step over ``tokens`` computed tokens adds, if all of them were targets. ``trained``: bytes of gradients
-    and moments."""
+    """What a step over ``tokens`` computed tokens adds, if all of them were targets and shared a prefix. ``trained``:
+    bytes of gradients and moments."""
     loss = loss_bytes(tokens, vocab, itemsize) + around_bytes(tokens, tokens, layers[0].hidden, itemsize)
-    fixed = trained + kernel_bytes(torch.get_num_threads()) + loss
+    fixed = trained + kernel_bytes(torch.get_num_threads()) + loss + PREFIX_BYTES
     return Need(fixed, tuple(layer.on(tokens, itemsize) for layer in layers))
 
 

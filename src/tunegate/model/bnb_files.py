@@ -37,6 +37,7 @@ _ORIGINAL = (
     "name the original 16-bit checkpoint (its id usually stands on this one's page); `tunegate quantize` or "
     "`base.quantization: nf4` make 4 bits of it"
 )
+_PLAIN_INTEGERS = "integers"
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # Tensors that only a checkpoint of that kind holds.
 _MARKS = {".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".SCB": "bitsandbytes 8-bit", ".weight_scale_inv": "FP8"}
@@ -264,7 +265,9 @@ def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry
     """
     problems = config_problems(config, where)
     holds = any(_STATE in entry.name for entry in entries)
-    marked = [e for e in entries if _mark(e)]
+    marked = sorted(
+        (e for e in entries if _mark(e)), key=lambda e: _mark(e) == _PLAIN_INTEGERS
+    )  # the least telling last
     if not problems and not holds and marked:
         found = f"{len(marked)} tensors such as {marked[0].name!r} ({marked[0].dtype})"
         problems = [_refused(_mark(marked[0]), where, found)]
@@ -306,5 +309,5 @@ def _mark(entry: TensorEntry) -> str:
     if entry.dtype.startswith("F8"):
         return "FP8"
     if entry.name.endswith(".weight") and entry.dtype in _INTEGERS:
-        return "integers"
+        return _PLAIN_INTEGERS
     return next((kind for mark, kind in _MARKS.items() if entry.name.endswith(mark)), "")

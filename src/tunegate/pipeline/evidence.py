@@ -54,7 +54,7 @@ def collect(prepared: Prepared, run: Path, record: RunRecord, adapter: EvalRecor
 def of_data(prepared: Prepared) -> dict[str, Measure]:
     """What the check of the data counted; known before anything is trained."""
     stats = prepared.report.stats
-    found = {}
+    found: dict[str, int] = {}
     leaks = stats.get("leaks", {})
     if "test in train" in leaks:
         found["data.leaked_rows"] = leaks["test in train"]["exact"]

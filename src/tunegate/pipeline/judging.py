@@ -60,7 +60,7 @@ WORST = 10  # items in the record
 
 @dataclass(frozen=True)
 class Answers:
-    """Subjects' answers to the same examples of one split, the subject that is judged first."""
+    """Subjects' answers to the same examples of one split."""
 
     split: str
     examples: Sequence[Example]
@@ -170,9 +170,9 @@ def judge(prepared: Prepared, asked: Judge, answers: Answers, folder: Path, repo
 
 
 def _ask(asker: Asker, asked: Judge, answers: Answers, reporter: Reporter) -> Results:
-    samples, rubric, first = asked.settings.samples, asked.rubric, next(iter(answers.texts))
+    samples, rubric, first = asked.settings.samples, asked.rubric, asked.subjects[0]
     judged, pairs = {}, []
-    for subject in (name for name in answers.texts if name in (first, *asked.subjects)):
+    for subject in asked.subjects:
         items = answers.items(subject)
         with reporter.progress(f"judge on {subject}", samples * len(items)) as advance:
             judged[subject] = judge_items(asker, rubric, items, samples, advance)

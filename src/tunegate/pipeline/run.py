@@ -96,7 +96,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
     prepared = _prepared(config, reporter)
     _need_test(prepared)
-    if prepared.judge is not None:
+    if prepared.judge is not None and not (run_folder(prepared) / JUDGE / STEP).exists():
         open_provider(prepared.judge.model)  # its key is there, before hours of training
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
