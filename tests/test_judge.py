@@ -341,10 +341,16 @@ def test_an_interruption_keeps_what_came(tmp_path: Path) -> None:
 def test_an_interruption_ends_the_waits_of_others(tmp_path: Path) -> None:
     """Without this a run would sleep on for as long as the server asked."""
 
+    both, told = threading.Event(), threading.Event()
+
     class One:
         def complete(self, messages: Any, schema: Any) -> Reply:
             if "Question 0" in messages[1]["content"]:
+                assert both.wait(30)  # the other question is under way before a pause is asked of all
+                told.set()
                 raise Busy("later", wait=500.0)
+            both.set()
+            assert told.wait(30)
             time.sleep(0.1)
             raise KeyboardInterrupt
 
