@@ -106,8 +106,8 @@ def left_out(model: nn.Module, spec: AdapterSpec) -> str | None:
     size = sum(p.numel() for path in experts for p in model.get_submodule(path).parameters(recurse=False))
     share = size / sum(p.numel() for p in model.parameters())
     return (
-        f"all-linear leaves out the experts of {len(experts)} layers ({share:.0%} of the parameters: one weight of three "
-        "dimensions holds all experts of a layer, and no linear layer stands for it) and every router"
+        f"all-linear leaves out every router and the experts of {len(experts)} layers, {share:.0%} of the parameters: "
+        "one weight of three dimensions holds all experts of a layer, and no linear layer stands for it"
     )
 
 
