@@ -15,7 +15,13 @@ from tunegate.engine.generate import Generation, Sampling, generate, score_conti
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError
 
-WINDOWS = {"mistral": {"sliding_window": 8}, "phi3": {"sliding_window": 8}}
+# windows shorter than the rows, and soft caps low enough to bend the scores (Gemma 3 has a window of 8 already)
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma2": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+}
 NEW = 14
 
 
@@ -101,28 +107,54 @@ def test_an_adapter_takes_part() -> None:
     assert generate(runner, given, Sampling(NEW, ())) == found
 
 
-def test_finished_rows_leave_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = prompts(6, (5,) * 8)
+def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(6, tuple(range(3, 19)))
     free = reference("llama", given)
     stop = stops_for(free)
     sizes: list[int] = []
-    plain = module.DecodePass.__init__
+    filled: list[int] = []
+    plain, take = module.DecodePass.__init__, module._Slots._take
     monkeypatch.setattr(module.DecodePass, "__init__", lambda self, s, n: (sizes.append(len(n)), plain(self, s, n))[1])
-    found = generate(Runner(build()), given, Sampling(NEW, stop))
+
+    def taking(self: Any, waiting: Any) -> Any:
+        taken = take(self, waiting)
+        assert len(self.running) + len(taken) <= 4
+        filled.append(len(taken))
+        return taken
+
+    monkeypatch.setattr(module._Slots, "_take", taking)
+    found = generate(Runner(build()), given, Sampling(NEW, stop, rows=4))
     assert found == stopped_at(free, stop)
-    running = [sum(len(row.ids) > step for row in found) for step in range(len(sizes))]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 8
-    assert all(module.COMPACT_AT * size < alive <= size for alive, size in zip(running, sizes, strict=True))
+    assert sum(filled) == 16 and max(filled) == filled[0] == 4 and len([n for n in filled if n]) > 4
+    # every decoded row is one that still grows: the first token of a row comes from its prompt
+    assert sum(sizes) == sum(len(row.ids) - 1 + row.stopped for row in found)
+    assert max(sizes) == 4
 
 
-def test_prompts_beyond_one_prefill_go_in_several_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_grows_with_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of very different lengths through two slots; what is kept stays within its bound."""
+    given = prompts(6, (1, 1, 2, 3, 40, 60, 61, 90))
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 100)
+    kept: list[int] = []
+    grow = module._Slots._grow
+
+    def growing(self: Any, slots: int, places: int) -> None:
+        grow(self, slots, places)
+        kept.append(self.slots * self.places)
+
+    monkeypatch.setattr(module._Slots, "_grow", growing)
+    assert generate(Runner(build()), given, Sampling(NEW, (), rows=3)) == reference("llama", given)
+    assert kept[0] > 0 and max(kept) <= 5 / 4 * (100 + 3 * NEW)
+
+
+def test_prompts_beyond_one_prefill_go_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     given = prompts(9, (5, 2, 9, 4))
     wanted = generate(Runner(build()), given, Sampling(NEW, ()))
     monkeypatch.setattr(module, "PREFILL_TOKENS", 6)
     calls: list[int] = []
-    plain = module._Group.__init__
+    plain = module._Slots._prefill
     monkeypatch.setattr(
-        module._Group, "__init__", lambda self, r, p, g, *rest: (calls.append(len(g)), plain(self, r, p, g, *rest))[1]
+        module._Slots, "_prefill", lambda self, taken: (calls.append(len(taken)), plain(self, taken))[1]
     )
     assert generate(Runner(build()), given, Sampling(NEW, ())) == wanted
     assert calls == [2, 1, 1]  # own tokens 2 + 4, 5, 9
@@ -231,14 +263,12 @@ class _Row:
     """One row's sampling, without a model."""
 
     def __init__(self, temperature: float, top_p: float, seed: int = 0):
-        self.group = module._Group.__new__(module._Group)
-        self.group.sampling = Sampling(1, (), temperature, top_p)
-        self.group.index = [0]
-        self.group.generators = {0: torch.Generator().manual_seed(seed)}
+        self.sampling = Sampling(1, (), temperature, top_p)
+        self.generators = [torch.Generator().manual_seed(seed)]
 
     def draw(self, probabilities: list[float], times: int) -> list[int]:
         logits = torch.tensor([probabilities]).log()
-        return [self.group._pick(logits)[0] for _ in range(times)]
+        return [module._pick(logits, self.generators, self.sampling)[0] for _ in range(times)]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def exact(product: Product) -> tuple[Tensor, Tensor]:
 def rounds_weights(product: Product) -> bool:
     """Whether this level rounds fp32 weights to bf16 for some term."""
     level = native.describe()[0]
-    has_bf16 = level in ("amx", "avx512bf16", "emulatedamx")
+    has_bf16 = level in ("amx", "avx512bf16", "emulatedamx", "emulatedbf16")
     return has_bf16 and any(term.x.dtype == BF16 for term in product.terms)
 
 

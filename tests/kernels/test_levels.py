@@ -1,7 +1,7 @@
 """The kernel tests again at every other instruction-set level that this build holds and this machine can run.
 
 A process has one level, so each runs in its own. The matrix products, where levels differ most, run at every level in
-the fast tests; everything else with ``make test-all``.
+the fast tests, and bf16 attention where a level has matrix units; everything else with ``make test-all``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ def run_tests(paths: list[str], **environment: str) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_matrix_products_at_this_level(level: str) -> None:
     run_tests([str(HERE / "test_gemm.py")], TUNEGATE_CPU_LEVEL=level)
+
+
+@pytest.mark.parametrize("level", [x for x in LEVELS if x in ("emulatedbf16", "emulatedamx", "avx512bf16", "amx")])
+def test_bf16_attention_on_the_matrix_units(level: str) -> None:
+    run_tests([str(HERE / "test_attention.py"), "-k", "bf16"], TUNEGATE_CPU_LEVEL=level)
 
 
 @pytest.mark.slow

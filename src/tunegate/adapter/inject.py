@@ -4,8 +4,8 @@ Nothing is touched before every name, rank and pattern has been checked; all pro
 the nearest real names. Every parameter of the model is frozen, and each A is drawn from its own generator, seeded by
 (seed, module path), so that a layer's start does not depend on which other layers are adapted or in what order.
 
-``all-linear`` is every layer that can carry an adapter except the output head and any layer that shares its weight
-with the input embeddings.
+``all-linear`` is every layer that can carry an adapter except the output head, any layer that shares its weight with
+the input embeddings, and the routers of a mixture of experts. :func:`left_out` says what else it does not reach.
 
 It does not unfreeze: ``remove`` puts the original layers back, still frozen.
 """
@@ -23,6 +23,7 @@ from torch import nn
 from tunegate.adapter.layers import AdapterLayer, DoRALinear, LoRALinear, features
 from tunegate.adapter.spec import AdapterSpec, named, pattern_key, shorten
 from tunegate.errors import InputError, Problem, nearest
+from tunegate.model.experts import fused_experts, is_router
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def find_targets(
         )
     linear = {path: sizes for path, module in modules.items() if (sizes := features(module))}
     head = _head_paths(model, modules)
-    chosen = [path for path in modules if spec.selects(path, path in linear and path not in head)]
+    chosen = [
+        path
+        for path in modules
+        if spec.selects(path, path in linear and path not in head and not is_router(model, path))
+    ]
     targets = {path: modules[path] for path in chosen if path in linear}
     problems = [
         Problem(
@@ -88,6 +93,22 @@ def find_targets(
             fix = f"lower the rank, or set rank_pattern for this module to {smallest} or less"
             problems.append(Problem("the rank exceeds the layer", path, f"rank <= {smallest}", got, fix))
     return targets, problems
+
+
+def left_out(model: nn.Module, spec: AdapterSpec) -> str | None:
+    """One line about what ``all-linear`` leaves as it is in a mixture of experts; None where that is nothing.
+
+    ``model`` may carry the adapter.
+    """
+    experts = fused_experts(model) if spec.all_linear else []
+    if not experts:
+        return None
+    size = sum(p.numel() for path in experts for p in model.get_submodule(path).parameters(recurse=False))
+    share = size / sum(p.numel() for p in model.parameters())
+    return (
+        f"all-linear leaves out every router and the experts of {len(experts)} layers, {share:.0%} of the parameters: "
+        "one weight of three dimensions holds all experts of a layer, and no linear layer stands for it"
+    )
 
 
 def inject(model: nn.Module, spec: AdapterSpec, *, seed: int, strict: bool = True) -> Injection:

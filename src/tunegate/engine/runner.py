@@ -25,10 +25,12 @@ from tunegate.data.types import Rendered
 from tunegate.engine.fused import FusedLayers, PassState
 from tunegate.engine.fused_shape import window_of
 from tunegate.engine.liger import LigerLayers, Operations, operations
+from tunegate.engine.positions import long_above, position_table, rows_of
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.kernels import (
     DecodeStore,
     Head,
+    Layout,
     Plan,
     attention,
     decode_attention,
@@ -82,14 +84,15 @@ class DecodePass:
         self.stores = stores
         self.lengths = lengths
         self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.places = lengths - 1
         self.fused: PassState | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         store = self.stores[layer]
-        store.key[self.rows, :, self.lengths - 1] = k
-        store.value[self.rows, :, self.lengths - 1] = v
+        store.key[self.rows, :, self.places] = k
+        store.value[self.rows, :, self.places] = v
         return decode_attention(q, store, self.lengths, scale=scale, window=window, softcap=softcap)
 
 
@@ -128,7 +131,8 @@ class Runner:
         self.model = model
         self.backbone: nn.Module = model.base_model
         self.device: torch.device = next(model.parameters()).device
-        self.context = _position_table(model.config.get_text_config())
+        self.context = position_table(model.config.get_text_config())
+        self.long_above = long_above(model.config.get_text_config())
         with torch.no_grad():  # what it computes in: some of its weights may be stored in less
             self.dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=self.device)).dtype
         self.fused: FusedLayers | None = None
@@ -162,14 +166,29 @@ class Runner:
         if problems:
             raise InputError(problems)
 
+    def is_long(self, tokens: int) -> bool:
+        """Whether a row of so many tokens takes the base's second set of rotary frequencies (LongRoPE)."""
+        return self.long_above is not None and tokens > self.long_above
+
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden state of every token of the run, (T, hidden)."""
-        prefix = batch.layout.prefix
-        self.check_fit(zip(batch.row_ids, (prefix + n for n in batch.layout.lengths[bool(prefix) :]), strict=True))
+        layout = batch.layout
+        own = layout.lengths[bool(layout.prefix) :]
+        self.check_fit(zip(batch.row_ids, (layout.prefix + n for n in own), strict=True))
+        long = [self.is_long(layout.prefix + n) for n in own]
+        if not any(long) or all(long):
+            return self._hidden(batch.ids, batch.positions, layout)
+        # the model rotates a whole call by its longest row: one call for the short rows and one for the long ones
+        parts = [rows_of(layout, [n for n, is_long in enumerate(long) if is_long == kind]) for kind in (False, True)]
+        found = torch.cat([self._hidden(batch.ids[index], batch.positions[index], rows) for index, rows in parts])
+        order = torch.cat([index for index, _ in parts]).argsort(stable=True)
+        second = layout.prefix + len(parts[0][0])  # of a shared prefix the short rows' states are taken
+        return found[order[(order < len(parts[0][0])) | (order >= second)].to(found.device)]
+
+    def _hidden(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         if self.path == "packed":
-            plan = Plan(batch.layout, self.device)
-            return self.run(batch.ids, batch.positions, PackedPass(plan))
-        return self._padded(batch)
+            return self.run(ids, positions, PackedPass(Plan(layout, self.device)))
+        return self._padded(ids, layout)
 
     def run(self, ids: Tensor, positions: Tensor, attention_pass: AttentionPass) -> Tensor:
         """The backbone over a flat run (packed path): (T,) ids to (T, hidden)."""
@@ -181,14 +200,14 @@ class Runner:
         )
         return output.last_hidden_state[0]
 
-    def _padded(self, batch: Batch) -> Tensor:
-        if batch.layout.prefix:
+    def _padded(self, flat: Tensor, layout: Layout) -> Tensor:
+        if layout.prefix:
             raise ValueError("the padded path takes batches without a shared prefix")
-        rows = batch.ids.split(list(batch.layout.lengths))
-        hidden: list[Tensor] = [batch.ids] * len(rows)
-        for group in similar_lengths(batch.layout.lengths):
+        rows = flat.split(list(layout.lengths))
+        hidden: list[Tensor] = [flat] * len(rows)
+        for group in similar_lengths(layout.lengths):
             ids = nn.utils.rnn.pad_sequence([rows[r] for r in group], batch_first=True).to(self.device)
-            lengths = torch.tensor([len(rows[r]) for r in group], device=self.device)
+            lengths = torch.tensor([layout.lengths[r] for r in group], device=self.device)
             real = torch.arange(ids.shape[1], device=self.device)[None, :] < lengths[:, None]
             output = self.backbone(input_ids=ids, attention_mask=real.long(), use_cache=False)
             for row, state in zip(group, output.last_hidden_state, strict=True):
@@ -350,13 +369,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 evaluating = _eval_mode
-
-
-def _position_table(config: Any) -> int | None:
-    """How many positions the model has a table for; None where positions are computed (rotary) or not needed."""
-    if getattr(config, "rope_parameters", None):
-        return None
-    return getattr(config, "max_position_embeddings", None)
 
 
 def _find_head(model: Any) -> Head:

@@ -4,11 +4,11 @@ Forward computes, chunk by chunk, the logits, the loss and, because the head is 
 respect to the hidden states; backward only scales it. Memory is chunk x vocabulary whatever the batch. The loss is
 a SUM over targets, in fp32: who divides, and by what, is the training loop's business.
 
-With the C++ kernels, a frozen plain head on fp32 hidden states, without a soft cap, writes its logits into one buffer
-per thread that later calls reuse; :func:`softmax_gradient_` turns them into their own gradient in place.
+With the C++ kernels, a frozen plain head, in fp32 or bf16, with a soft cap or without, writes fp32 logits into one
+buffer per thread that later calls reuse; :func:`softmax_gradient_` turns them into their own gradient in place. For
+bf16 hidden states that gradient is rounded to bf16 once, so that its product with the head runs on the matrix units.
 Log-probabilities and greedy choices need no logits afterwards: they go through blocks of the vocabulary that stay in
-the cache. Any other head, device or autocast takes the module's own forward, which rounds 16-bit logits; the operator
-``tunegate::linear_cross_entropy`` gives fp32 logits for bf16 heads too.
+the cache. Any other head, device or autocast takes the module's own forward, which rounds 16-bit logits.
 
 It does not train the head: a head with trainable parameters goes through autograd, chunk by chunk, recomputed.
 """
@@ -69,13 +69,16 @@ def _chunk_rows(head: Head) -> int:
 _kept = threading.local()
 
 
-def _scratch(rows: int, columns: int) -> Tensor:
-    """This thread's fp32 buffer as (rows, columns), kept for the next call: fresh pages cost as much as the loss."""
-    buffer: Tensor | None = getattr(_kept, "buffer", None)
+def _scratch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """This thread's buffer as (rows, columns), kept for the next call: fresh pages cost as much as the loss."""
+    if not hasattr(_kept, "buffers"):
+        _kept.buffers = {}
+    buffers: dict[torch.dtype, Tensor] = _kept.buffers
+    buffer = buffers.get(dtype)
     if buffer is None or buffer.numel() < rows * columns:
-        _kept.buffer = None
+        buffers.pop(dtype, None)
         with torch.inference_mode(False):
-            buffer = _kept.buffer = torch.empty(rows * columns)
+            buffer = buffers[dtype] = torch.empty(rows * columns, dtype=dtype)
     return buffer[: rows * columns].view(rows, columns)
 
 
@@ -141,6 +144,8 @@ def linear_cross_entropy_op(
         multiply(Product(logits, [Term(hidden[start:stop], weight)], bias=bias))
         softmax_gradient_(logits, labels[start:stop], losses[start:stop], scale, softcap)
         if with_gradient:
+            if hidden.dtype != logits.dtype:
+                logits = _scratch(stop - start, columns, hidden.dtype).copy_(logits)
             multiply(Product(grad[start:stop], [Term(logits, weight, w_is_kn=True)]))
     return losses.sum(), grad
 
@@ -172,7 +177,7 @@ def _plain_head(hidden: Tensor, head: Head) -> nn.Linear | StoredLinear | None:
         return None
     if module._forward_hooks or module._forward_pre_hooks or not head.frozen:
         return None
-    if hidden.dim() != 2 or hidden.dtype != torch.float32 or module.weight.dtype not in native.KERNEL_DTYPES:
+    if hidden.dim() != 2:
         return None
     if torch.is_autocast_enabled("cpu") or hidden.stride(1) != 1 or module.weight.stride(1) != 1:
         return None
@@ -183,8 +188,7 @@ def _plain_head(hidden: Tensor, head: Head) -> nn.Linear | StoredLinear | None:
 def _linear_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor | None:
     """The loss through the kernels, or None where they do not apply (an ignored label of -100 included)."""
     layer = _plain_head(hidden, head)
-    # A saturated soft cap: fp32 autograd's and the kernel's gradients differ by up to 2e-6, more than callers expect.
-    if layer is None or head.softcap is not None or not _in_range(labels, layer.out_features):
+    if layer is None or not _in_range(labels, layer.out_features):
         return None
     needs_grad = torch.is_grad_enabled() and hidden.requires_grad
     loss, _ = linear_cross_entropy_op(

@@ -4,8 +4,9 @@ Scores exist in tiles only (flash attention): the forward keeps each query's log
 the probabilities from it. Query heads that share a key head are computed together, so keys and values are never
 repeated; a shared prefix is read where it lies. Sums are cut by data, so any number of threads gives the same bytes.
 
-Tensors are fp32 or bf16, softmax and sums fp32. bf16 operands are widened; the matrix units (AMX, AVX512-BF16) are
-not used. Head dims are multiples of 8 up to 256; :func:`supports` tells, and callers keep a twin for the rest.
+Tensors are fp32 or bf16, read and written as they lie; softmax and sums are fp32. On AMX and AVX512-BF16 the products
+of bf16 tensors run on the matrix units, probabilities rounded to bf16; elsewhere operands are widened in registers.
+Head dims are multiples of 8 up to 256; :func:`supports` tells, and callers keep a twin for the rest.
 """
 
 from __future__ import annotations

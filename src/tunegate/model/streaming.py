@@ -32,10 +32,10 @@ from tunegate.kernels.linear import QuantizedWeight
 from tunegate.kernels.nf4 import QuantizedLinear, quantize
 from tunegate.kernels.stored import StoredEmbedding, StoredLinear
 from tunegate.model.bnb_files import StoredWeight, quantized_names, unpack
+from tunegate.model.experts import is_router
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry, tensors_of
 
-ROUTERS = ("router", "mlp.gate", "block_sparse_moe.gate")
 _OTHER_DTYPE = "choose the base's 16-bit checkpoint; 8-bit weights need scales that are not read here"
 
 
@@ -200,12 +200,11 @@ def _missing(folder: Path, missing: list[str]) -> Problem:
 def quantizable(model: Any, keep: tuple[str, ...]) -> set[str]:
     """Paths of the linear layers to quantize."""
     head, tied = model.get_output_embeddings(), set(_tied_names(model))
-    endings = (*ROUTERS, *keep)
     return {
         path
         for path, module in model.named_modules()
         if type(module) is nn.Linear and module is not head and f"{path}.weight" not in tied
-        if not any(path == ending or path.endswith(f".{ending}") for ending in endings)
+        if not is_router(model, path) and not any(path == ending or path.endswith(f".{ending}") for ending in keep)
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
+from tunegate.adapter.inject import left_out
 from tunegate.data.split import position
 from tunegate.engine.backends import find_backend
 from tunegate.engine.train import Hooks, TrainResult, mean_loss
@@ -107,6 +108,8 @@ def train_adapter(
         f"({100 * injection.trainable / total:.2f} %) in {len(injection.modules)} layers, "
         f"{len(prepared.train_rows):,} rows"
     )
+    if (unreached := left_out(session.model, injection.spec)) is not None:
+        session.reporter.line(unreached)
     with log:
         hooks = Hooks(evaluate, log.report, stop)
         backend = find_backend(settings.backend)

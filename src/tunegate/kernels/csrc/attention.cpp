@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include "attention_backward.h"
+#include "attention_bf16.h"
 #include "attention_decode.h"
 #include "attention_forward.h"
 #include "level.h"
@@ -10,9 +11,17 @@
 namespace tunegate::TUNEGATE_LEVEL {
 namespace {
 
+#ifdef TUNEGATE_HAS_BF16
+using HalfForward = MatrixForward;
+using HalfBackward = MatrixBackward;
+#else
+using HalfForward = VectorForward<bf16>;
+using HalfBackward = VectorBackward<bf16>;
+#endif
+
 constexpr int64_t kTokensEach = 64;  // of a task that only passes over tokens
 
-template <typename T>
+template <typename T, typename B>
 void backward(const AttentionBackward& call) {
   const AttentionShape& s = call.shape;
   TokenView sums = {call.grad_q_sums, s.heads * s.dim, s.dim};
@@ -23,10 +32,10 @@ void backward(const AttentionBackward& call) {
   });
   memset(call.finished, 0, size_t(call.chunk_count * s.kv_heads) * 8);
   parallel(call.chunk_count * s.kv_heads,
-           [&](int64_t i) { chunk_gradients<T>(call, grad_q, i / s.kv_heads, i % s.kv_heads); });
+           [&](int64_t i) { chunk_gradients<T, B>(call, grad_q, i / s.kv_heads, i % s.kv_heads); });
   if (s.prefix) {
     parallel(call.slices * s.kv_heads,
-             [&](int64_t i) { prefix_gradients<T>(call, grad_q, i / s.kv_heads, i % s.kv_heads); });
+             [&](int64_t i) { prefix_gradients<B>(call, grad_q, i / s.kv_heads, i % s.kv_heads); });
     parallel(s.prefix, [&](int64_t t) {
       for (int64_t kv = 0; kv < s.kv_heads; kv++) sum_partials<T>(call, t, kv);
     });
@@ -46,17 +55,17 @@ void attention_forward(const AttentionForward& call) {
   parallel(call.block_count * heads, [&](int64_t i) {
     const QueryBlock& block = call.blocks[i / heads];
     if (call.shape.half)
-      forward_block<bf16>(call, block, i % heads);
+      forward_block<bf16, HalfForward>(call, block, i % heads);
     else
-      forward_block<float>(call, block, i % heads);
+      forward_block<float, VectorForward<float>>(call, block, i % heads);
   });
 }
 
 void attention_backward(const AttentionBackward& call) {
   if (call.shape.half)
-    backward<bf16>(call);
+    backward<bf16, HalfBackward>(call);
   else
-    backward<float>(call);
+    backward<float, VectorBackward<float>>(call);
 }
 
 void decode_attention(const DecodeAttention& call) {
@@ -64,9 +73,9 @@ void decode_attention(const DecodeAttention& call) {
   parallel(parts * heads, [&](int64_t i) {
     int64_t begin = i / heads * call.rows_each, end = min_of(call.rows, begin + call.rows_each);
     if (call.shape.half)
-      decode_rows<bf16>(call, begin, end, i % heads);
+      decode_rows<bf16, HalfForward>(call, begin, end, i % heads);
     else
-      decode_rows<float>(call, begin, end, i % heads);
+      decode_rows<float, VectorForward<float>>(call, begin, end, i % heads);
   });
 }
 

@@ -136,42 +136,39 @@ inline void own_part(const DecodeAttention& call, int64_t row, int64_t kv, int64
 }
 
 // The prefix's part for all lanes of the task: state in b.
-template <typename T>
-inline void prefix_part(const DecodeAttention& call, const Lanes& lanes, ForwardBuffers& b) {
+template <typename F>
+inline void prefix_part(const DecodeAttention& call, const Lanes& lanes, F& b) {
   const AttentionShape& s = call.shape;
   int64_t size = key_block(s);
-  begin_lanes(s, View<const T>(call.q), lanes, b);
+  b.begin(s, call.q, lanes);
   for (int64_t m = 0; m < lanes.padded; m++)
     b.position[m] = int32_t(s.prefix + call.lengths[lanes.token(min_of(m, lanes.count - 1))] - 1);
   for (int64_t first = 0; first < s.prefix; first += size) {
     int64_t count = min_of(size, s.prefix - first);
-    View<const T> k(call.prefix_key), v(call.prefix_value);
-    gather(k, lanes.kv, 0, 0, first, count, s.dim, b.k);
-    gather(v, lanes.kv, 0, 0, first, count, s.value_dim, b.v);
-    for (int64_t m = 0; m < lanes.padded; m += kPanel) {
-      int64_t width = min_of(kPanel, lanes.padded - m), lowest = b.position[m], highest = lowest;
+    b.take_keys(s, call.prefix_key, call.prefix_value, {lanes.kv, 0, 0, first, count});
+    for (int64_t m = 0; m < lanes.padded; m += F::kWidth) {
+      int64_t width = min_of(F::kWidth, lanes.padded - m), lowest = b.position[m], highest = lowest;
       for (int64_t i = m; i < m + width; i++) {
         lowest = min_of(lowest, b.position[i]);
         highest = max_of(highest, b.position[i]);
       }
       Softmax state = {s.window, b.position + m, lowest, highest, s.prefix, b.maximum + m, b.total + m};
       if (first + count <= lowest - s.window + 1) continue;
-      PanelWork work = {b.q + m * s.dim, b.k, b.v, b.scores, b.out + m * s.value_dim, first, round_up(count, kRows)};
-      forward_panel(width / W, s, work, state);
+      b.panel(s, m, width, 0, round_up(count, F::kStep), first, state);
     }
   }
 }
 
-template <typename T>
+template <typename T, typename F>
 void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, int64_t kv) {
   const AttentionShape& s = call.shape;
   int64_t group = s.heads / s.kv_heads, value_wide = round_up(s.value_dim, W), longest = 0;
   bool copies = s.dim % W || s.value_dim % W;
   for (int64_t row = begin; row < end; row++) longest = max_of(longest, min_of(call.lengths[row], s.window));
-  Lanes lanes = {begin, (end - begin) * group, round_up((end - begin) * group, W), kv, group};
-  ForwardBuffers shared(s, lanes.padded, key_block(s));
+  Lanes lanes = {begin, (end - begin) * group, round_up((end - begin) * group, F::kLanes), kv, group};
+  F shared(s, lanes.padded, key_block(s));
   DecodeBuffers b(s, group, longest, copies);
-  if (s.prefix) prefix_part<T>(call, lanes, shared);
+  if (s.prefix) prefix_part(call, lanes, shared);
   View<T> out(call.out);
   for (int64_t row = begin; row < end; row++) {
     own_part<T>(call, row, kv, group, b, copies);
@@ -188,8 +185,8 @@ void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, int64_
       } else {
         mine = 1.0f / b.total[g];
       }
-      int64_t width = min_of(kPanel, lanes.padded - lane / kPanel * kPanel);
-      const float* column = shared.out + lane / kPanel * kPanel * s.value_dim + lane % kPanel;
+      int64_t panel = lane / F::kWidth * F::kWidth, width = min_of(F::kWidth, lanes.padded - panel);
+      const float* column = shared.panel_out(s, panel) + lane - panel;
       T* to = out.at(row, kv * group + g);
       for (int64_t d = 0; d < s.value_dim; d++) {
         float x = b.out[g * value_wide + d] * mine;

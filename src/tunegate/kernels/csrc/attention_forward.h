@@ -85,16 +85,14 @@ inline void forward_panel(const AttentionShape& shape, const PanelWork& work, co
                        factor);
 }
 
-inline void forward_panel(int64_t vectors, const AttentionShape& shape, const PanelWork& work, const Softmax& state) {
-  if (vectors == 3) return forward_panel<3>(shape, work, state);
-  if (vectors == 2) return forward_panel<2>(shape, work, state);
-  forward_panel<1>(shape, work, state);
-}
-
-struct ForwardBuffers {
+// What a task of forward holds, and how it computes with it: on vectors, everything widened. MatrixForward
+// (attention_bf16.h) has the same members.
+template <typename T>
+struct VectorForward {
+  static constexpr int64_t kLanes = W, kWidth = kPanel, kStep = kRows;  // lanes, a panel's lanes, keys: multiples of
   float *q, *out, *maximum, *total, *k, *v, *scores;
   int32_t* position;
-  ForwardBuffers(const AttentionShape& s, int64_t lanes, int64_t keys) {
+  VectorForward(const AttentionShape& s, int64_t lanes, int64_t keys) {
     Arena arena(lanes * (s.dim + s.value_dim + 3) + keys * (s.dim + s.value_dim + kPanel));
     q = arena.take(lanes * s.dim);
     out = arena.take(lanes * s.value_dim);
@@ -105,54 +103,62 @@ struct ForwardBuffers {
     v = arena.take(keys * s.value_dim);
     scores = arena.take(keys * kPanel);
   }
+  void begin(const AttentionShape& s, const TokenView& queries, const Lanes& lanes) {
+    float factor = s.softcap > 0 ? s.scale / s.softcap : s.scale;
+    for (int64_t m = 0; m < lanes.padded; m += kPanel)
+      pack_columns(View<const T>(queries), lanes, m, min_of(kPanel, lanes.padded - m), s.dim, factor, q + m * s.dim);
+    for (int64_t m = 0; m < lanes.padded; m++) maximum[m] = kLowest, total[m] = 0.0f;
+    memset(out, 0, size_t(lanes.padded * s.value_dim) * 4);
+  }
+  void take_keys(const AttentionShape& s, const TokenView& keys, const TokenView& values, const KeyRange& range) {
+    gather(View<const T>(keys), range, s.dim, k);
+    gather(View<const T>(values), range, s.value_dim, v);
+  }
+  // rows keys (a multiple of kStep) from number skip of those taken on; the first one stands at position first
+  void panel(const AttentionShape& s, int64_t m, int64_t width, int64_t skip, int64_t rows, int64_t first,
+             const Softmax& state) {
+    PanelWork work = {q + m * s.dim, k + skip * s.dim, v + skip * s.value_dim, scores, out + m * s.value_dim, first, rows};
+    if (width == 3 * W) forward_panel<3>(s, work, state);
+    if (width == 2 * W) forward_panel<2>(s, work, state);
+    if (width == W) forward_panel<1>(s, work, state);
+  }
+  const float* panel_out(const AttentionShape& s, int64_t m) const { return out + m * s.value_dim; }
 };
 
-template <typename T>
-inline void begin_lanes(const AttentionShape& s, View<const T> q, const Lanes& lanes, ForwardBuffers& b) {
-  float factor = s.softcap > 0 ? s.scale / s.softcap : s.scale;
-  for (int64_t m = 0; m < lanes.padded; m += kPanel)
-    pack_columns(q, lanes, m, min_of(kPanel, lanes.padded - m), s.dim, factor, b.q + m * s.dim);
-  for (int64_t m = 0; m < lanes.padded; m++) b.maximum[m] = kLowest, b.total[m] = 0.0f;
-  memset(b.out, 0, size_t(lanes.padded * s.value_dim) * 4);
-}
-
 // All panels of the lanes over the key block at position first; a panel leaves out what none of its lanes sees.
-inline void key_block_step(const AttentionShape& s, const Lanes& lanes, int64_t first, int64_t count,
-                           ForwardBuffers& b) {
-  for (int64_t m = 0; m < lanes.padded; m += kPanel) {
-    int64_t width = min_of(kPanel, lanes.padded - m), last = min_of(m + width, lanes.count) - 1;
+template <typename F>
+inline void key_block_step(const AttentionShape& s, const Lanes& lanes, int64_t first, int64_t count, F& b) {
+  for (int64_t m = 0; m < lanes.padded; m += F::kWidth) {
+    int64_t width = min_of(F::kWidth, lanes.padded - m), last = min_of(m + width, lanes.count) - 1;
     Softmax state = {s.window,       b.position + m, b.position[m], b.position[last],
                      first + count, b.maximum + m,  b.total + m};
-    int64_t skip = max_of(0, state.lowest - s.window + 1 - first) / kRows * kRows;
+    int64_t skip = max_of(0, state.lowest - s.window + 1 - first) / F::kStep * F::kStep;
     int64_t end = min_of(count, state.highest + 1 - first);
     if (end <= skip) continue;
-    PanelWork work = {b.q + m * s.dim, b.k + skip * s.dim, b.v + skip * s.value_dim, b.scores,
-                      b.out + m * s.value_dim, first + skip, round_up(end - skip, kRows)};
-    forward_panel(width / W, s, work, state);
+    b.panel(s, m, width, skip, round_up(end - skip, F::kStep), first + skip, state);
   }
 }
 
-template <typename T>
+template <typename T, typename F>
 void forward_block(const AttentionForward& call, const QueryBlock& block, int64_t kv) {
   const AttentionShape& s = call.shape;
   int64_t group = s.heads / s.kv_heads, size = key_block(s);
-  Lanes lanes = {block.start + block.first - s.skipped, block.count * group, round_up(block.count * group, W), kv,
-                 group};
-  ForwardBuffers b(s, lanes.padded, size);
-  begin_lanes(s, View<const T>(call.q), lanes, b);
+  Lanes lanes = {block.start + block.first - s.skipped, block.count * group, round_up(block.count * group, F::kLanes),
+                 kv, group};
+  F b(s, lanes.padded, size);
+  b.begin(s, call.q, lanes);
   int64_t base = block.prefix + block.first, keys = base + block.count;
   for (int64_t m = 0; m < lanes.padded; m++) b.position[m] = int32_t(base + min_of(m, lanes.count - 1) / group);
   for (int64_t first = max_of(0, base - s.window + 1); first < keys; first += size) {
     int64_t count = min_of(size, keys - first);
-    gather(View<const T>(call.k), kv, block.prefix, block.start, first, count, s.dim, b.k);
-    gather(View<const T>(call.v), kv, block.prefix, block.start, first, count, s.value_dim, b.v);
+    b.take_keys(s, call.k, call.v, {kv, block.prefix, block.start, first, count});
     key_block_step(s, lanes, first, count, b);
   }
   for (int64_t m = 0; m < lanes.count; m++)
     call.lse[lanes.token(m) * s.heads + lanes.head(m)] = b.maximum[m] + logf(b.total[m]);
   for (int64_t m = 0; m < lanes.padded; m += W) store(b.total + m, 1.0f / load(b.total + m));
-  for (int64_t m = 0; m < lanes.padded; m += kPanel)
-    unpack_columns<false>(b.out + m * s.value_dim, min_of(kPanel, lanes.padded - m), s.value_dim, b.total + m,
+  for (int64_t m = 0; m < lanes.padded; m += F::kWidth)
+    unpack_columns<false>(b.panel_out(s, m), min_of(F::kWidth, lanes.padded - m), s.value_dim, b.total + m,
                           View<T>(call.out), lanes, m);
 }
 

@@ -135,14 +135,17 @@ inline void copy_rows(const T* from, int64_t step, int64_t count, int64_t dim, f
     for (int64_t d = 0; d < dim; d += 4) store4(to + n * dim + d, load4(from + n * step + d));
 }
 
-// Keys first .. first + count - 1 of the sequence "prefix, then the row's own tokens from start on".
+// Keys first .. first + count - 1 of the sequence "prefix, then the row's own tokens from start on", of one kv head.
+struct KeyRange {
+  int64_t kv, prefix, start, first, count;
+};
+
 template <typename T>
-inline void gather(View<const T> x, int64_t kv, int64_t prefix, int64_t start, int64_t first, int64_t count,
-                   int64_t dim, float* to) {
-  int64_t shared = max_of(0, min_of(prefix, first + count) - first);
-  copy_rows(x.at(first, kv), x.token, shared, dim, to);
-  copy_rows(x.at(start + first + shared - prefix, kv), x.token, count - shared, dim, to + shared * dim);
-  memset(to + count * dim, 0, size_t((round_up(count, kRows) - count) * dim) * 4);
+inline void gather(View<const T> x, const KeyRange& r, int64_t dim, float* to) {
+  int64_t shared = max_of(0, min_of(r.prefix, r.first + r.count) - r.first);
+  copy_rows(x.at(r.first, r.kv), x.token, shared, dim, to);
+  copy_rows(x.at(r.start + r.first + shared - r.prefix, r.kv), x.token, r.count - shared, dim, to + shared * dim);
+  memset(to + r.count * dim, 0, size_t((round_up(r.count, kRows) - r.count) * dim) * 4);
 }
 
 // y[lane][d] (+)= x[d][lane] * factor[lane] for the real lanes of a panel.

@@ -27,6 +27,7 @@ TUNEGATE_TABLE(amx)
 #endif
 #ifdef TUNEGATE_EMULATION
 TUNEGATE_TABLE(emulated512)
+TUNEGATE_TABLE(emulatedbf16)
 TUNEGATE_TABLE(emulatedamx)
 #endif
 
@@ -72,6 +73,7 @@ std::vector<Level> levels() {
       {"plain", &plain::table, true, true},
 #ifdef TUNEGATE_EMULATION
       {"emulated512", &emulated512::table, true, false},
+      {"emulatedbf16", &emulatedbf16::table, true, false},
       {"emulatedamx", &emulatedamx::table, true, false},
 #endif
   };

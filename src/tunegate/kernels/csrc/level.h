@@ -46,13 +46,15 @@ inline vfloat load(const bf16* p) {
   vuint wide = __builtin_convertvector(h, vuint) << 16;
   return (vfloat)wide;
 }
-// Round to nearest, ties to even; a NaN stays one (its payload is not kept).
-inline void store(bf16* p, vfloat v) {
+// The bits of v as bf16. Round to nearest, ties to even; a NaN stays one (its payload is not kept).
+inline vuint bf16_bits(vfloat v) {
   vuint u = (vuint)v;
   vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vint nan = (vint)(v != v);
-  rounded = (rounded & ~(vuint)nan) | ((vuint)nan & 0x7fc0);
-  vhalf h = __builtin_convertvector(rounded, vhalf);
+  return (rounded & ~(vuint)nan) | ((vuint)nan & 0x7fc0);
+}
+inline void store(bf16* p, vfloat v) {
+  vhalf h = __builtin_convertvector(bf16_bits(v), vhalf);
   memcpy(p, &h, sizeof h);
 }
 
