@@ -243,8 +243,7 @@ class _Layer(torch.autograd.Function):
         with context.scratch.scope(), ctx.owner.temporary.scope():
             saved = ctx.saved
             if saved is None:
-                again = ctx.owner.temporary.take(*x.shape, dtype=x.dtype)
-                saved = fused_layer.forward(context, x, again, ctx.owner.temporary)
+                saved = fused_layer.forward(context, x, None, ctx.owner.temporary)
             found = fused_layer.backward(context, saved, grad_out, grad_x)
         ctx.lease.workspace.put_away(x)
         ctx.saved = ctx.lease = ctx.context = ctx.x = None

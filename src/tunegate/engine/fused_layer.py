@@ -92,11 +92,10 @@ class Context:
     scratch: Workspace
 
 
-def _project(
-    c: Context, x: Tensor, group: Sequence[Projection], outs: Sequence[Tensor], keep: Workspace, first: int,
-    add: Tensor | None = None, factor: float = 1.0,
+def _low_rank(
+    c: Context, x: Tensor, group: Sequence[Projection], keep: Workspace, first: int
 ) -> list[Tensor | None]:  # fmt: skip
-    """Every projection of ``group`` on x (T, in) into ``outs``; returns their low-rank activations (T, r)."""
+    """The low-rank activations (T, r) of every projection of ``group`` on x (T, in)."""
     low: list[Tensor | None] = []
     downs = []
     with c.scratch.scope():
@@ -113,6 +112,15 @@ def _project(
             low.append(h)
         if downs:
             multiply(*downs)
+    return low
+
+
+def _project(
+    c: Context, x: Tensor, group: Sequence[Projection], outs: Sequence[Tensor], keep: Workspace, first: int,
+    add: Tensor | None = None, factor: float = 1.0,
+) -> list[Tensor | None]:  # fmt: skip
+    """Every projection of ``group`` on x (T, in) into ``outs``; returns their low-rank activations (T, r)."""
+    low = _low_rank(c, x, group, keep, first)
     products = []
     for p, small, out in zip(group, low, outs, strict=True):
         terms = [Term(x, p.weight)]
@@ -227,28 +235,34 @@ def _attention_inputs(
 
 
 def _branch(
-    c: Context, x: Tensor, group: list[Projection], after: Norm | None, residual: Tensor, out: Tensor,
+    c: Context, x: Tensor, group: list[Projection], after: Norm | None, residual: Tensor, out: Tensor | None,
     keep: Workspace, first: int, saving: bool,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:  # fmt: skip
     """``out = residual + factor * after(group(x))``; returns the projection's own output if a backward pass reads
-    it, the norm's inverse RMS, and the low-rank activation."""
+    it, the norm's inverse RMS, and the low-rank activation. Without ``out`` only what is returned is computed."""
     factor = c.shape.residual
     adapted = group[0].gain is not None and saving
     if after is None and not adapted:
+        if out is None:
+            return None, None, _low_rank(c, x, group, keep, first)
         return None, None, _project(c, x, group, [out], keep, first, add=residual, factor=factor)
     own = keep.take(len(x), group[0].shape[0], dtype=x.dtype)
     low = _project(c, x, group, [own], keep, first)
     if after is None:
-        torch.add(residual, own, alpha=factor, out=out)
+        if out is not None:
+            torch.add(residual, own, alpha=factor, out=out)
         return own, None, low
     inverse = keep.take(len(x))
-    _norm(after, own, out, inverse)
-    out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual)
+    with c.scratch.scope():
+        _norm(after, own, c.scratch.take(*own.shape, dtype=x.dtype) if out is None else out, inverse)
+    if out is not None:
+        out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual)
     return own, inverse, low
 
 
-def forward(c: Context, x: Tensor, out: Tensor, keep: Workspace, *, saving: bool = True) -> Saved:
-    """The layer on x (T, H) into ``out``. What :func:`backward` needs is taken from ``keep``."""
+def forward(c: Context, x: Tensor, out: Tensor | None, keep: Workspace, *, saving: bool = True) -> Saved:
+    """The layer on x (T, H) into ``out``. What :func:`backward` needs is taken from ``keep``; where nobody reads the
+    output (None: the layer is computed again), the last product is left out."""
     shape, groups, tokens = c.shape, c.projections, len(x)
     outs, q, k, v, inverse, low = _attention_inputs(c, x, keep)
     attended = keep.take(tokens, shape.heads, v.shape[-1], dtype=x.dtype)

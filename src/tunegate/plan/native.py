@@ -69,8 +69,7 @@ def replay(p: LayerPass, into: Replay | None = None) -> Replay:
         for layer in reversed(range(layers)):
             with memory.scratch.scope(), memory.temporary.scope():
                 if layer < p.recomputed:
-                    memory.temporary.take(p.tokens * p.shape.hidden, p.itemsize)
-                    _forward(p, memory.temporary, memory.scratch, saving=True)
+                    _forward(p, memory.temporary, memory.scratch, saving=True, output=False)
                 _backward(p, memory.scratch, first=layer == 0)
     return memory
 
@@ -109,15 +108,18 @@ def _project(p: LayerPass, group: _Group, keep: Arena, scratch: Arena) -> None:
                     scratch.take(p.tokens * inputs, p.itemsize)
 
 
-def _branch(p: LayerPass, group: _Group, keep: Arena, scratch: Arena, saving: bool) -> None:
+def _branch(p: LayerPass, group: _Group, keep: Arena, scratch: Arena, saving: bool, output: bool = True) -> None:
     if p.shape.sandwich or (p.dora and group[0][2] and saving):
         keep.take(p.tokens * group[0][1], p.itemsize)
     _project(p, group, keep, scratch)
     if p.shape.sandwich:
         keep.take(p.tokens)
+        if not output:
+            with scratch.scope():
+                scratch.take(p.tokens * group[0][1], p.itemsize)
 
 
-def _forward(p: LayerPass, keep: Arena, scratch: Arena, *, saving: bool) -> None:
+def _forward(p: LayerPass, keep: Arena, scratch: Arena, *, saving: bool, output: bool = True) -> None:
     s, tokens, size = p.shape, p.tokens, p.itemsize
     qkv, out, gate_up, down = _groups(p)
     keep.take(tokens)
@@ -141,7 +143,7 @@ def _forward(p: LayerPass, keep: Arena, scratch: Arena, *, saving: bool) -> None
         scratch.take(tokens * s.hidden, size)
         _project(p, gate_up, keep, scratch)
         scratch.take(tokens * s.intermediate, size)
-        _branch(p, down, keep, scratch, saving)
+        _branch(p, down, keep, scratch, saving, output)
 
 
 def _project_backward(p: LayerPass, group: _Group, scratch: Arena) -> None:
