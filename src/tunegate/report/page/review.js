@@ -279,7 +279,7 @@ function stack(counts) {
   for (const [name, count] of Object.entries(counts)) {
     const part = make("i", name);
     part.style.flexGrow = count;
-    bar.append(part);
+    if (count) bar.append(part);
     legend.append(make("span", "", make("i", name), `${count} ${name}`));
   }
   return [bar, legend];
