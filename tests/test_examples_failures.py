@@ -124,8 +124,9 @@ def test_shipped_or_not() -> None:
 
 
 def test_refused_for_the_base_and_nothing_else() -> None:
-    other = {"what": "the adapter was trained on another base", "got": "b with fingerprint b3:00"}
-    assert driver.refused(2, {"error": [other]}, other["what"]).good
+    other = {"what": "the adapter was trained on another base", "got": f"/a/b with fingerprint b3:{'0' * 64} (weights)"}
+    found = driver.refused(2, {"error": [other]}, other["what"])
+    assert found.good and found.words == (f"{other['what']}: b with fingerprint b3:0000000000 (weights)",)
     for code, answer in ((2, BROKEN), (0, {"score": 1.0}), (1, {"error": [other]})):
         assert not driver.refused(code, answer, other["what"]).good
 
@@ -153,7 +154,7 @@ def test_exit_code_and_table(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert play(monkeypatch, tmp_path, ("one", True), ("two", True)) == 0
-    assert "every fault was caught" in capsys.readouterr().out
+    assert "all as it should be" in capsys.readouterr().out
     assert play(monkeypatch, tmp_path, ("one", True), ("two", False)) == 1
     said = capsys.readouterr().out
     assert "MISSED" in said and "not as it should be: two" in said
