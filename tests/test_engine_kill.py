@@ -51,7 +51,18 @@ def count_operations(act: Callable[[int], None]) -> None:
         now()
         return write(path, data)
 
+    from tunegate.engine import checkpoint
+
+    save = checkpoint.save_file
+
+    def save_file(tensors: Any, path: Path) -> None:
+        save(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+        now()
+        save(tensors, path)
+
     Path.write_bytes = write_bytes  # type: ignore[method-assign]
+    checkpoint.save_file = save_file
     for owner, name in ((Path, "replace"), (Path, "rename"), (shutil, "rmtree"), (os, "rmdir")):
         before(owner, name)
 

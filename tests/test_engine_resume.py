@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,16 +145,22 @@ def test_a_full_disk_loses_nothing(writes: int, whole: Any, tmp_path: Path, monk
     with pytest.raises(Interrupted):
         Job(tmp_path, _resumable(), stop_at=3).run()
     before = files_of(tmp_path / "checkpoints")
-    plain, left = Path.write_bytes, [writes]
+    left = [writes]
 
-    def full(path: Path, data: bytes) -> int:
-        if not left[0]:
-            plain(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        left[0] -= 1
-        return plain(path, data)
+    def full(write: Any, path_at: int) -> Any:
+        def call(*arguments: Any) -> Any:
+            done = write(*arguments)
+            if not left[0]:
+                path = arguments[path_at]
+                os.truncate(path, path.stat().st_size // 2)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            return done
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+        return call
+
+    monkeypatch.setattr(Path, "write_bytes", full(Path.write_bytes, 0))
+    monkeypatch.setattr(checkpoint, "save_file", full(checkpoint.save_file, 1))
     with pytest.raises(TunegateError, match="No space left on device"):
         Job(tmp_path, _resumable()).run()
     monkeypatch.undo()

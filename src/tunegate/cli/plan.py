@@ -196,7 +196,7 @@ def _by_method(p: PlanInputs) -> tuple[dict[str, MemoryPlan], dict[str, MemoryPl
 
 def _choices(p: PlanInputs) -> dict[str, dict[str, int]]:
     """Bytes of activations, of those of a kept layer, and of the peak, by what is kept for the backward pass."""
-    found = {}
+    found: dict[str, dict[str, int]] = {}
     for choice in CHECKPOINTING:
         run = replace(p, checkpointing=choice, kept_layers=p.shape.layers // 2)
         plans = [estimate(replace(run, engine="eager", itemsize=2)), estimate(replace(run, engine="native"))]
