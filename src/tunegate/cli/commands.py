@@ -17,6 +17,7 @@ from tunegate.cli.doctor import doctor
 from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
+from tunegate.cli.registry import registry
 from tunegate.cli.sweep import sweep
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
@@ -27,7 +28,8 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
 __all__ = [
-    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "run", "show", "sweep", "train",
+    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "registry", "run", "show",
+    "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 

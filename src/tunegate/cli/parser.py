@@ -9,6 +9,7 @@ from typing import Any
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.quantize import size
+from tunegate.cli.registry import add_parser as add_registry
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
 SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -122,6 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep(commands, task)
     _add_merge(commands, common)
     _add_quantize(commands, common)
+    add_registry(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
 

@@ -93,6 +93,7 @@ def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Ve
     with registry.database.writing() as connection:
         before = find_entity(connection, old)
         _refuse(connection, before, new)
+        flagged = {v.adapter for v in list_versions(connection) if v.flags}
         at = stamp(connection)
         free = connection.execute(sa.select(base_names.c.name).where(base_names.c.name == new.name)).first() is None
         insert(connection, [new], [], at)
@@ -102,7 +103,8 @@ def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Ve
         connection.execute(superseded.insert().values(old=before.id, new=new.id, who=registry.who, at=at, why=why))
         record(connection, before.id, f"superseded by {new.id}", registry.who, why, at)
         record(connection, new.id, f"supersedes {before.id}", registry.who, why, at)
-        return [v for v in list_versions(connection, versions.c.state != RETIRED) if v.flags]
+        in_use = list_versions(connection, versions.c.state != RETIRED)
+        return [v for v in in_use if v.flags and v.adapter not in flagged]
 
 
 def _refuse(connection: Connection, old: Entity, new: Entity) -> None:
@@ -130,9 +132,8 @@ def list_bases(connection: Connection) -> list[BaseEntry]:
         names.setdefault(row.base, []).append(row.name)
     taken = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
     found = []
-    for id in connection.execute(
-        sa.select(entities.c.id).where(entities.c.kind == "base").order_by(entities.c.name)
-    ).scalars():
+    query = sa.select(entities.c.id).where(entities.c.kind == "base").order_by(entities.c.name)
+    for id in connection.execute(query).scalars():
         adapters = (
             sa.select(sa.func.count()).select_from(edges).where(edges.c.parent == id, edges.c.role == "trained on")
         )

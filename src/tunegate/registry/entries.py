@@ -61,8 +61,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Version:
-    """An adapter under its name. ``flags``: the superseded bases that it was made from, as text, none if it may be used.
-    ``override``: why it was approved against the gate's ``verdict``."""
+    """An adapter under its name. ``flags``: the superseded bases that it was made from, in words; none if it may be
+    used. ``override``: why it was approved against the gate's ``verdict``."""
 
     adapter: str
     name: str

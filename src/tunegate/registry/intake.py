@@ -2,7 +2,7 @@
 
 Everything is checked here, before a byte is stored: regular files inside the folder only, the manifest's hashes, the
 card's own hash of the tensors, names and shapes of the tensors, finite values, and that the verdict follows from the
-rules beside it. An adapter's id is the hash of its files' hashes, so the same folder is the same version.
+rules beside it. An adapter's id is a hash over its tensors, config and card, so the same adapter is the same version.
 
 A PEFT folder without a card is taken as ``unverified``: its tensors and config are kept, other files are left out and
 named. The base that it claims is noted, never believed.
@@ -115,8 +115,9 @@ def _id_of(own: dict[str, tuple[Path, str]]) -> str:
 
 
 def id_of(hashes: dict[str, str]) -> str:
-    """An adapter's id, from its own files' hashes."""
-    return hash_json({"adapter": hashes})
+    """An adapter's id: a hash over its tensors', config's and card's hashes. A README is a view of the card, and
+    publishing may replace it."""
+    return hash_json({"adapter": {path: hashes[path] for path in (CONFIG, TENSORS, CARD) if path in hashes}})
 
 
 def checked_name(name: str) -> str:

@@ -28,7 +28,7 @@ PROVENANCE = "registry.json"
 
 
 def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = False) -> Version:
-    """Write the adapter's files, with ``evidence`` what its run left too, to the folder ``out``, which must not exist."""
+    """Write the adapter's files, with ``evidence`` what its run left too, to ``out``, a folder that must not exist."""
     if out.exists() or out.is_symlink():
         raise InputError("the folder exists", where=str(out), fix="name another, or remove it")
     version, parts, hashes = _plan(registry, reference)
@@ -79,10 +79,14 @@ def provenance(registry: Registry, version: Version) -> dict[str, Any]:
         **asdict(version),
         "ref": version.ref,
         "standing": version.standing,
-        "base": {"name": base.get("name") or body.get("claims"), "fingerprint": (base.get("fingerprint") or {}).get("total"),
-                 "recipe": base.get("recipe"), "verified": bool(card)},
+        "base": {
+            "name": base.get("name") or body.get("claims"),
+            "fingerprint": (base.get("fingerprint") or {}).get("total"),
+            "recipe": base.get("recipe"),
+            "verified": bool(card),
+        },
         "registry": registry.database.shown,
-    }  # fmt: skip
+    }
 
 
 def _plan(registry: Registry, reference: str) -> tuple[Version, dict[str, list[str]], dict[str, str]]:

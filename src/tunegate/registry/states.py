@@ -1,9 +1,9 @@
 """candidate → approved → production → retired: who may go where, and that everybody sees it.
 
 An adapter that the gate held can be approved only with a reason, and the reason is part of its standing from then on.
-One that was never judged is ``unverified`` and goes nowhere but to ``retired``; a flagged one cannot be promoted. One version of a
-name is in production: promoting another puts it back to ``approved`` in the same transaction, so that promoting it
-again is the way back. Retired is the end.
+One that was never judged is ``unverified`` and goes nowhere but to ``retired``; a flagged one cannot be promoted. One
+version of a name is in production: promoting another puts it back to ``approved`` in the same transaction, so that
+promoting it again is the way back. Retired is the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def promote(
     the gate did not say ship."""
     with registry.database.writing() as connection:
         version = resolve(connection, reference)
-        target = to or _NEXT.get(version.state)
+        target = to or _NEXT.get(version.state, PRODUCTION)
         _refuse_promotion(version, target, why)
         at = stamp(connection)
         if version.state == CANDIDATE:
@@ -57,7 +57,7 @@ def promote(
         return resolve(connection, version.ref)
 
 
-def _refuse_promotion(version: Version, target: str | None, why: str) -> None:
+def _refuse_promotion(version: Version, target: str, why: str) -> None:
     if not why.strip():
         raise InputError("say why: the reason is kept", where="--why")
     if version.state == UNVERIFIED:
