@@ -295,6 +295,9 @@ class Task(Section):
     safety: SafetySection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
+    registry: str | None = Field(
+        None, description="where finished runs are added: default, a folder or a database's URL"
+    )
 
 
 _ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "evaluations": [asdict(e) for e in outcome.card.evaluations],
             "baselines": {name: record.score.value for name, record in outcome.baselines.items()},
             "training": asdict(outcome.card.run),
+            "version": outcome.version,
         }
     )
     return 0 if outcome.decision.verdict == SHIP else 1
@@ -122,9 +123,11 @@ def gate(arguments: argparse.Namespace, console: Console) -> int:
 def merge(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.merge import merge as run_merge
     from tunegate.pipeline.merge import request_of
+    from tunegate.registry.pulling import adapter_folders
 
+    adapters = adapter_folders(arguments.adapters, arguments.registry, "merged", console.line)
     request = request_of(
-        arguments.adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
+        adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
         arguments.base, arguments.onto,
     )  # fmt: skip
     report = run_merge(replace(request, allow_base_mismatch=arguments.allow_base_mismatch), console)

@@ -162,7 +162,9 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Streams the base's shards, adds the adapter in fp32, stores the base's dtype. Fails and leaves "
         "nothing where the merged model does not answer as the adapter on its base does.",
     )
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder; several are mixed")
+    merge.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="folder, or NAME@ALIAS in the registry; several are mixed"
+    )
     merge.add_argument(
         "-o", "--out", required=True, metavar="FOLDER", help="where the merged model goes; must not exist"
     )
@@ -176,6 +178,7 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         help="after training on NF4: the dequantized weights that the adapter saw, or the original ones",
     )  # fmt: skip
     merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
+    merge.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 
 
 def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -53,9 +53,9 @@ def _list(arguments: argparse.Namespace, console: Console) -> int:
     with _open(arguments).database.reading() as connection:
         found = list_versions(connection, *conditions)
     rows = [
-        [escape(v.ref), " ".join(f"@{a}" for a in v.aliases), _standing(v), v.adapter[:15], v.added[:16]] for v in found
+        [escape(v.ref), " ".join(f"@{a}" for a in v.aliases), _standing(v), v.adapter[:15], v.added[:10]] for v in found
     ]
-    console.table(["adapter", "alias", "state", "content", "added (UTC)"], rows)
+    console.table(["adapter", "alias", "state", "content", "added"], rows)
     console.result({"versions": [_version(v) for v in found]})
     return 0
 

@@ -22,6 +22,7 @@ from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.questions import REGRESSION, SAFETY, load_regression, load_safety, switch_on
+from tunegate.pipeline.registering import enter, open_for
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
@@ -29,12 +30,14 @@ from tunegate.records import AdapterCard, Decision, EvalRecord, RunRecord
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run. ``card`` holds records, comparisons and the decision."""
+    """A finished run. ``card`` holds records, comparisons and the decision; ``version`` is what it is called in the
+    registry that the task names."""
 
     folder: Path
     adapter: Path
     card: AdapterCard
     baselines: dict[str, EvalRecord]
+    version: str | None = None
 
     @property
     def decision(self) -> Decision:
@@ -65,6 +68,7 @@ def open_run(prepared: Prepared, *, latest: bool = True) -> Path:
             "data": prepared.data.files,
             "versions": versions(),
             "git": git_state(config.folder),
+            "folder": str(config.folder),
             "begun": now(),
         }
         write_json(folder / "run.json", begun)
@@ -95,6 +99,7 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
     prepared = _prepared(config, reporter)
     _need_test(prepared)
+    registry = open_for(prepared)  # what would keep the adapter out is said before hours of training
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
         run, peak = open_run(prepared), planning.peak_rss()
@@ -120,7 +125,8 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
             ledger.of(prepared.test_hash),
         )
         planning.finish(planned, run, record, peak)
-    return Outcome(run, run / "adapter", card, baselines)
+        version = enter(registry, run / "adapter", reporter) if registry else None
+    return Outcome(run, run / "adapter", card, baselines, version)
 
 
 def _prepared(config: Config, reporter: Reporter) -> Prepared:

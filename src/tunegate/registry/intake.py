@@ -179,10 +179,20 @@ def _card_problems(card: AdapterCard, folder: Path) -> list[Problem]:
                     "judge it again: tunegate gate TASK")
         )  # fmt: skip
     files, test = card.data.get("files"), card.data.get("test")
-    hashes = [card.base["fingerprint"]["total"], test, *(files.values() if isinstance(files, dict) else [None])]
-    if not all(is_hash(h) for h in hashes):
+    hashes = [card.base["fingerprint"]["total"], test]
+    if not all(is_hash(h) for h in hashes) or not isinstance(files, dict) or not all(map(_is_text, files.values())):
         problems.append(Problem("base, data and test set are told by content hashes", where, "b3:...", str(hashes)))
     return problems
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _dataset(source: str, digest: str) -> Entity:
+    """A file by its hash; a data set of the hub's by its name and its own fingerprint (``hf:...``)."""
+    id = digest if is_hash(digest) else hash_json([source, digest])
+    return Entity(id, "dataset", source, {"source": source, "version": digest})
 
 
 def verdict_of(decision: Decision) -> str:
@@ -196,11 +206,11 @@ def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, l
     said = {k: v for k, v in card.base.items() if k != "recipe"}
     base = Entity(card.base["fingerprint"]["total"], "base", base_name or card.base["name"], said)
     entities, edges = [base], [Edge(id, base.id, "trained on")]
-    for path, digest in card.data["files"].items():
-        entities.append(Entity(digest, "dataset", path, {"file": path}))
+    sources = [_dataset(source, digest) for source, digest in card.data["files"].items()]
+    entities += sources
     test = Entity(card.data["test"], "dataset", "test items", {"rows": (card.data.get("rows") or {}).get("test")})
     entities.append(test)
-    edges += [Edge(test.id, digest, "drawn from") for digest in card.data["files"].values() if digest != test.id]
+    edges += [Edge(test.id, source.id, "drawn from") for source in sources if source.id != test.id]
 
     told = {
         "run": card.adapter["run"], "record": asdict(card.run), "config": card.config, "origins": card.origins,
@@ -209,7 +219,7 @@ def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, l
     run = Entity(hash_json(told), "run", f"run-{card.adapter['run']}", told)
     entities.append(run)
     edges += [Edge(id, run.id, "made by"), Edge(run.id, base.id, "ran on")]
-    edges += [Edge(run.id, digest, "read") for digest in card.data["files"].values()]
+    edges += [Edge(run.id, source.id, "read") for source in sources]
 
     scored = [_evaluation(e, id, base.id, test.id) for e in card.evaluations]
     entities += [entity for entity, _ in scored]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +18,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from tunegate.errors import InputError, TunegateError
-from tunegate.files import TEMPORARY_PREFIX, explain_os_error, flush_folder, hash_file, home, read_json, write_json
-from tunegate.registry.entries import Version, read_entity, refuse_flagged, resolve, shown
+from tunegate.files import TEMPORARY_PREFIX, explain_os_error, flush_folder, hash_file, home, write_json
+from tunegate.registry.bases import check_base
+from tunegate.registry.entries import Version, is_reference, read_entity, refuse_flagged, resolve, shown
 from tunegate.registry.intake import EVIDENCE
-from tunegate.registry.opening import Registry
+from tunegate.registry.opening import Registry, in_use, open_registry
 from tunegate.registry.tables import files
 
 PROVENANCE = "registry.json"
@@ -56,7 +57,7 @@ def materialize(registry: Registry, reference: str) -> Path:
         version = resolve(connection, reference)
         hashes = read_entity(connection, version.adapter).body["files"]
     refuse_flagged(version, "used")
-    out = home() / "pulled" / version.adapter.removeprefix("b3:")
+    out = home() / "pulled" / version.adapter.removeprefix("b3:")  # a copy: it can be deleted at any time
     if out.is_dir():
         if all((out / n).is_file() and hash_file(out / n) == h for n, h in hashes.items()):
             return out
@@ -126,25 +127,27 @@ def _write(registry: Registry, path: Path, digests: list[str], expected: str | N
         raise TunegateError("the parts do not make up the file", where=path.name, expected=expected, got=found)
 
 
-def read_files(registry: Registry, version: Version) -> Iterator[tuple[str, bytes]]:
-    """Every file of the adapter as path and bytes, verified."""
-    _, parts, _ = _plan(registry, version.adapter)
-    for path, digests in parts.items():
-        yield path, b"".join(registry.store.get(digest) for digest in digests)
+def adapter_folders(texts: Sequence[str], where: str | None, what: str, line: Callable[[str], None]) -> list[str]:
+    """``texts`` with references to versions turned into local folders. A reference needs a registry; and where one is
+    in use (named, or in TUNEGATE_REGISTRY), folders of a flagged base are refused like flagged versions."""
+    named = [not Path(text).is_dir() and is_reference(text) for text in texts]
+    if not any(named) and not in_use(where):
+        return list(texts)
+    registry = open_registry(where)
+    found = [
+        str(_announced(registry, text, line)) if reference else text
+        for text, reference in zip(texts, named, strict=True)
+    ]
+    for folder in map(Path, found):
+        if (folder / "card.json").exists():
+            from tunegate.adapter.card import load_card
+
+            check_base(registry, load_card(folder).base["fingerprint"]["total"], what)
+    return found
 
 
-def pulled_from(folder: Path) -> str | None:
-    """The version that a pulled folder says it is; None for others."""
-    try:
-        return str(read_json(folder / PROVENANCE)["ref"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def local_folder(registry: Registry, reference: str, line: Any) -> Path:
-    """As :func:`materialize`, and says which version it is."""
-    folder = materialize(registry, reference)
+def _announced(registry: Registry, reference: str, line: Callable[[str], None]) -> Path:
     with registry.database.reading() as connection:
         version = resolve(connection, reference)
     line(f"{reference} is {version.ref} {shown(version.adapter)}, {version.standing}")
-    return folder
+    return materialize(registry, version.adapter)
