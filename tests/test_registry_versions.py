@@ -220,10 +220,11 @@ def test_aliases_move_and_are_refused(registry: Registry, tmp_path: Path) -> Non
     set_alias(registry, "support@canary", "support:1")
     assert set_alias(registry, "support@canary", "support:2").aliases == ("canary",)
     assert find(registry, "support:1").aliases == ()
-    for alias, ref in (("support@production", "support:1"), ("support@latest", "support:1"), ("other@canary", "support:1"),
-                       ("support", "support:1"), ("support@a/b", "support:1"), ("support@x", "support:9")):  # fmt: skip
+    for alias in ("support@production", "support@latest", "other@canary", "support", "support@a/b"):
         with pytest.raises(InputError):
-            set_alias(registry, alias, ref)
+            set_alias(registry, alias, "support:1")
+    with pytest.raises(InputError):
+        set_alias(registry, "support@x", "support:9")
     retire(registry, "support:2", why="x")
     with pytest.raises(InputError):
         find(registry, "support@canary")
@@ -297,8 +298,9 @@ def test_what_cannot_supersede(registry: Registry, tmp_path: Path) -> None:
     added(registry, adapter_folder(tmp_path / "1", 1))
     add_base(registry, new_base(3, "third"))
     for old, new, why, says in (
-        ("tiny", new_base(0), "x", "itself"), ("tiny", new_base(1), " ", "say why"), ("none", new_base(1), "x", "no such"),
-        ("tiny", new_base(9, "third"), "x", "third base"), ("support:1", new_base(1), "x", "not a base"),
+        ("tiny", new_base(0), "x", "itself"), ("tiny", new_base(1), " ", "say why"),
+        ("none", new_base(1), "x", "no such"), ("tiny", new_base(9, "third"), "x", "third base"),
+        ("support:1", new_base(1), "x", "not a base"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
             supersede(registry, old, new, why=why)

@@ -86,7 +86,6 @@ def provenance(registry: Registry, version: Version) -> dict[str, Any]:
             "recipe": base.get("recipe"),
             "verified": bool(card),
         },
-        "registry": registry.database.shown,
     }
 
 

@@ -137,7 +137,6 @@ def _tags(item: Published) -> dict[str, str]:
         "tunegate.override": version.override or "",
         "tunegate.base.name": str(base["name"]),
         "tunegate.base.fingerprint": str(base["fingerprint"]),
-        "tunegate.registry": item.provenance["registry"],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunegate.registry.publish.published import Published
 
-_FAMILIES = {"regression": "the base's general ability", "safety": "the base's refusals"}
+_FAMILIES = {"regression": "the base's abilities", "safety": "the base's refusals"}
 
 
 def model_card(item: Published, repo: str) -> str:
@@ -61,7 +61,9 @@ def _decision(item: Published, card: dict[str, Any]) -> str:
 
 def _limits(card: dict[str, Any]) -> str:
     judged = {(rule.get("metric") or "").partition(".")[0] for rule in card["decision"]["rules"]}
-    lines = [f"- Not judged: whether {what} was kept." for family, what in _FAMILIES.items() if family not in judged]
+    lines = [
+        f"- Not judged: whether {what} are as they were." for family, what in _FAMILIES.items() if family not in judged
+    ]
     asked = card["evaluations"][0]
     items = asked["scores"][asked["primary"]]["n"]
     lines.append(f"- Scores hold for {items} test items like the training data; elsewhere nothing was measured.")
