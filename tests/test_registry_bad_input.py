@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from registry_folders import adapter_folder, card, change_card, fingerprint, peft_folder, tensors, write_card
 from tunegate import records
+from tunegate.adapter.card import FILES
 from tunegate.adapter.files import adapter_hash
 from tunegate.errors import InputError, TunegateError
+from tunegate.files import hash_file
 from tunegate.records import AdapterCard
 from tunegate.registry.adding import add
 from tunegate.registry.database import parse_url
@@ -161,6 +163,14 @@ def odd_base(folder: Path) -> Path:
     return change_card(folder, base={**said.base, "fingerprint": {"total": "sha256:abc"}})
 
 
+def half_a_character(folder: Path) -> Path:
+    said = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps({**said, "config": {"x": "\ud800"}}))
+    hashes = {name: hash_file(folder / name) for name in FILES}
+    (folder / "manifest.json").write_text(json.dumps(hashes))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -170,6 +180,7 @@ def odd_base(folder: Path) -> Path:
         (lambda f: (f / "manifest.json").unlink() or f, "not a complete adapter"),
         (lambda f: (f / "card.json").write_text("{") or f, "changed since it was published"),
         (lambda f: change_card(f, name="../x"), "not a name"),
+        (half_a_character, "not Unicode"),
         (lambda f: change_card(f, data={"files": ["x"], "test": fingerprint(0).total}), "told by content hashes"),
     ],
 )

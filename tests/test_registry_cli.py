@@ -125,6 +125,33 @@ def test_reproduced_to_the_byte(finished: Path, tmp_path: Path) -> None:
     assert hash_file(Path(found["adapter"]) / name) == hash_file(adapter / name)
 
 
+def test_an_imported_adapter_is_evaluated_and_only_then_promoted(finished: Path, tmp_path: Path) -> None:
+    """The trained adapter without its card, as if from elsewhere: the same scores, another version."""
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (adapter,) = (copy / "runs" / "task").glob("run-*/adapter")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, foreign / name)
+    assert told(copy, "add", foreign, "--name", "found")["state"] == "unverified"
+    assert typed(copy, "promote", "found:1", "--why", "x", "--override", "y").code == 2
+    task = copy / "task.yaml"
+    task.write_text(task.read_text().replace("registry: registry\n", "") + "output: elsewhere\n")
+    found = told(copy, "evaluate", "found:1", task)
+    assert found["version"] == "found:2" and found["decision"]["verdict"] == "ship"
+    shown = told(copy, "show", "found:2")
+    ours, theirs = told(copy, "show", "task:1")["body"]["card"], shown["body"]["card"]
+    assert [e["scores"] for e in ours["evaluations"]] == [e["scores"] for e in theirs["evaluations"]]
+    assert theirs["run"]["steps"] == 0 and ours["adapter"]["hash"] == theirs["adapter"]["hash"]
+    assert theirs["config"]["train"]["rank"] == 8 and "imported" in theirs["origins"]["train.lr"]
+    assert {e["role"] for e in told(copy, "lineage", "found:2", "found:1")["way"]} == {"evaluated from"}
+    assert typed(copy, "promote", "found:2", "--why", "x").code == 0
+    said = typed(copy, "reproduce", "found:2", "-o", tmp_path / "again")
+    assert said.code == 2 and "imported" in said.err
+    said = typed(copy, "evaluate", "found:2", task)
+    assert said.code == 2 and "only an unverified" in said.err
+
+
 def test_what_cannot_be_reproduced(finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     rows = copy / "rows.jsonl"

@@ -166,8 +166,8 @@ def hash_file(path: Path | str) -> str:
 
 
 def home() -> Path:
-    """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time, and below ``registry`` the
-    default registry, which is no cache."""
+    """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time, and below ``registry``
+    the default registry, which is no cache."""
     return Path(os.environ.get("TUNEGATE_HOME") or "~/.cache/tunegate").expanduser()
 
 

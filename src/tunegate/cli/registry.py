@@ -263,6 +263,20 @@ def _push(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.config import load_config
+    from tunegate.gate import SHIP
+    from tunegate.pipeline.importing import evaluate_import
+
+    config = load_config(arguments.task, arguments.overrides)
+    outcome = evaluate_import(_open(arguments), arguments.ref, config, console, reopen=arguments.reopen_test)
+    for rule in outcome.decision.rules:
+        console.text(f"rule      {rule.verdict:<12} {escape(rule.rule)}: {escape(rule.got)}")
+    console.text(f"decision  {outcome.decision.verdict}\nversion   {escape(str(outcome.version))}")
+    console.result({"version": outcome.version, "run": str(outcome.folder), "decision": asdict(outcome.decision)})
+    return 0 if outcome.decision.verdict == SHIP else 1
+
+
 def _reproduce(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.reproduce import reproduce
 
@@ -352,7 +366,7 @@ def _base_of(text: str, name: str | None, revision: str | None, console: Console
 _ACTIONS = {
     "init": _init, "add": _add, "list": _list, "show": _show, "lineage": _lineage, "diff": _diff, "promote": _promote,
     "retire": _retire, "alias": _alias, "verify": _verify, "gc": _gc, "pull": _pull, "push": _push,
-    "reproduce": _reproduce, "base": lambda arguments, console: _BASES[arguments.base_action](arguments, console),
+    "reproduce": _reproduce, "evaluate": _evaluate, "base": lambda arguments, console: _BASES[arguments.base_action](arguments, console),
 }  # fmt: skip
 _BASES = {"list": _base_list, "add": _base_add, "supersede": _base_supersede}
 
@@ -410,6 +424,11 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     pull.add_argument("-o", "--out", required=True, metavar="FOLDER")
     pull.add_argument("--evidence", action="store_true", help="records and answers of its run too")
     action("push", "publish: mlflow:URI, hf:OWNER/NAME, or a folder, s3://, gs://, az://", "ref", "target")
+    evaluate = action(
+        "evaluate", "judge an unverified adapter on a task; makes a new version with a card", "ref", "task"
+    )
+    evaluate.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    evaluate.add_argument("--reopen-test", metavar="WHY", help="the reason, if this test set was opened before")
     again = action("reproduce", "train it again from its card and compare the bytes", "ref")
     again.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where the run goes")
     again.add_argument("--folder", metavar="FOLDER", help="that the card's data paths start from; default: as recorded")

@@ -59,6 +59,8 @@ def reproduce(
         raise InputError("an unverified adapter has no card to train it from", where=version.ref)
     there = materialize(registry, version.adapter)
     card = load_card(there)
+    if card.run.steps == 0:
+        raise InputError("the adapter was imported and evaluated, not trained here", where=version.ref)
     begun = b"".join(registry.store.get(digest) for digest in parts.get(EVIDENCE + "run.json", []))
     config = _config(card, folder or _recorded(begun), out)
     _check_inputs(card, config, reporter)

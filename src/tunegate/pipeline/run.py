@@ -98,7 +98,7 @@ def check_policy(prepared: Prepared, folder: Path) -> None:
 def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: Callable[[], bool]) -> Outcome:
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
     prepared = _prepared(config, reporter)
-    _need_test(prepared)
+    need_test(prepared)
     registry = open_for(prepared)  # what would keep the adapter out is said before hours of training
     with owned(prepared.config.run_dir):
         session = Session(prepared, reporter)
@@ -141,7 +141,7 @@ def _prepared(config: Config, reporter: Reporter) -> Prepared:
     return prepared
 
 
-def _need_test(prepared: Prepared) -> None:
+def need_test(prepared: Prepared) -> None:
     if not prepared.data.splits.test:
         raise InputError(
             "there are no test rows, and the decision needs some",
@@ -275,7 +275,7 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
     """Score one subject on one split; the test split goes through the ledger like any other opening."""
     prepared = prepare(config, reporter)
     if request.split == "test":
-        _need_test(prepared)
+        need_test(prepared)
     root = prepared.config.run_dir
     session = Session(prepared, reporter)
     subject, run_id, digest = "base", "base", ""

@@ -25,16 +25,15 @@ def fetched(source: str, revision: str | None = None) -> Iterator[Path]:
         yield Path(source)
         return
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo = source.removeprefix(SCHEME).strip("/")
     with tempfile.TemporaryDirectory(prefix="tunegate-hub-") as scratch:
         folder = Path(scratch) / "adapter"
         try:
             snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=[*FILES, MANIFEST])
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        except Exception as error:  # the library's own classes, and those of whichever HTTP client it uses
             raise InputError(
-                "cannot fetch the adapter from the hub", where=source, got=str(error).splitlines()[0],
+                "cannot fetch the adapter from the hub", where=source, got=f"{type(error).__name__}: {error}",
                 fix="check the name, the network and, for a private one, HF_TOKEN",
             ) from error  # fmt: skip
         yield folder

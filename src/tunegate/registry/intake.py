@@ -64,9 +64,11 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
             else nearest(TENSORS, sorted(found)),
         )  # fmt: skip
     check_alone(folder)
-    if CARD in found:
-        return _with_card(folder, found, name, base)
-    return _without_card(folder, found, name, base)
+    take = _with_card if CARD in found else _without_card
+    try:
+        return take(folder, found, name, base)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        raise InputError("a text that is not Unicode", where=str(folder), got=ascii(error.object)[:120]) from None
 
 
 def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name: str | None) -> Intake:

@@ -57,11 +57,7 @@ def open_registry(
     database = Database(url, url.render_as_string(hide_password=True))
     if create:
         if folder is None and store is None and not database.check():
-            raise InputError(
-                "a registry on PostgreSQL needs a place for its bytes",
-                where=database.shown,
-                fix="tunegate registry init --registry URL --store s3://BUCKET/PREFIX (or a shared folder)",
-            )
+            raise _no_store(database)
         database.create()
     elif not database.check():
         raise InputError("there is no registry yet", where=database.shown, fix=_MAKE)
@@ -69,6 +65,14 @@ def open_registry(
 
 
 _MAKE = "`tunegate registry init` or `tunegate registry add` makes one"
+
+
+def _no_store(database: Database) -> InputError:
+    return InputError(
+        "a registry on PostgreSQL needs a place for its bytes",
+        where=database.shown,
+        fix="tunegate registry init --registry URL --store s3://BUCKET/PREFIX (or a shared folder)",
+    )
 
 
 def whoami() -> str:
@@ -115,6 +119,8 @@ def _settled_store(database: Database, folder: Path | None, wanted: str | None) 
     with database.reading() as connection:
         known = connection.execute(query).scalar()
     if known is None:
+        if folder is None and wanted is None:
+            raise _no_store(database)
         with database.writing() as connection:
             known = connection.execute(query).scalar()
             if known is None:

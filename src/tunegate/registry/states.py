@@ -1,7 +1,7 @@
 """candidate → approved → production → retired: who may go where, and that everybody sees it.
 
 An adapter that the gate held can be approved only with a reason, and the reason is part of its standing from then on.
-One that was never judged is ``unverified`` and goes nowhere but to ``retired``; a flagged one cannot be promoted. One
+One that was never judged is ``unverified``: evaluating it makes a new version, a candidate. A flagged one cannot be promoted. One
 version of a name is in production: promoting another puts it back to ``approved`` in the same transaction, so that
 promoting it again is the way back. Retired is the end.
 """
@@ -64,7 +64,7 @@ def _refuse_promotion(version: Version, target: str, why: str) -> None:
         raise InputError(
             "the adapter is unverified: it has no card, so nothing says what it was made from or how it scored",
             where=version.ref,
-            fix="train it with `tunegate run`, which writes a card; an override does not help",
+            fix=f"tunegate registry evaluate {version.ref} TASK; an override does not help",
         )
     if version.state == RETIRED:
         raise InputError("the version is retired", where=version.ref, fix="add or train another")

@@ -121,7 +121,7 @@ def explained(where: str, *, local: bool) -> Iterator[None]:
     with files.explain_os_error(Path(where)) if local else contextlib.nullcontext():
         try:
             yield
-        except (TunegateError, FileNotFoundError, IsADirectoryError):
+        except TunegateError:
             raise
         except Exception as error:
             if local:

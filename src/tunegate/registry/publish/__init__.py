@@ -7,7 +7,9 @@ changed nothing here; pushing again goes on. Nothing is read back from a publish
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tunegate.errors import InputError
@@ -15,7 +17,7 @@ from tunegate.registry.database import record
 from tunegate.registry.entries import refuse_flagged, resolve
 from tunegate.registry.opening import Registry
 from tunegate.registry.publish.published import Published
-from tunegate.registry.pulling import materialize, provenance
+from tunegate.registry.pulling import provenance, pull
 
 
 def push(registry: Registry, reference: str, target: str, line: Callable[[str], None]) -> dict[str, Any]:
@@ -24,9 +26,11 @@ def push(registry: Registry, reference: str, target: str, line: Callable[[str], 
         version = resolve(connection, reference)
     refuse_flagged(version, "published")
     publish = _publisher(target)
-    item = Published(version, materialize(registry, version.adapter), provenance(registry, version))
     line(f"publishing {version.ref} ({version.standing}) to {target}")
-    told = publish(item, target)
+    with tempfile.TemporaryDirectory(prefix="tunegate-push-") as scratch:
+        folder = Path(scratch) / "adapter"
+        version = pull(registry, version.adapter, folder)
+        told = publish(Published(version, folder, provenance(registry, version)), target)
     with registry.database.writing() as connection:
         record(connection, version.adapter, f"published to {told['address']}", registry.who, "")
     return {"version": version.ref, "standing": version.standing, **told}

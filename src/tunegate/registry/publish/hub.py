@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.adapter.card import FILES, MANIFEST, README
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import TunegateError
 from tunegate.files import hash_file, write_json, write_text
 from tunegate.registry.hub import SCHEME
 from tunegate.registry.publish.model_card import model_card
@@ -23,7 +23,6 @@ from tunegate.registry.pulling import PROVENANCE
 
 def publish(item: Published, target: str) -> dict[str, Any]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, version, api = target.removeprefix(SCHEME).strip("/"), item.version, HfApi()
     with tempfile.TemporaryDirectory(prefix="tunegate-hub-") as scratch:
@@ -33,11 +32,10 @@ def publish(item: Published, target: str) -> dict[str, Any]:
             message = f"{version.ref}: {version.standing}".splitlines()[0][:200]
             commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
             api.create_tag(repo, tag=f"v{version.number}", revision=commit.oid, exist_ok=True)
-        except HFValidationError as error:
-            raise InputError("not a hub repository", where=target, expected="hf:OWNER/NAME", got=str(error)) from error
-        except HfHubHTTPError as error:
+        except Exception as error:  # the library's own classes, and those of whichever HTTP client it uses
             raise TunegateError(
-                "the hub refuses or cannot be reached", where=target, got=str(error).splitlines()[0],
+                "the hub refuses or cannot be reached", where=target, got=f"{type(error).__name__}: {error}",
+                expected="hf:OWNER/NAME, a repository that this account may write",
                 fix="log in with `hf auth login` or set HF_TOKEN; the same command goes on from there",
             ) from error  # fmt: skip
     return {"address": f"{target}@{commit.oid[:12]}", "commit": commit.oid, "tag": f"v{version.number}"}

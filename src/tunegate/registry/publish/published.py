@@ -13,7 +13,8 @@ from tunegate.registry.entries import Version
 
 @dataclass(frozen=True)
 class Published:
-    """``folder`` is shared and read only. ``provenance``: state, decision, override, base."""
+    """``folder`` holds the verified files and ``registry.json``, which says what ``provenance`` does: state, decision,
+    override, base."""
 
     version: Version
     folder: Path
