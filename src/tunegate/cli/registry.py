@@ -24,8 +24,7 @@ SHOWN_ITEMS = 10
 
 def registry(arguments: argparse.Namespace, console: Console) -> int:
     """Run ``tunegate registry ACTION``."""
-    code: int = _ACTIONS[arguments.action](arguments, console)
-    return code
+    return _ACTIONS[arguments.action](arguments, console)
 
 
 def _open(arguments: argparse.Namespace, *, create: bool = False, store: str | None = None) -> Registry:
@@ -363,12 +362,18 @@ def _base_of(text: str, name: str | None, revision: str | None, console: Console
     return Entity(found.total, "base", name or resolved.name, body)
 
 
+_BASES = {"list": _base_list, "add": _base_add, "supersede": _base_supersede}
+
+
+def _base(arguments: argparse.Namespace, console: Console) -> int:
+    return _BASES[arguments.base_action](arguments, console)
+
+
 _ACTIONS = {
     "init": _init, "add": _add, "list": _list, "show": _show, "lineage": _lineage, "diff": _diff, "promote": _promote,
     "retire": _retire, "alias": _alias, "verify": _verify, "gc": _gc, "pull": _pull, "push": _push,
-    "reproduce": _reproduce, "evaluate": _evaluate, "base": lambda arguments, console: _BASES[arguments.base_action](arguments, console),
+    "evaluate": _evaluate, "reproduce": _reproduce, "base": _base,
 }  # fmt: skip
-_BASES = {"list": _base_list, "add": _base_add, "supersede": _base_supersede}
 
 
 # --- what can be typed -------------------------------------------------------------------------------------------

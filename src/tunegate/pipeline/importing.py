@@ -1,8 +1,8 @@
 """An imported adapter, evaluated like one that was trained here: baselines, sealed test, gate, card.
 
 The unverified version's tensors take the place of training; the task says data, base and thresholds. What comes out is
-a new version with a card, a candidate, made from the unverified one. Its run record counts no steps; the card's training
-settings are the adapter's own where its config tells them, and are marked as not used where it does not.
+a new version with a card, a candidate, made from the unverified one. Its run record counts no steps; the training
+settings on the card are the adapter's own where its config tells them, and are marked as not used where it does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tunegate.pipeline import kept, steps
 from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import write_card
 from tunegate.pipeline.folders import Ledger, owned
-from tunegate.pipeline.prepare import Prepared, prepare
+from tunegate.pipeline.prepare import prepare
 from tunegate.pipeline.registering import check_fits, enter
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.run import Outcome, measure_baselines, need_test, open_run
@@ -53,7 +53,8 @@ def evaluate_import(
         for name in (TENSORS, CONFIG):
             write_bytes(run / "adapter" / name, (there / name).read_bytes())
         session.use_adapter(run / "adapter", digest)  # before minutes of baselines: it must fit the base
-        bar = settle_bar(prepared, run, baselines := measure_baselines(session), reporter)
+        baselines = measure_baselines(session)
+        bar = settle_bar(prepared, run, baselines, reporter)
         session.use_adapter(run / "adapter", digest)
         record = _record(session, run)
         ledger = Ledger(prepared.config.run_dir)

@@ -1,9 +1,9 @@
 """candidate → approved → production → retired: who may go where, and that everybody sees it.
 
 An adapter that the gate held can be approved only with a reason, and the reason is part of its standing from then on.
-One that was never judged is ``unverified``: evaluating it makes a new version, a candidate. A flagged one cannot be promoted. One
-version of a name is in production: promoting another puts it back to ``approved`` in the same transaction, so that
-promoting it again is the way back. Retired is the end.
+One that was never judged is ``unverified``: evaluating it makes a new version, a candidate. A flagged one cannot be
+promoted. One version of a name is in production: promoting another puts it back to ``approved`` in the same
+transaction, so that promoting it again is the way back. Retired is the end.
 """
 
 from __future__ import annotations
