@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_collecting_while_others_add(place: Place, tmp_path: Path) -> None:
         mine = place.open()
         while not done.is_set():
             collect(mine)
+            time.sleep(0.01)
 
     collector = in_process(collect_on, tmp_path / "error-gc")
     adders = [in_process(lambda n=n: add_all(intakes[n::2]), tmp_path / f"error-{n}") for n in range(2)]

@@ -26,7 +26,7 @@ from tunegate.files import hash_bytes
 from tunegate.registry import store as stores
 from tunegate.registry.bases import claim_name, name_problem
 from tunegate.registry.database import record, stamp
-from tunegate.registry.entries import CANDIDATE, UNVERIFIED, Edge, Version, flags_of, insert, list_versions
+from tunegate.registry.entries import CANDIDATE, UNVERIFIED, Edge, Version, check_kinds, flags_of, insert, list_versions
 from tunegate.registry.intake import Intake
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import base_names, files, pins, versions
@@ -94,6 +94,7 @@ def _there(connection: Connection, intake: Intake) -> Version | None:
 def _check(connection: Connection, intake: Intake) -> None:
     if intake.base is not None and (problem := name_problem(connection, intake.base)):
         raise InputError(problem)
+    check_kinds(connection, intake.entities)
 
 
 def _write(connection: Connection, who: str, intake: Intake, parts: list[_Part], why: str) -> None:

@@ -29,6 +29,7 @@ UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED = "unverified", "candidate"
 STATES = (UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED)
 LATEST = "latest"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NUMBER = re.compile("[0-9]{1,9}")
 _SHORTEST = 6  # hex digits of a hash that may be left at
 
 
@@ -154,7 +155,7 @@ def is_reference(text: str) -> bool:
     if at:
         return bool(NAME.fullmatch(name) and NAME.fullmatch(alias))
     name, colon, number = text.partition(":")
-    if colon and number.isdigit():
+    if colon and _NUMBER.fullmatch(number):
         return bool(NAME.fullmatch(name))
     return _hash_prefix(text) is not None
 
@@ -172,7 +173,7 @@ def _condition(reference: str) -> Any:
         one = sa.select(aliases.c.adapter).where(aliases.c.name == name, aliases.c.alias == alias)
         return versions.c.adapter == one.scalar_subquery()
     name, colon, number = reference.partition(":")
-    if colon and number.isdigit() and len(number) < 10:
+    if colon and _NUMBER.fullmatch(number):
         return (versions.c.name == name) & (versions.c.number == int(number))
     prefix = _hash_prefix(reference)
     return versions.c.adapter.startswith(prefix) if prefix else sa.false()
@@ -188,20 +189,34 @@ def _hash_prefix(text: str) -> str | None:
 
 def insert(connection: Connection, found: Iterable[Entity], links: Iterable[Edge], at: str) -> None:
     """Add the facts that are not there yet. :class:`InputError` if an id is known as another kind of thing."""
+    found = list(found)
+    there = check_kinds(connection, found)
     for entity in found:
-        kind = connection.execute(sa.select(entities.c.kind).where(entities.c.id == entity.id)).scalar()
-        if kind is None:
+        if entity.id not in there:
+            there.add(entity.id)
             connection.execute(
                 entities.insert().values(
                     id=entity.id, kind=entity.kind, name=entity.name, body=canonical_json(entity.body), at=at
                 )
             )
-        elif kind != entity.kind:
-            raise InputError("one hash for two things", where=entity.id, expected=kind, got=entity.kind)
     for link in links:
         same = (edges.c.child == link.child, edges.c.parent == link.parent, edges.c.role == link.role)
         if connection.execute(sa.select(edges.c.child).where(*same)).first() is None:
             connection.execute(edges.insert().values(child=link.child, parent=link.parent, role=link.role))
+
+
+def check_kinds(connection: Connection, found: Iterable[Entity]) -> set[str]:
+    """The ids that are there already; :class:`InputError` if one is of another kind there, or of two kinds here."""
+    kinds: dict[str, str] = {}
+    there = set()
+    for entity in found:
+        known = connection.execute(sa.select(entities.c.kind).where(entities.c.id == entity.id)).scalar()
+        if known is not None:
+            there.add(entity.id)
+        expected = kinds.setdefault(entity.id, known or entity.kind)
+        if entity.kind != expected:
+            raise InputError("one hash for two things", where=entity.id, expected=expected, got=entity.kind)
+    return there
 
 
 def read_entity(connection: Connection, id: str) -> Entity:
