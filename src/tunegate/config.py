@@ -295,9 +295,7 @@ class Task(Section):
     safety: SafetySection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
-    registry: str | None = Field(
-        None, description="where finished runs are added: default, a folder or a database's URL"
-    )
+    registry: str | None = Field(None, description="finished runs are added there: default, folder or database URL")
 
 
 _ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
