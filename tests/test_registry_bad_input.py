@@ -18,6 +18,7 @@ from registry_folders import adapter_folder, card, change_card, fingerprint, pef
 from tunegate import records
 from tunegate.adapter.card import FILES
 from tunegate.adapter.files import adapter_hash
+from tunegate.config import load_config
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import hash_file
 from tunegate.records import AdapterCard
@@ -25,7 +26,7 @@ from tunegate.registry.adding import add
 from tunegate.registry.database import parse_url
 from tunegate.registry.entries import is_reference, list_versions
 from tunegate.registry.intake import read_folder
-from tunegate.registry.opening import Registry, open_registry, refuse_password
+from tunegate.registry.opening import Registry, open_registry
 from tunegate.registry.pulling import pull
 from tunegate.registry.store import Store
 
@@ -273,11 +274,17 @@ def test_urls(url: str) -> None:
     assert "secret" not in str(error.value)
 
 
-def test_a_password_does_not_reach_a_card() -> None:
-    with pytest.raises(InputError, match="password"):
-        refuse_password("postgresql+psycopg://user:secret@host/database")
-    refuse_password("postgresql+psycopg://user@host/database")
-    refuse_password("default")
+def test_a_password_does_not_reach_a_card(tmp_path: Path) -> None:
+    task = tmp_path / "task.yaml"
+    text = "base: b\ndata: d\ntask: accuracy\nregistry: "
+    for place in ("postgresql+psycopg://user:secret@host/database", "postgresql://:secret@host", "x://u:se:cret@h"):
+        task.write_text(text + place)
+        with pytest.raises(InputError, match="without a password") as error:
+            load_config(task)
+        assert "cret" not in str(error.value)
+    for place in ("postgresql+psycopg://user@host:5432/database", "default", "/srv/registry", "folder@home"):
+        task.write_text(text + place)
+        assert load_config(task).task.registry == place
     assert parse_url("postgresql://user@host/database").drivername == "postgresql+psycopg"
 
 

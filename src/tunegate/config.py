@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tunegate.config_problems import Entries, inner_model, overridden_by, problems_of
+from tunegate.config_problems import Entries, Place, inner_model, overridden_by, problems_of
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json
 from tunegate.gate_rules import parse_rule
@@ -295,7 +295,7 @@ class Task(Section):
     safety: SafetySection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
-    registry: str | None = Field(None, description="finished runs are added there: default, folder or database URL")
+    registry: Place | None = Field(None, description="finished runs are added there: default, folder or database URL")
 
 
 _ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
@@ -455,11 +455,11 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
     return done
 
 
-def _freeze(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """Lists as tuples, what strict pydantic takes for a tuple field."""
     if isinstance(value, dict):
-        return {key: _freeze(inner) for key, inner in value.items()}
-    return tuple(_freeze(inner) for inner in value) if isinstance(value, list) else value
+        return {key: freeze(inner) for key, inner in value.items()}
+    return tuple(freeze(inner) for inner in value) if isinstance(value, list) else value
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -469,7 +469,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     problems = parsed.problems
     overridden = _apply_overrides(parsed.value, overrides, problems)
     try:
-        task = Task.model_validate(_freeze(parsed.value))
+        task = Task.model_validate(freeze(parsed.value))
     except ValidationError as error:
         raise InputError(problems + problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)) from None
     if problems:

@@ -16,7 +16,7 @@ from tunegate.registry.adding import add
 from tunegate.registry.bases import check_base, name_problem
 from tunegate.registry.entries import Edge, Entity, Version
 from tunegate.registry.intake import read_folder
-from tunegate.registry.opening import Registry, open_registry, refuse_password
+from tunegate.registry.opening import Registry, open_registry
 
 
 def open_for(prepared: Prepared) -> Registry | None:
@@ -54,5 +54,4 @@ def _place(config: Config) -> str | None:
     where = config.task.registry
     if where is None:
         return None
-    refuse_password(where)
     return where if where == "default" or "://" in where else str(config.path(where))

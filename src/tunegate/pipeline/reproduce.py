@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from tunegate.adapter.card import load_card
 from tunegate.adapter.files import TENSORS
-from tunegate.config import Config, Task
+from tunegate.config import Config, Task, freeze
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_file
 from tunegate.pipeline.card import versions
@@ -91,7 +91,7 @@ def _recorded(begun: bytes) -> Path:
 def _config(card: AdapterCard, folder: Path, out: Path) -> Config:
     settings = {**card.config, "output": str(out.absolute()), "registry": None}
     try:
-        task = Task.model_validate_json(json.dumps(settings))
+        task = Task.model_validate(freeze(settings))
     except ValidationError as error:
         raise InputError("the card's settings are not those of this tunegate", got=str(error)) from None
     return Config(task, folder.absolute(), dict(card.origins))

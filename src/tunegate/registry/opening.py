@@ -86,16 +86,6 @@ def whoami() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def refuse_password(where: str) -> None:
-    """:class:`InputError` if a URL that is about to be written to cards and logs holds a password."""
-    if where != "default" and "://" in where and parse_url(where).password:
-        raise InputError(
-            "a password does not belong into a task file: settings are kept on the card",
-            where="registry",
-            fix="put it into ~/.pgpass or PGPASSWORD, and write the URL without it",
-        )
-
-
 def _place(where: str) -> tuple[sa.URL, Path | None]:
     """The database's URL and, for SQLite, the folder it lies in."""
     if "://" not in where:
