@@ -74,7 +74,8 @@ def moto_s3() -> Iterator[str]:
     """An S3 on 127.0.0.1; yields its endpoint."""
     port = free_port()
     code = (
-        f"import threading, os; timer = threading.Timer({LIFETIME}, os._exit, (0,)); timer.daemon = True; timer.start();"
+        "import os, threading;"
+        f"timer = threading.Timer({LIFETIME}, os._exit, (0,)); timer.daemon = True; timer.start();"
         f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
     )
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
