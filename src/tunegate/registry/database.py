@@ -122,10 +122,9 @@ class Database:
 
 def parse_url(text: str) -> URL:
     """``sqlite:///FILE`` or ``postgresql+psycopg://...``; :class:`InputError` for anything else."""
-    try:
+    url: URL | None = None
+    with contextlib.suppress(ArgumentError, ValueError):
         url = make_url(text)
-    except (ArgumentError, ValueError):
-        url = None
     if url is None or url.get_backend_name() not in ("sqlite", "postgresql"):
         raise InputError(
             "not a registry",
