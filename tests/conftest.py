@@ -17,6 +17,8 @@ from hypothesis import settings
 
 from tiny import tiny_base
 
+pytest_plugins = ["registry_fixtures"]
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 settings.register_profile("tunegate", deadline=None, derandomize=True, print_blob=True)

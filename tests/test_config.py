@@ -53,7 +53,7 @@ def test_origins(tmp_path: Path) -> None:
     assert found["train.epochs"] == (3.0, "default")
     assert found["base.name"] == ("tiny", "my task.yaml:1")
     assert found["name"] == ("my-task", "default: the file's name")
-    assert [key for key in found if "." not in key] == ["name", "output"]
+    assert [key for key in found if "." not in key] == ["name", "output", "registry"]
 
 
 def test_a_given_alpha_keeps_its_origin(tmp_path: Path) -> None:

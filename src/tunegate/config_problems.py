@@ -1,15 +1,15 @@
 """What is wrong with a task file, from what pydantic found: key, line, what was expected, the nearest real key.
 
-It validates nothing and reads no file.
+Passwords in URLs are not shown, and :data:`Place` takes none. It reads no file.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from tunegate.errors import Problem, nearest
 
@@ -29,8 +29,20 @@ _EXPECTED = {
 }
 
 
+_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
+
+
+def _no_password(value: str) -> str:
+    if _PASSWORD.search(value):
+        raise ValueError("a URL without a password, because settings are kept on cards: use ~/.pgpass or PGPASSWORD")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_no_password)]
+
+
 def _show(value: Any) -> str:
-    text = repr(list(value) if isinstance(value, tuple) else value)
+    text = _PASSWORD.sub(r"\1:***@", repr(list(value) if isinstance(value, tuple) else value))
     return text if len(text) <= 120 else text[:117] + "..."
 
 

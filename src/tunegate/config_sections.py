@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tunegate.config_problems import Place
 from tunegate.errors import InputError
 from tunegate.gate_rules import parse_rule
 
@@ -306,3 +307,4 @@ class Task(Section):
     judge: JudgeSection | None = None
     name: str | None = Field(None, description="default: the file's name", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     output: str | None = Field(None, description="run folder; default: runs/NAME beside the file")
+    registry: Place | None = Field(None, description="finished runs are added there: default, folder or database URL")

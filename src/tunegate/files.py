@@ -206,7 +206,8 @@ def read_into(descriptor: int, view: memoryview, start: int, path: Path | str) -
 
 
 def home() -> Path:
-    """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time."""
+    """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time, and below ``registry``
+    the default registry, which is no cache."""
     return Path(os.environ.get("TUNEGATE_HOME") or "~/.cache/tunegate").expanduser()
 
 

@@ -14,6 +14,7 @@ It does not verify that the adapter was trained on this base, and reads no pickl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from tunegate.files import atomic_path, canonical_json
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
+_NAME = re.compile(  # no empty part, so no `..`; no separator of paths
+    re.escape(_PREFIX) + r"(?P<path>\w+(\.\w+)*)\.(lora_[AB]\.weight|lora_magnitude_vector)", re.ASCII
+)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -160,6 +164,47 @@ def adapter_hash(folder: Path | str) -> str:
         hasher.update(canonical_json([name, list(tensor.shape)]).encode("utf-8"))
         hasher.update(tensor.numpy().tobytes())
     return "b3:" + hasher.hexdigest()
+
+
+def check_alone(folder: Path | str) -> None:
+    """What can be said of an adapter without its base: :class:`InputError` unless its tensors are named like modules'
+    factors, come in pairs of the rank that the config gives, are finite, and some B is not zero."""
+    folder = Path(folder)
+    where, spec = str(folder / TENSORS), read_spec(folder)
+    header = _header(folder)
+    problems = [
+        Problem("not a tensor of an adapter on a module", f"{where}: {name[:200]!r}", f"{_PREFIX}MODULE.lora_A.weight")
+        for name in sorted(header)
+        if not _NAME.fullmatch(name)
+    ]
+    problems += _wrong_types(header, where)
+    shapes = {name: shape for name, (shape, _) in header.items() if _NAME.fullmatch(name)}
+    problems += _unpaired(shapes, spec, where)
+    if not header:
+        problems.append(Problem("the file holds no tensor", where))
+    if problems:
+        raise InputError(problems)
+    state = _read_tensors(folder)
+    problems = _non_finite(state, where) + _untrained(state, where)
+    if problems:
+        raise InputError(problems)
+
+
+def _unpaired(shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec, where: str) -> list[Problem]:
+    """Modules whose factors are not A (r, in) and B (out, r), with a magnitude (out,) under DoRA."""
+    paths = {found["path"] for name in shapes if (found := _NAME.fullmatch(name))}
+    problems = []
+    for path in sorted(paths):
+        rank = spec.rank_for(path)
+        a, b = (shapes.get(tensor_name(path, p)) for p in ("lora_A", "lora_B"))
+        magnitude = shapes.get(tensor_name(path, "lora_magnitude_vector"))
+        fits = a is not None and b is not None and len(a) == len(b) == 2 and a[0] == b[1] == rank
+        if not fits or (magnitude is not None) != spec.use_dora or (magnitude and b and magnitude != b[:1]):
+            expected = f"A ({rank}, in), B (out, {rank})" + (", magnitude (out,)" if spec.use_dora else "")
+            problems.append(
+                Problem("the factors do not fit together", f"{where}: {path}", expected, f"{a}, {b}, {magnitude}")
+            )
+    return problems
 
 
 def _config_text(config: Mapping[str, Any]) -> bytes:

@@ -18,6 +18,7 @@ from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.cli.review import review
+from tunegate.cli.registry import registry
 from tunegate.cli.sweep import sweep
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
@@ -28,8 +29,8 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
 __all__ = [
-    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "review", "run", "show", "sweep",
-    "train",
+    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "registry", "review", "run",
+    "show", "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "evaluations": [asdict(e) for e in outcome.card.evaluations],
             "baselines": {name: record.score.value for name, record in outcome.baselines.items()},
             "training": asdict(outcome.card.run),
+            "version": outcome.version,
         }
     )
     return 0 if outcome.decision.verdict == SHIP else 1
@@ -124,9 +126,11 @@ def gate(arguments: argparse.Namespace, console: Console) -> int:
 def merge(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.merge import merge as run_merge
     from tunegate.pipeline.merge import request_of
+    from tunegate.registry.pulling import adapter_folders
 
+    adapters = adapter_folders(arguments.adapters, arguments.registry, "merged", console.line)
     request = request_of(
-        arguments.adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
+        adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
         arguments.base, arguments.onto,
     )  # fmt: skip
     report = run_merge(replace(request, allow_base_mismatch=arguments.allow_base_mismatch), console)

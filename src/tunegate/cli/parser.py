@@ -10,6 +10,7 @@ import tunegate
 from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.quantize import size
 from tunegate.cli.review import add_parser as add_review
+from tunegate.cli.registry import add_parser as add_registry
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
 SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -126,6 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep(commands, task)
     _add_merge(commands, common)
     _add_quantize(commands, common)
+    add_registry(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
     return parser
 
@@ -164,7 +166,9 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Streams the base's shards, adds the adapter in fp32, stores the base's dtype. Fails and leaves "
         "nothing where the merged model does not answer as the adapter on its base does.",
     )
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folder; several are mixed")
+    merge.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="folder, or NAME@ALIAS in the registry; several are mixed"
+    )
     merge.add_argument(
         "-o", "--out", required=True, metavar="FOLDER", help="where the merged model goes; must not exist"
     )
@@ -178,6 +182,7 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         help="after training on NF4: the dequantized weights that the adapter saw, or the original ones",
     )  # fmt: skip
     merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
+    merge.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 
 
 def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 
 import tunegate
 from tunegate import records
-from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash
-from tunegate.errors import InputError, Problem, TunegateError
+from tunegate.adapter.card import CARD, CHANGED, FILES, MANIFEST, README, check_complete, load_card, manifest_problems
+from tunegate.adapter.files import adapter_hash
+from tunegate.errors import InputError, TunegateError
 from tunegate.files import canonical_json, explain_os_error, hash_file, read_json, write_json, write_text
 from tunegate.pipeline.base import Base
 from tunegate.pipeline.folders import now, short
 from tunegate.pipeline.prepare import Prepared
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
 
-CARD, MANIFEST, README = "card.json", "manifest.json", "README.md"
-FILES = (CONFIG, TENSORS, CARD, README)
+__all__ = ["CARD", "MANIFEST", "check_adapter", "check_complete", "load_card", "versions", "write_card"]
 
 
 def versions() -> dict[str, str]:
@@ -67,7 +67,7 @@ def write_card(
         git=begun["git"],
         created=now(),
     )
-    if not _problems(folder):
+    if not manifest_problems(folder):
         there = records.load(folder / CARD, AdapterCard)
         if records.to_json(replace(card, created=there.created)) == records.to_json(there):
             return there
@@ -77,31 +77,6 @@ def write_card(
     write_text(folder / README, _readme(card))
     write_json(folder / MANIFEST, {name: hash_file(folder / name) for name in FILES})
     return card
-
-
-def _problems(folder: Path) -> list[Problem]:
-    """What keeps ``folder`` from being a complete adapter, every file as its manifest says."""
-    path = folder / MANIFEST
-    if not path.exists():
-        what = "not a complete adapter: it has no manifest" if folder.is_dir() else "no such adapter folder"
-        return [Problem(what, str(folder), fix="`tunegate run` makes and finishes one")]
-    try:
-        manifest = read_json(path)
-    except (ValueError, RecursionError):
-        manifest = None
-    if not isinstance(manifest, dict) or not set(FILES) <= manifest.keys():
-        return [Problem("the manifest is damaged", str(path), f"hashes of {', '.join(FILES)}")]
-    problems = []
-    for name, digest in manifest.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            problems.append(Problem("a file of the adapter is missing", str(file), fix="copy the whole folder again"))
-        elif (found := hash_file(file)) != digest:
-            problems.append(Problem("changed since it was published", str(file), str(digest), found, _CHANGED))
-    return problems
-
-
-_CHANGED = "copy the adapter again; `tunegate run` remakes one of its own if its folder is removed"
 
 
 def _readme(card: AdapterCard) -> str:
@@ -131,35 +106,6 @@ Decision: **{card.decision.verdict}**. Base `{card.base["name"]}`, fingerprint `
 """
 
 
-def load_card(folder: Path) -> AdapterCard:
-    """The card in ``folder``, its free-form parts checked as far as they are read."""
-    card = records.load(folder / CARD, AdapterCard)
-    needed = {
-        "base.name": (card.base.get("name"), str),
-        "base.parameters": (card.base.get("parameters"), int),
-        "base.fingerprint": (card.base.get("fingerprint"), dict),
-        "adapter.hash": (card.adapter.get("hash"), str),
-        "adapter.run": (card.adapter.get("run"), str),
-        "template.golden": (card.template.get("golden"), list),
-    }
-    wrong = [name for name, (value, kind) in needed.items() if not isinstance(value, kind)]
-    if not wrong and not isinstance(card.base["fingerprint"].get("total"), str):
-        wrong.append("base.fingerprint.total")
-    if not wrong and not all(isinstance(e, dict) and isinstance(e.get("ids"), list) for e in card.template["golden"]):
-        wrong.append("template.golden")
-    if wrong or not card.evaluations:
-        where = str(folder / CARD)
-        raise InputError([Problem(f"missing or wrong: {name}", where) for name in wrong or ["evaluations"]])
-    return card
-
-
-def check_complete(folder: Path) -> None:
-    """:class:`InputError` unless every file of the adapter is there and as its manifest says."""
-    problems = _problems(folder)
-    if problems:
-        raise InputError(problems)
-
-
 def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False) -> AdapterCard:
     """The card of a complete adapter folder that belongs to ``base``.
 
@@ -170,7 +116,7 @@ def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False
     card = load_card(folder)
     made_for, here = card.base["fingerprint"]["total"], base.fingerprint.total
     if card.adapter["hash"] != adapter_hash(folder):
-        raise InputError("the card is of another adapter", where=str(folder), fix=_CHANGED)
+        raise InputError("the card is of another adapter", where=str(folder), fix=CHANGED)
     if made_for != here and not allow_base_mismatch:
         raise InputError(
             "the adapter was trained on another base",

@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task ready to run."""
+    """A task ready to run. ``imported``: the hash of an adapter from elsewhere that takes the place of training."""
 
     config: Config
     data: Data
@@ -77,6 +77,7 @@ class Prepared:
     regression: Regression | None = None
     safety: Safety | None = None
     judge: Judge | None = None
+    imported: str | None = None
 
     @cached_property
     def base_key(self) -> list[Any]:
@@ -113,6 +114,7 @@ class Prepared:
     @cached_property
     def train_key(self) -> str:
         settings = self.config.task.train.model_dump(mode="json", exclude={"threads", "checkpoint_every", "memory"})
+        settings = settings if self.imported is None else {"imported": self.imported}
         rows = hash_json([[row.ids, row.target] for row in self.train_rows])
         return hash_json([self.base_key, settings, rows, self._task_key, _content(self.valid), self.policy.hash()])
 

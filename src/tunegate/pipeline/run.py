@@ -23,6 +23,7 @@ from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
 from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.questions import JUDGE, REGRESSION, SAFETY, Judge, load_regression, load_safety, switch_on
+from tunegate.pipeline.registering import enter, open_for
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunRecord
@@ -30,12 +31,14 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RunR
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run. ``card`` holds records, comparisons and the decision."""
+    """A finished run. ``card`` holds records, comparisons and the decision; ``version`` is what it is called in the
+    registry that the task names."""
 
     folder: Path
     adapter: Path
     card: AdapterCard
     baselines: dict[str, EvalRecord]
+    version: str | None = None
 
     @property
     def decision(self) -> Decision:
@@ -66,6 +69,7 @@ def open_run(prepared: Prepared, *, latest: bool = True) -> Path:
             "data": prepared.data.files,
             "versions": versions(),
             "git": git_state(config.folder),
+            "folder": str(config.folder),
             "begun": now(),
         }
         write_json(folder / "run.json", begun)
@@ -95,7 +99,8 @@ def check_policy(prepared: Prepared, folder: Path) -> None:
 def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: Callable[[], bool]) -> Outcome:
     """Everything from the task file to the card. ``stop`` is asked between training steps."""
     prepared = _prepared(config, reporter)
-    _need_test(prepared)
+    need_test(prepared)
+    registry = open_for(prepared)  # what would keep the adapter out is said before hours of training
     if prepared.judge is not None and not (run_folder(prepared) / JUDGE / STEP).exists():
         open_provider(prepared.judge.model)  # its key is there, before hours of training
     with owned(prepared.config.run_dir):
@@ -115,7 +120,8 @@ def run(config: Config, reporter: Reporter, *, reopen: str | None = None, stop: 
         judging.judge_run(prepared, run, reporter)
         card = _publish(prepared, run, record, evaluated, comparisons)
         planning.finish(planned, run, record, peak)
-    return Outcome(run, run / "adapter", card, baselines)
+        version = enter(registry, run / "adapter", reporter) if registry else None
+    return Outcome(run, run / "adapter", card, baselines, version)
 
 
 def _publish(
@@ -147,7 +153,7 @@ def _prepared(config: Config, reporter: Reporter) -> Prepared:
     return prepared
 
 
-def _need_test(prepared: Prepared) -> None:
+def need_test(prepared: Prepared) -> None:
     if not prepared.data.splits.test:
         raise InputError(
             "there are no test rows, and the decision needs some",
@@ -303,7 +309,7 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
     """Score one subject on one split; the test split goes through the ledger like any other opening."""
     prepared = prepare(config, reporter)
     if request.split == "test":
-        _need_test(prepared)
+        need_test(prepared)
     root = prepared.config.run_dir
     session = Session(prepared, reporter)
     subject, run_id, digest = "base", "base", ""

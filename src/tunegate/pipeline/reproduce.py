@@ -1,0 +1,127 @@
+"""Train a registered adapter again from its card, in a folder of its own, and compare the bytes.
+
+Everything that goes in is checked before the first step: the base's fingerprint, the data files' hashes, the test
+items. The run is a normal one, with its own ledger. Equal code on an equal machine gives equal bytes; where they
+differ, the largest difference of a value and the versions that changed are told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tunegate.adapter.card import load_card
+from tunegate.adapter.files import TENSORS
+from tunegate.config import Config, Task, freeze
+from tunegate.errors import InputError, Problem
+from tunegate.files import hash_file
+from tunegate.pipeline.card import versions
+from tunegate.pipeline.prepare import prepare
+from tunegate.pipeline.reporter import Reporter
+from tunegate.pipeline.run import run
+from tunegate.records import AdapterCard
+from tunegate.registry.entries import read_entity, refuse_flagged, resolve
+from tunegate.registry.intake import EVIDENCE
+from tunegate.registry.opening import Registry
+from tunegate.registry.pulling import materialize, parts_of
+
+Pairs = dict[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """``same``: the tensors' file is equal byte for byte. ``largest``: difference of two values, infinite where names
+    or shapes differ. ``scores`` and ``versions``: then and now, versions only where they changed."""
+
+    ref: str
+    adapter: str
+    same: bool
+    largest: float
+    scores: Pairs
+    versions: Pairs
+
+
+def reproduce(
+    registry: Registry, reference: str, out: Path, reporter: Reporter, *, folder: Path | None, stop: Callable[[], bool]
+) -> Reproduced:
+    """Run ``reference`` again below ``out``. ``folder``: where the card's relative paths start; default: recorded."""
+    with registry.database.reading() as connection:
+        version = resolve(connection, reference)
+        parts = parts_of(connection, version.adapter)
+        carded = read_entity(connection, version.adapter).body.get("card") is not None
+    refuse_flagged(version, "trained again")
+    if not carded:
+        raise InputError("an unverified adapter has no card to train it from", where=version.ref)
+    there = materialize(registry, version.adapter)
+    card = load_card(there)
+    if card.run.steps == 0:
+        raise InputError("the adapter was imported and evaluated, not trained here", where=version.ref)
+    begun = b"".join(registry.store.get(digest) for digest in parts.get(EVIDENCE + "run.json", []))
+    config = _config(card, folder or _recorded(begun), out)
+    _check_inputs(card, config, reporter)
+    outcome = run(config, reporter, stop=stop)
+    one, two = there / TENSORS, outcome.adapter / TENSORS
+    same = hash_file(one) == hash_file(two)
+    then, now = card.versions, versions()
+    return Reproduced(
+        ref=version.ref,
+        adapter=str(outcome.adapter),
+        same=same,
+        largest=0.0 if same else _largest(one, two),
+        scores={k: (v, _scores(outcome.card).get(k)) for k, v in _scores(card).items()},
+        versions={k: (then.get(k), now.get(k)) for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)},
+    )
+
+
+def _recorded(begun: bytes) -> Path:
+    """The task's folder, as the run noted it."""
+    try:
+        return Path(json.loads(begun)["folder"])
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            "the registry does not know where the task's data lies", fix="--folder FOLDER: the task file's folder"
+        ) from None
+
+
+def _config(card: AdapterCard, folder: Path, out: Path) -> Config:
+    settings = {**card.config, "output": str(out.absolute()), "registry": None}
+    try:
+        task = Task.model_validate(freeze(settings))
+    except ValidationError as error:
+        raise InputError("the card's settings are not those of this tunegate", got=str(error)) from None
+    return Config(task, folder.absolute(), dict(card.origins))
+
+
+def _check_inputs(card: AdapterCard, config: Config, reporter: Reporter) -> None:
+    """:class:`InputError` unless base, data files and test items are those of the card."""
+    problems = [
+        Problem("the data has changed", str(config.path(source)), digest, hash_file(path))
+        for source, digest in card.data["files"].items()
+        if (path := config.path(source)).is_file() and hash_file(path) != digest
+    ]
+    if problems:
+        raise InputError(problems)
+    prepared = prepare(config, reporter)
+    expected = {"base": card.base["fingerprint"]["total"], "test items": card.data["test"]}
+    found = {"base": prepared.base.fingerprint.total, "test items": prepared.test_hash}
+    problems = [Problem(f"another {k}", "the card", expected[k], found[k]) for k in expected if expected[k] != found[k]]
+    if problems:
+        raise InputError(problems)
+
+
+def _scores(card: AdapterCard) -> dict[str, float]:
+    return {f"{e.subject} {name}": score.value for e in card.evaluations for name, score in e.scores.items()}
+
+
+def _largest(one: Path, two: Path) -> float:
+    from safetensors.torch import load_file
+
+    then, now = load_file(one), load_file(two)
+    if {k: v.shape for k, v in then.items()} != {k: v.shape for k, v in now.items()}:
+        return float("inf")
+    return max(float((then[k].float() - now[k].float()).abs().max()) for k in then)

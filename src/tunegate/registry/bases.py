@@ -1,0 +1,174 @@
+"""Bases: known by fingerprint, named by people, superseded by one another.
+
+A name means one base. Adding another base under a name that is taken is an error; saying that it supersedes the old one
+moves the name, and from that moment everything made from the old base is flagged, whoever reads it and however long the
+chain is. The old base and its adapters stay, with their records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from tunegate.errors import InputError, Problem
+from tunegate.registry.database import record, stamp
+from tunegate.registry.entries import (
+    RETIRED,
+    Entity,
+    Version,
+    find_entity,
+    flags_of,
+    insert,
+    list_versions,
+    read_entity,
+    shown,
+)
+from tunegate.registry.opening import Registry
+from tunegate.registry.tables import base_names, edges, entities, superseded, versions
+
+LONGEST_NAME = 400
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """``names`` are those that mean it now; ``adapters`` counts versions trained on it, ``recipes`` how it was
+    quantized for them; ``superseded_by`` is a fingerprint."""
+
+    base: Entity
+    names: tuple[str, ...]
+    adapters: int
+    recipes: tuple[str, ...]
+    superseded_by: str | None
+    flags: tuple[str, ...]
+
+
+def name_problem(connection: Connection, base: Entity) -> Problem | None:
+    """Why ``base`` cannot go by its name: another base has it. A base that is known already keeps its names."""
+    if len(base.name) > LONGEST_NAME or not base.name.isprintable() or not base.name.strip():
+        return Problem("not a name for a base", got=repr(base.name)[:120], expected=f"at most {LONGEST_NAME} letters")
+    if connection.execute(sa.select(entities.c.id).where(entities.c.id == base.id)).first():
+        return None
+    taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == base.name)).scalar()
+    if taken is None or taken == base.id:
+        return None
+    return Problem(
+        "another base has this name", base.name, taken, base.id,
+        f"if it takes the old one's place: tunegate registry base supersede {taken[:15]} NEW --why WHY; "
+        "if it is another base: --base-name NAME",
+    )  # fmt: skip
+
+
+def claim_name(connection: Connection, base: Entity) -> None:
+    """Let the name mean ``base``, unless a name of it is known or another base has that name."""
+    known = sa.select(base_names.c.name).where(sa.or_(base_names.c.base == base.id, base_names.c.name == base.name))
+    if connection.execute(known).first() is None:
+        connection.execute(base_names.insert().values(name=base.name, base=base.id))
+
+
+def add_base(registry: Registry, base: Entity) -> bool:
+    """Enter ``base`` under its name, a further name for one that is known; False if nothing was new."""
+    with registry.database.writing() as connection:
+        known = connection.execute(sa.select(entities.c.id).where(entities.c.id == base.id)).first() is not None
+        taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == base.name)).scalar()
+        problem = None if known and taken in (None, base.id) else name_problem(connection, base)
+        if known and taken not in (None, base.id):
+            problem = Problem("another base has this name", base.name, str(taken), base.id, "give another --name")
+        if problem:
+            raise InputError(problem)
+        if taken == base.id:
+            return False
+        at = stamp(connection)
+        insert(connection, [base], [], at)
+        connection.execute(base_names.insert().values(name=base.name, base=base.id))
+        record(connection, base.id, f"named {base.name}", registry.who, "", at)
+    return True
+
+
+def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Version]:
+    """``new`` takes the place and the names of the base ``old``; returns the versions in use that this flags."""
+    if not why.strip():
+        raise InputError("say why: the reason is shown with every adapter that this flags", where="--why")
+    with registry.database.writing() as connection:
+        before = find_entity(connection, old)
+        _refuse(connection, before, new)
+        flagged = {v.adapter for v in list_versions(connection) if v.flags}
+        at = stamp(connection)
+        free = connection.execute(sa.select(base_names.c.name).where(base_names.c.name == new.name)).first() is None
+        insert(connection, [new], [], at)
+        if free:
+            connection.execute(base_names.insert().values(name=new.name, base=new.id))
+        connection.execute(base_names.update().where(base_names.c.base == before.id).values(base=new.id))
+        connection.execute(superseded.insert().values(old=before.id, new=new.id, who=registry.who, at=at, why=why))
+        record(connection, before.id, f"superseded by {new.id}", registry.who, why, at)
+        record(connection, new.id, f"supersedes {before.id}", registry.who, why, at)
+        in_use = list_versions(connection, versions.c.state != RETIRED)
+        return [v for v in in_use if v.flags and v.adapter not in flagged]
+
+
+def _refuse(connection: Connection, old: Entity, new: Entity) -> None:
+    if old.kind != "base":
+        raise InputError("not a base", where=old.id, got=old.kind)
+    if old.id == new.id:
+        raise InputError("a base does not supersede itself", where=new.name, got=new.id)
+    known = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
+    if old.id in known:
+        raise InputError("the base was superseded before", where=old.name, got=f"by {known[old.id]}")
+    after: str | None = new.id
+    while after is not None:
+        after = known.get(after)
+        if after == old.id:
+            raise InputError("the new base was itself superseded by the old one", where=new.name, got=new.id)
+    taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == new.name)).scalar()
+    if taken not in (None, old.id, new.id):
+        raise InputError("a third base has this name", where=new.name, got=str(taken), fix="give another --name")
+
+
+def list_bases(connection: Connection) -> list[BaseEntry]:
+    """Every base, by name, with what it became."""
+    names: dict[str, list[str]] = {}
+    for row in connection.execute(sa.select(base_names).order_by(base_names.c.name)):
+        names.setdefault(row.base, []).append(row.name)
+    taken = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
+    found = []
+    query = sa.select(entities.c.id).where(entities.c.kind == "base").order_by(entities.c.name)
+    for id in connection.execute(query).scalars():
+        adapters = (
+            sa.select(sa.func.count()).select_from(edges).where(edges.c.parent == id, edges.c.role == "trained on")
+        )
+        flags = flags_of(connection, id)
+        found.append(
+            BaseEntry(
+                read_entity(connection, id), tuple(names.get(id, ())),
+                int(connection.execute(adapters).scalar() or 0), _recipes(connection, id), taken.get(id), flags,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _recipes(connection: Connection, base: str) -> tuple[str, ...]:
+    """How the base was quantized in the runs on it."""
+    import json
+
+    from tunegate.files import canonical_json
+
+    bodies = connection.execute(
+        sa.select(entities.c.body)
+        .join(edges, edges.c.child == entities.c.id)
+        .where(edges.c.parent == base, edges.c.role == "ran on")
+    ).scalars()
+    recipes = [json.loads(body).get("recipe") for body in bodies]
+    return tuple(sorted({"none" if recipe is None else canonical_json(recipe) for recipe in recipes}))
+
+
+def check_base(registry: Registry, fingerprint: str, what: str = "used") -> None:
+    """:class:`InputError` if the base with this fingerprint is in the registry and flagged; an unknown one is not."""
+    with registry.database.reading() as connection:
+        flags = flags_of(connection, fingerprint)
+    if flags:
+        raise InputError(
+            f"the base is flagged in the registry: {'; '.join(flags)}",
+            where=f"{shown(fingerprint)} in {registry.database.shown}",
+            fix=f"train on the new base; an adapter of a flagged base is not {what}",
+        )

@@ -1,0 +1,195 @@
+"""A registry's database: SQLite or PostgreSQL, one writer at a time, readers on a snapshot.
+
+A write transaction begins with the writer's lock (``BEGIN IMMEDIATE``; an advisory lock on PostgreSQL), so what it
+reads stays true until it commits. Writes are short: bytes are uploaded outside of them. A reader sees what was
+committed when it began, whole, and waits for nobody.
+
+The schema's version is asked at every opening. A newer one is refused; an older one is brought up to date by
+`tunegate registry init` alone, because that shuts out older tunegates. SQLite needs a file system with working locks:
+machines that share a registry share a PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from tunegate.errors import InputError, TunegateError
+from tunegate.registry.tables import VERSION_TABLE, events
+
+REVISIONS = ("0001",)  # of migrations/versions, oldest first
+WAIT_SECONDS = 60  # for the writer's lock
+_WRITERS_LOCK = 0x74756E65  # "tune": the advisory lock's key
+CLOCK_TOLERANCE = 60  # seconds that two machines' clocks may differ
+
+
+class Database:
+    """``shown`` is the URL without its password."""
+
+    def __init__(self, url: URL, shown: str):
+        self.shown = shown
+        self.engine = _engine(url)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One snapshot for everything read inside."""
+        with self._explained(), self.engine.connect() as connection:
+            if self._is_postgres:
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that no other writer runs beside; undone on any error."""
+        with self._explained(), self.engine.connect() as connection:
+            connection = connection.execution_options(write=True)
+            with connection.begin():
+                if self._is_postgres:
+                    connection.execute(sa.text(f"SET LOCAL lock_timeout = '{WAIT_SECONDS}s'"))
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+                yield connection
+
+    @property
+    def _is_postgres(self) -> bool:
+        return self.engine.dialect.name == "postgresql"
+
+    def create(self) -> None:
+        """Make the tables, or bring an older schema up to date. Processes that start together wait for one another."""
+        from alembic import command
+        from alembic.config import Config
+
+        with self.writing() as connection:
+            if self._check(connection, may_be_older=True):
+                return
+            config = Config()
+            config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+            config.attributes["connection"] = connection
+            command.upgrade(config, REVISIONS[-1])
+
+    def check(self) -> bool:
+        """Whether there is a registry; :class:`InputError` if its schema is not the one that this code knows."""
+        with self.reading() as connection:
+            return self._check(connection, may_be_older=False) is not None
+
+    def _check(self, connection: Connection, *, may_be_older: bool) -> str | None:
+        """The schema's version; None where there is none, or an older one that may be."""
+        if not sa.inspect(connection).has_table(VERSION_TABLE):
+            return None
+        found = connection.execute(sa.text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
+        if found not in REVISIONS:
+            raise InputError(
+                "the registry was written by a newer tunegate",
+                where=self.shown,
+                expected=f"schema {REVISIONS[-1]} or older",
+                got=f"schema {found}",
+                fix="update tunegate (pip install -U tunegate)",
+            )
+        if found == REVISIONS[-1]:
+            return str(found)
+        if may_be_older:
+            return None
+        raise InputError(
+            "the registry has an older schema",
+            where=self.shown,
+            expected=f"schema {REVISIONS[-1]}",
+            got=f"schema {found}",
+            fix="`tunegate registry init` brings it up to date; older tunegates cannot read it then",
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            text = " ".join(str(error.orig).split())
+            busy = "locked" in text or "lock timeout" in text
+            fix = (
+                "another process holds the registry: try again"
+                if busy
+                else "check the URL, the server and the disk; nothing of this command was written"
+            )
+            raise TunegateError("the registry's database refuses", where=self.shown, got=text, fix=fix) from error
+
+
+def parse_url(text: str) -> URL:
+    """``sqlite:///FILE`` or ``postgresql+psycopg://...``; :class:`InputError` for anything else."""
+    url: URL | None = None
+    with contextlib.suppress(ArgumentError, ValueError):
+        url = make_url(text)
+    if url is None or url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise InputError(
+            "not a registry",
+            where=re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text),
+            expected="default, a folder, sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE",
+        )
+    if url.get_backend_name() == "postgresql" and url.drivername != "postgresql+psycopg":
+        url = url.set(drivername="postgresql+psycopg")
+    return url
+
+
+def _engine(url: URL) -> Engine:
+    connect: dict[str, Any] = {"timeout": WAIT_SECONDS} if url.get_backend_name() == "sqlite" else {}
+    try:
+        engine = sa.create_engine(url, poolclass=sa.pool.NullPool, connect_args=connect)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "the driver for PostgreSQL is not installed", fix="pip install 'tunegate[registry-postgres]'"
+        ) from error
+    except SQLAlchemyError as error:
+        raise InputError("not a registry's URL", got=str(error)) from error
+    if url.get_backend_name() == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    del record
+    connection.isolation_level = None  # transactions are begun below, not by the driver
+    for line in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {line}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def stamp(connection: Connection) -> str:
+    """The time of a write, UTC, ISO 8601 with microseconds: never before the last one.
+
+    :class:`TunegateError` if this machine's clock is further behind than machines may differ.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    last = connection.execute(sa.select(events.c.at).order_by(events.c.seq.desc()).limit(1)).scalar()
+    if last is None:
+        return _text(now)
+    then = datetime.datetime.fromisoformat(last)
+    if (then - now).total_seconds() > CLOCK_TOLERANCE:
+        raise TunegateError(
+            "this machine's clock is behind the registry's last entry",
+            expected=f"a time after {last}",
+            got=_text(now),
+            fix="set the clock; nothing was written",
+        )
+    return _text(max(now, then))
+
+
+def _text(time: datetime.datetime) -> str:
+    return time.isoformat(timespec="microseconds")
+
+
+def record(connection: Connection, subject: str, what: str, who: str, why: str, at: str | None = None) -> str:
+    """Add an event; returns its time."""
+    at = at or stamp(connection)
+    connection.execute(events.insert().values(subject=subject, what=what, who=who, at=at, why=why))
+    return at

@@ -1,0 +1,253 @@
+"""An adapter folder turned into facts: its files by hash, and what its card says they were made from.
+
+Everything is checked here, before a byte is stored: regular files inside the folder only, the manifest's hashes, the
+card's own hash of the tensors, names and shapes of the tensors, finite values, and that the verdict follows from the
+rules beside it. An adapter's id is a hash over its tensors, config and card, so the same adapter is the same version.
+
+A PEFT folder without a card is taken as ``unverified``: its tensors and config are kept, other files are left out and
+named. The base that it claims is noted, never believed.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunegate import records
+from tunegate.adapter.card import CARD, FILES, MANIFEST, README, check_complete, load_card
+from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, check_alone
+from tunegate.adapter.peft_config import read_config
+from tunegate.errors import InputError, Problem, nearest
+from tunegate.files import hash_file, hash_json, read_json
+from tunegate.gate import FAIL, HOLD, INCONCLUSIVE, SHIP
+from tunegate.records import AdapterCard, Decision, EvalRecord
+from tunegate.registry.entries import NAME, Edge, Entity
+from tunegate.registry.store import is_hash
+
+EVIDENCE = "evidence/"  # what a run left beside its adapter, in the registry's paths
+MOST_FILES = 200
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What one folder adds. ``files`` maps the registry's path to the file here and its hash; ``base`` is the proven
+    fingerprint, ``claims`` the base's name where nothing proves it."""
+
+    folder: Path
+    id: str
+    name: str
+    files: dict[str, tuple[Path, str]]
+    entities: list[Entity]
+    edges: list[Edge]
+    base: Entity | None
+    claims: str | None
+    verdict: str | None
+    left_out: list[str]
+
+
+def read_folder(folder: Path, *, name: str | None = None, base: str | None = None) -> Intake:
+    """Check ``folder`` and say what it holds. ``name``: default is the card's; needed without one. ``base``: the name
+    that its base has in the registry, where that is not the card's. :class:`InputError` with what is wrong."""
+    if not folder.is_dir():
+        raise InputError("no such adapter folder", where=str(folder))
+    found = dict(_regular_files(folder, ""))
+    if not {CONFIG, TENSORS} <= found.keys():
+        missing = ", ".join(sorted({CONFIG, TENSORS} - found.keys()))
+        pickled = "adapter_model.bin" in found
+        raise InputError(
+            f"not an adapter folder: no {missing}",
+            where=str(folder),
+            fix="it holds a pickle, which is never read: save it again with PEFT" if pickled
+            else nearest(TENSORS, sorted(found)),
+        )  # fmt: skip
+    check_alone(folder)
+    take = _with_card if CARD in found else _without_card
+    try:
+        return take(folder, found, name, base)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
+        raise InputError("a text that is not Unicode", where=str(folder), got=ascii(error.object)[:120]) from None
+
+
+def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name: str | None) -> Intake:
+    check_complete(folder)
+    card = load_card(folder)
+    problems = _card_problems(card, folder)
+    if problems:
+        raise InputError(problems)
+    names = [*FILES, MANIFEST]
+    own = {path: (found[path], hash_file(found[path])) for path in names}
+    id = _id_of(own)
+    evidence = dict(_evidence(folder, card))
+    base, entities, edges = _facts(card, id, base_name)
+    for path in ("regression/regression.json", "safety/safety.json"):
+        if EVIDENCE + path in evidence:
+            entities_of, edges_of = _kept(evidence[EVIDENCE + path][0], id, base.id)
+            entities, edges = entities + entities_of, edges + edges_of
+    body = {"files": {p: h for p, (_, h) in own.items()}, "hash": card.adapter["hash"], "card": records.to_json(card)}
+    adapter = Entity(id, "adapter", checked_name(name or card.name), body)
+    return Intake(
+        folder, id, adapter.name, {**own, **evidence}, [*entities, adapter], edges, base, None, card.decision.verdict,
+        sorted(set(found) - set(own)),
+    )  # fmt: skip
+
+
+def _without_card(folder: Path, found: dict[str, Path], name: str | None, base: str | None) -> Intake:
+    if name is None:
+        raise InputError(
+            "an adapter without a card has no name", where=str(folder), fix="--name NAME; it becomes `unverified`"
+        )
+    kept = [path for path in (CONFIG, TENSORS, README) if path in found]
+    own = {path: (found[path], hash_file(found[path])) for path in kept}
+    config = read_config(folder / CONFIG)
+    claimed = config.get("base_model_name_or_path")
+    claims = base or (claimed if isinstance(claimed, str) and claimed else None)
+    body = {
+        "files": {p: h for p, (_, h) in own.items()}, "hash": adapter_hash(folder), "config": config, "claims": claims,
+    }  # fmt: skip
+    id = _id_of(own)
+    adapter = Entity(id, "adapter", checked_name(name), body)
+    return Intake(folder, id, adapter.name, own, [adapter], [], None, claims, None, sorted(set(found) - set(own)))
+
+
+def _id_of(own: dict[str, tuple[Path, str]]) -> str:
+    return id_of({path: digest for path, (_, digest) in own.items()})
+
+
+def id_of(hashes: dict[str, str]) -> str:
+    """An adapter's id: a hash over its tensors', config's and card's hashes. A README is a view of the card, and
+    publishing may replace it."""
+    return hash_json({"adapter": {path: hashes[path] for path in (CONFIG, TENSORS, CARD) if path in hashes}})
+
+
+def checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InputError(
+            "not a name for an adapter", got=repr(name)[:120], expected="letters, digits, . _ -; at most 100"
+        )
+    return name
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _regular_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    """The files that lie directly in ``folder``, which may be a link itself. A link in it must not lead out of it."""
+    root = folder.resolve()
+    problems: list[Problem] = []
+    found = sorted(folder.iterdir())
+    for path in found:
+        target = path.resolve()
+        if not target.is_relative_to(root):
+            problems.append(
+                Problem("a link leads out of the folder", str(path), got=str(target), fix="copy with cp -rL, then add")
+            )
+        elif target.is_dir():
+            continue
+        elif not target.exists() or not stat.S_ISREG(target.stat().st_mode):
+            problems.append(Problem("not a regular file", str(path)))
+    if len(found) > MOST_FILES:
+        problems.append(Problem("too many files for an adapter", str(folder), f"at most {MOST_FILES}", str(len(found))))
+    if problems:
+        raise InputError(problems)
+    yield from ((prefix + path.name, path) for path in found if path.is_file())
+
+
+def _evidence(folder: Path, card: AdapterCard) -> Iterator[tuple[str, tuple[Path, str]]]:
+    """Records and per-item answers of the run that ``folder`` is the adapter of; nothing for a copied adapter."""
+    run = folder.resolve().parent
+    if folder.resolve().name != "adapter" or run.name != f"run-{card.adapter['run']}":
+        return
+    for part in ("", "test/", "regression/", "safety/", "train/"):
+        if (run / part).is_dir():
+            for path, file in _regular_files(run / part, EVIDENCE + part):
+                if file.suffix in (".json", ".jsonl"):
+                    yield path, (file, hash_file(file))
+
+
+# --- what a card says --------------------------------------------------------------------------------------------
+
+
+def _card_problems(card: AdapterCard, folder: Path) -> list[Problem]:
+    where = str(folder / CARD)
+    problems = []
+    if (found := adapter_hash(folder)) != card.adapter["hash"]:
+        problems.append(Problem("the card is of another adapter", where, found, card.adapter["hash"]))
+    if (follows := verdict_of(card.decision)) != card.decision.verdict:
+        problems.append(
+            Problem("the decision does not follow from its rules", where, follows, card.decision.verdict,
+                    "judge it again: tunegate gate TASK")
+        )  # fmt: skip
+    files, test = card.data.get("files"), card.data.get("test")
+    hashes = [card.base["fingerprint"]["total"], test]
+    if not all(is_hash(h) for h in hashes) or not isinstance(files, dict) or not all(map(_is_text, files.values())):
+        problems.append(Problem("base, data and test set are told by content hashes", where, "b3:...", str(hashes)))
+    return problems
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _dataset(source: str, digest: str) -> Entity:
+    """A file by its hash; a data set of the hub's by its name and its own fingerprint (``hf:...``)."""
+    id = digest if is_hash(digest) else hash_json([source, digest])
+    return Entity(id, "dataset", source, {"source": source, "version": digest})
+
+
+def verdict_of(decision: Decision) -> str:
+    """What the rules of ``decision`` amount to."""
+    verdicts = {rule.verdict for rule in decision.rules if rule.required}
+    return HOLD if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else SHIP
+
+
+def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, list[Entity], list[Edge]]:
+    """Base, datasets, run, evaluations and decision, with how they hang together."""
+    said = {k: v for k, v in card.base.items() if k != "recipe"}
+    base = Entity(card.base["fingerprint"]["total"], "base", base_name or card.base["name"], said)
+    entities, edges = [base], [Edge(id, base.id, "trained on")]
+    sources = [_dataset(source, digest) for source, digest in card.data["files"].items()]
+    entities += sources
+    test = Entity(card.data["test"], "dataset", "test items", {"rows": (card.data.get("rows") or {}).get("test")})
+    entities.append(test)
+    edges += [Edge(test.id, source.id, "drawn from") for source in sources if source.id != test.id]
+
+    told = {
+        "run": card.adapter["run"], "record": asdict(card.run), "config": card.config, "origins": card.origins,
+        "recipe": card.base.get("recipe"), "versions": card.versions, "git": card.git, "created": card.created,
+    }  # fmt: skip
+    run = Entity(hash_json(told), "run", f"run-{card.adapter['run']}", told)
+    entities.append(run)
+    edges += [Edge(id, run.id, "made by"), Edge(run.id, base.id, "ran on")]
+    edges += [Edge(run.id, source.id, "read") for source in sources]
+
+    scored = [_evaluation(e, id, base.id, test.id) for e in card.evaluations]
+    entities += [entity for entity, _ in scored]
+    edges += [edge for _, more in scored for edge in more]
+    decision = records.to_json(card.decision)
+    judged = Entity(hash_json({"adapter": id, **decision}), "decision", card.decision.verdict, decision)
+    entities.append(judged)
+    edges += [Edge(judged.id, id, "judges"), *(Edge(judged.id, entity.id, "rests on") for entity, _ in scored)]
+    return base, entities, edges
+
+
+def _evaluation(record: EvalRecord, id: str, base: str, test: str) -> tuple[Entity, list[Edge]]:
+    body = records.to_json(record)
+    entity = Entity(hash_json(body), "eval", f"{record.subject} on {record.split}: {record.primary}", body)
+    edges = [Edge(entity.id, id if record.subject == "adapter" else base, "scores")]
+    return entity, edges + ([Edge(entity.id, test, "asked")] if record.split == "test" else [])
+
+
+def _kept(file: Path, id: str, base: str) -> tuple[list[Entity], list[Edge]]:
+    """What the adapter kept of its base's ability and refusals."""
+    body = read_json(file)
+    if not isinstance(body, dict):
+        raise InputError("not a record", where=str(file))
+    entity = Entity(hash_json(body), "eval", file.stem, body)
+    return [entity], [Edge(entity.id, id, "scores"), Edge(entity.id, base, "compares with")]
+
+
+def describe(intake: Intake) -> dict[str, Any]:
+    return {"id": intake.id, "name": intake.name, "files": sorted(intake.files), "left_out": intake.left_out}

@@ -1,0 +1,126 @@
+"""Proof that every byte and every record is what it was (`verify`), and what nothing refers to removed (`gc`).
+
+``gc`` takes the writer's lock for a batch at a time and deletes inside of it: an upload pins its parts under the same
+lock before it looks whether they are there, so a part is never taken from under an adapter. Pins of uploads that were
+killed run out after a day.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from blake3 import blake3
+from sqlalchemy.engine import Connection
+
+from tunegate.errors import Problem, TunegateError
+from tunegate.files import hash_json
+from tunegate.registry.adding import pin_horizon
+from tunegate.registry.database import stamp
+from tunegate.registry.entries import Version, list_versions
+from tunegate.registry.intake import id_of
+from tunegate.registry.opening import Registry
+from tunegate.registry.pulling import parts_of
+from tunegate.registry.store import is_hash
+from tunegate.registry.tables import entities, files, pins
+
+_BATCH = 100  # objects deleted under one lock
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Counts of what was hashed, and everything that is wrong."""
+
+    adapters: int
+    files: int
+    bytes: int
+    records: int
+    problems: list[Problem]
+
+
+def verify(registry: Registry) -> Verified:
+    """Read and hash every part of every adapter and every record."""
+    with registry.database.reading() as connection:
+        found = list_versions(connection)
+        listed = {v.adapter: parts_of(connection, v.adapter) for v in found}
+        bodies = {
+            row.id: (row.kind, json.loads(row.body))
+            for row in connection.execute(sa.select(entities.c.id, entities.c.kind, entities.c.body))
+        }
+    problems = [p for id, (kind, body) in bodies.items() if (p := _record_problem(id, kind, body))]
+    files_read = bytes_read = 0
+    for version in found:
+        expected = bodies[version.adapter][1].get("files", {})
+        if missing := sorted(set(expected) - set(listed[version.adapter])):
+            problems.append(
+                Problem("the registry does not know the parts of a file", version.ref, got=", ".join(missing))
+            )
+        for path, digests in listed[version.adapter].items():
+            files_read += 1
+            problem, size = _file_problem(registry, version, path, digests, expected.get(path))
+            bytes_read += size
+            if problem:
+                problems.append(problem)
+    return Verified(len(found), files_read, bytes_read, len(bodies), problems)
+
+
+def _file_problem(
+    registry: Registry, version: Version, path: str, digests: list[str], expected: str | None
+) -> tuple[Problem | None, int]:
+    whole, size = blake3(), 0
+    for digest in digests:
+        try:
+            data = registry.store.get(digest)
+        except TunegateError as error:
+            problem = error.problems[0]
+            where = f"{version.ref} {path}: {problem.where}"
+            return Problem(problem.what, where, problem.expected, problem.got, problem.fix), size
+        whole.update(data)
+        size += len(data)
+    found = f"b3:{whole.hexdigest()}"
+    if expected is not None and found != expected:
+        return Problem("the parts do not make up the file", f"{version.ref} {path}", expected, found), size
+    return None, size
+
+
+def _record_problem(id: str, kind: str, body: dict[str, object]) -> Problem | None:
+    """A record whose hash is not its id. A base and a dataset are named by what lies outside of the registry."""
+    if kind in ("run", "eval"):
+        found = hash_json(body)
+    elif kind == "adapter" and isinstance(body.get("files"), dict):
+        found = id_of(body["files"])  # type: ignore[arg-type]
+    else:
+        return None if is_hash(id) else Problem("not a content hash", id)
+    return None if found == id else Problem(f"the record of this {kind} has changed", id, id, found)
+
+
+@dataclass(frozen=True)
+class Collected:
+    objects: int
+    bytes: int
+    pinned: int
+
+
+def collect(registry: Registry) -> Collected:
+    """Delete the objects that no adapter and no running upload needs."""
+    there = sorted(registry.store.hashes())
+    removed = freed = 0
+    for start in range(0, len(there), _BATCH):
+        batch = there[start : start + _BATCH]
+        with registry.database.writing() as connection:
+            connection.execute(pins.delete().where(pins.c.at < pin_horizon(stamp(connection))))
+            needed = _needed(connection, batch)
+            for digest in batch:
+                if digest not in needed:
+                    freed += registry.store.delete(digest)
+                    removed += 1
+    with registry.database.reading() as connection:
+        pinned = connection.execute(sa.select(sa.func.count(pins.c.hash.distinct()))).scalar()
+    return Collected(removed, freed, int(pinned or 0))
+
+
+def _needed(connection: Connection, batch: list[str]) -> set[str]:
+    used = connection.execute(sa.select(files.c.hash).where(files.c.hash.in_(batch))).scalars()
+    pinned = connection.execute(sa.select(pins.c.hash).where(pins.c.hash.in_(batch))).scalars()
+    return {*used, *pinned}

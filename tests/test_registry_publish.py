@@ -1,0 +1,323 @@
+"""What others are told: a plain folder, S3 (moto), MLflow (a real tracking server), the Hub (its HTTP API)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fake_hub import Hub, fake_hub
+from registry_folders import adapter_folder, fingerprint, peft_folder, run_folder
+from services import free_port, moto_s3
+from tunegate.adapter.card import FILES, MANIFEST, check_complete
+from tunegate.errors import InputError, TunegateError
+from tunegate.files import hash_file
+from tunegate.registry.adding import add
+from tunegate.registry.bases import supersede
+from tunegate.registry.entries import Entity, Version, history, resolve
+from tunegate.registry.intake import read_folder
+from tunegate.registry.opening import Registry, open_registry
+from tunegate.registry.publish import push
+from tunegate.registry.pulling import PROVENANCE, pull
+from tunegate.registry.states import promote
+from tunegate.registry.store import Store
+from tunegate.registry.upkeep import collect, verify
+
+
+def quiet(text: str) -> None:
+    del text
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """support:1 in production against the gate, support:2 a candidate."""
+    registry = open_registry(str(tmp_path / "registry"), create=True, who="tester")
+    add(registry, read_folder(run_folder(tmp_path / "runs", 1, verdict="hold", score=0.75)))
+    add(registry, read_folder(adapter_folder(tmp_path / "two", 2)))
+    promote(registry, "support:1", why="x", to="production", override="the customer waits")
+    return registry
+
+
+def find(registry: Registry, reference: str) -> Version:
+    with registry.database.reading() as connection:
+        return resolve(connection, reference)
+
+
+# --- a plain layout ----------------------------------------------------------------------------------------------
+
+
+def test_a_plain_layout(registry: Registry, tmp_path: Path) -> None:
+    out = tmp_path / "published"
+    told = push(registry, "support@production", str(out), quiet)
+    folder = out / "support" / "1"
+    check_complete(folder)
+    assert {p.name for p in folder.iterdir()} == {*FILES, MANIFEST, PROVENANCE}
+    said = json.loads((folder / PROVENANCE).read_text())
+    assert said["standing"] == "production, hold, OVERRIDE: the customer waits"
+    assert said["base"]["fingerprint"] == fingerprint(0).total
+    pointer = json.loads((out / "support" / "production.json").read_text())
+    assert pointer == {"number": 1, "adapter": find(registry, "support:1").adapter}
+    assert told["written"] > 0 and push(registry, "support@production", str(out), quiet)["written"] == 0
+    with registry.database.reading() as connection:
+        assert history(connection, pointer["adapter"])[-1].what == f"published to {told['address']}"
+
+
+def test_another_adapter_of_the_same_number_is_not_overwritten(registry: Registry, tmp_path: Path) -> None:
+    push(registry, "support:1", str(tmp_path / "published"), quiet)
+    other = open_registry(str(tmp_path / "other"), create=True)
+    add(other, read_folder(adapter_folder(tmp_path / "three", 3)))
+    with pytest.raises(InputError, match="another adapter"):
+        push(other, "support:1", str(tmp_path / "published"), quiet)
+
+
+def test_what_is_not_published(registry: Registry, tmp_path: Path) -> None:
+    for target in ("somewhere", "ftp:x"):
+        with pytest.raises(InputError, match="not a place"):
+            push(registry, "support:1", target, quiet)
+    new = fingerprint(1)
+    supersede(registry, "tiny", Entity(new.total, "base", "tiny", {"name": "tiny"}), why="x")
+    with pytest.raises(InputError, match="superseded"):
+        push(registry, "support:1", str(tmp_path / "published"), quiet)
+    assert not (tmp_path / "published").exists()
+
+
+# --- S3 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an empty prefix on a local S3; credentials and endpoint are in the environment."""
+    for package in ("s3fs", "moto", "flask", "flask_cors"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -e '.[registry-test]'")
+    import boto3
+
+    with moto_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="adapters")
+        yield "s3://adapters"
+
+
+def test_the_store_on_s3(s3: str, tmp_path: Path) -> None:
+    registry = open_registry(str(tmp_path / "r"), create=True, store=f"{s3}/store")
+    folder = run_folder(tmp_path / "runs", 1)
+    first, again = add(registry, read_folder(folder)), add(registry, read_folder(folder))
+    assert first.uploaded > 0 and again.uploaded == 0
+    assert len(list(registry.store.hashes())) == 7
+    opened = open_registry(str(tmp_path / "r"))
+    pull(opened, "support:1", tmp_path / "out")
+    check_complete(tmp_path / "out")
+    assert verify(opened).problems == []
+    path = opened.store._path(hash_file(folder / "adapter_model.safetensors"))
+    data = bytearray(opened.store.fs.cat_file(path))
+    data[len(data) // 2] ^= 1
+    opened.store.fs.pipe_file(path, bytes(data))
+    (problem,) = verify(opened).problems
+    assert "changed" in problem.what and path in problem.where
+    with pytest.raises(TunegateError, match="changed"):
+        pull(opened, "support:1", tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+    assert add(registry, read_folder(folder)).uploaded == len(data) and verify(opened).problems == []
+    opened.store.put("b3:" + __import__("blake3").blake3(b"left").hexdigest(), b"left")
+    assert collect(opened).objects == 1 and verify(opened).problems == []
+
+
+def test_a_bucket_that_is_not_there(s3: str, tmp_path: Path) -> None:
+    registry = open_registry(str(tmp_path / "r"), create=True, store="s3://missing/store")
+    with pytest.raises(TunegateError, match="store"):
+        add(registry, read_folder(adapter_folder(tmp_path / "a", 1)))
+    with registry.database.reading() as connection, pytest.raises(InputError):
+        resolve(connection, "support:1")
+
+
+def test_killed_while_pushing_to_s3(s3: str, registry: Registry, tmp_path: Path) -> None:
+    """The registry is as it was, and the next push completes what lies there."""
+    code = f"""
+import os, signal, sys
+from tunegate.registry.publish import plain, push
+from tunegate.registry.opening import open_registry
+write, count = plain._write, [0]
+def counted(*arguments):
+    count[0] += 1
+    if count[0] == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+plain._write = counted
+push(open_registry({str(tmp_path / "registry")!r}), "support:1", {s3 + "/killed"!r}, print)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -9, killed.stderr
+    assert verify(registry).problems == [] and find(registry, "support:1").state == "production"
+    store = Store(f"{s3}/killed")
+    store.fs.invalidate_cache()
+    names = {Path(p).name for p in store.fs.find(store.root)}
+    assert names and PROVENANCE not in names
+    push(registry, "support:1", f"{s3}/killed", quiet)
+    store.fs.invalidate_cache()
+    names = {Path(p).name for p in store.fs.find(store.root)}
+    assert names == {*FILES, MANIFEST, PROVENANCE, "production.json"}
+
+
+def test_a_store_that_is_no_local_folder(tmp_path: Path) -> None:
+    """Any fsspec store: here one in memory."""
+    store = f"memory://{tmp_path.name}"
+    registry = open_registry(str(tmp_path / "r"), create=True, store=store)
+    add(registry, read_folder(adapter_folder(tmp_path / "a", 1)))
+    pull(registry, "support:1", tmp_path / "out")
+    check_complete(tmp_path / "out")
+    assert verify(registry).problems == []
+
+
+# --- the Hub -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with fake_hub() as hub:
+        yield hub
+
+
+def on_hub(hub: Hub, home: Path, *commands: list[str]) -> list[dict[str, Any]]:
+    """Run registry commands against ``hub``; the library reads its address when it is imported."""
+    code = "import sys, json; from tunegate.cli import main\nfor c in json.loads(sys.argv[1]): print(main(c))"
+    arguments = [["registry", *command, "--json"] for command in commands]
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_test", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [lines[n] for n in range(1, len(lines), 2)] == ["0"] * len(commands), done.stdout + done.stderr
+    return [json.loads(lines[n]) for n in range(0, len(lines), 2)]
+
+
+def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) -> None:
+    here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
+    pushed, again, back = on_hub(
+        hub,
+        tmp_path / "hf",
+        ["push", "support@production", "hf:team/support", "--registry", here],
+        ["push", "support@production", "hf:team/support", "--registry", here],
+        ["add", "hf:team/support", "--registry", there],
+    )
+    repo = hub.repos["team/support"]
+    assert repo.private and repo.tags == {"v1": pushed["commit"]}
+    # an event of the first push is not in what is said of the version, so the second finds nothing to commit
+    assert len(repo.commits) == 2 and again["commit"] == pushed["commit"]
+    files = repo.commits[-1]
+    assert set(files) == {*FILES, MANIFEST, PROVENANCE}
+    assert back["adapter"] == find(registry, "support:1").adapter  # the same content
+    assert (back["state"], back["verdict"]) == ("candidate", "hold")  # a state is not taken over from outside
+
+    text = files["README.md"].decode()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {"library_name": "peft", "base_model": "tiny", "tags": ["lora", "tunegate"]}
+    for part in (
+        fingerprint(0).total, "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
+        "Not judged: whether the base's refusals are as they were", 'PeftModel.from_pretrained(base, "team/support")',
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_hub_repository_without_a_card(hub: Hub, tmp_path: Path) -> None:
+    from fake_hub import Repo
+
+    folder = peft_folder(tmp_path / "p", 3)
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    hub.repos["someone/lora"] = Repo(False, [{}, {**files, "optimizer.bin": b"x", "evil.py": b"x"}], ["a", "b"])
+    (found,) = on_hub(
+        hub, tmp_path / "hf", ["add", "hf:someone/lora", "--name", "lora", "--registry", str(tmp_path / "r")]
+    )
+    assert (found["state"], found["ref"]) == ("unverified", "lora:1")
+    assert not any("optimizer" in r or "evil" in r for r in hub.requests)
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    port = free_port()
+    folder.mkdir()
+    command = [
+        "timeout", "600", sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts"),
+        "--workers", "1",
+    ]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+    import urllib.request
+
+    try:
+        end = time.monotonic() + 180
+        while time.monotonic() < end and server.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                break
+            time.sleep(0.3)
+        else:
+            raise RuntimeError((folder / "log").read_text()[-2000:])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_mlflow(registry: Registry, tmp_path: Path) -> None:
+    for package in ("mlflow", "flask", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    from mlflow import MlflowClient
+
+    with mlflow_server(tmp_path / "server") as uri:
+        first = push(registry, "support:1", f"mlflow:{uri}", quiet)
+        second = push(registry, "support:2", f"mlflow:{uri}", quiet)
+        again = push(registry, "support:1", f"mlflow:{uri}", quiet)
+        assert (first["number"], second["number"], again["number"]) == ("1", "2", "1")
+        assert (first["new"], second["new"], again["new"]) == (True, True, False)
+        client = MlflowClient(uri, uri)
+        version = client.get_model_version_by_alias("support", "production")
+        assert version.version == "1" or version.version == 1
+        tags = version.tags
+        assert tags["tunegate.base.fingerprint"] == fingerprint(0).total
+        assert (tags["tunegate.decision"], tags["tunegate.override"]) == ("hold", "the customer waits")
+        assert tags["tunegate.adapter"] == find(registry, "support:1").adapter
+        run = client.get_run(version.run_id)
+        assert run.info.status == "FINISHED" and run.data.params["train.rank"] == "2"
+        assert run.data.metrics["test.adapter.accuracy"] == 0.75 and run.data.metrics["run.steps"] == 8
+        got = Path(client.download_artifacts(version.run_id, "adapter", str(tmp_path)))
+        check_complete(got)
+        promote(registry, "support:2", why="x", to="production")
+        push(registry, "support:2", f"mlflow:{uri}", quiet)
+        assert int(client.get_model_version_by_alias("support", "production").version) == 2
+        assert len(client.search_model_versions("name = 'support'")) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_an_mlflow_that_does_not_answer(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TunegateError, match="MLflow"):
+        push(registry, "support:1", f"mlflow:http://127.0.0.1:{free_port()}", quiet)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match="which MLflow"):
+        push(registry, "support:1", "mlflow:", quiet)
