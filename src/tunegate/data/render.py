@@ -100,6 +100,10 @@ class Renderer:
         """The Jinja text that renders chats without tools; None where there is no template."""
         return self._template.source
 
+    def rendered(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """``messages`` as the template writes them, with the opening of an answer behind them if ``prompt``."""
+        return self._template.render(list(messages), (), prompt=prompt)[0]
+
     @property
     def template_hash(self) -> str:
         """Hash of the template's text and of the special tokens it can write."""

@@ -99,7 +99,10 @@ def _differences(config: Any, family: Family) -> list[tuple[str, str, str]]:
             else config.head_dim
         )
         found.append(("query_pre_attn_scalar", str(wanted), "" if scalar == wanted else str(scalar)))
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):  # gemma2 always has both in llama.cpp, others none
+    for cap in (
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ):  # gemma2 always has both in llama.cpp, others none
         value, wanted = getattr(config, cap, None), "a number" if family.arch == "gemma2" else "none"
         found.append((cap, wanted, "" if (value is not None) == (wanted == "a number") else str(value)))
     if getattr(config, "use_bidirectional_attention", False):

@@ -102,7 +102,9 @@ def _kind(entry: TensorEntry, out_type: str) -> str:
 def file_bytes(layout: Layout) -> int:
     """About the size of the file, for the room on the disk."""
     widths = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
-    sizes = (np.prod(s.entry.shape, dtype=float) * widths[s.kind] for part in layout.slots.values() for s in part.values())
+    sizes = (
+        np.prod(s.entry.shape, dtype=float) * widths[s.kind] for part in layout.slots.values() for s in part.values()
+    )
     return int(sum(sizes)) + sum(len(t.encode()) + 24 for t in [*layout.vocabulary.tokens, *layout.vocabulary.merges])
 
 

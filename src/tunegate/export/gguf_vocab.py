@@ -169,7 +169,9 @@ def _space_prefix(spec: Mapping[str, Any], where: str) -> bool:
     normal = _parts(spec.get("normalizer"), "normalizers")
     before = _parts(spec.get("pre_tokenizer"), "pretokenizers")
     prepends = any(p["type"] == "Prepend" and p["prepend"] == _SPACE for p in normal)
-    replaces = any(p["type"] == "Replace" and p["pattern"] == {"String": " "} and p["content"] == _SPACE for p in normal)
+    replaces = any(
+        p["type"] == "Replace" and p["pattern"] == {"String": " "} and p["content"] == _SPACE for p in normal
+    )
     meta = next((p for p in before if p["type"] == "Metaspace" and p["replacement"] == _SPACE), None)
     if not replaces and meta is None:
         got = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])[:200]

@@ -176,5 +176,5 @@ def modelfile(turns: Turns | str, *, gguf: str, stops: Sequence[str], bos: str, 
 
 def _quoted(text: str) -> str:
     if '"""' in text:
-        raise TunegateError('a Modelfile cannot hold three quotation marks in a row', got=text[:80])
+        raise TunegateError("a Modelfile cannot hold three quotation marks in a row", got=text[:80])
     return f'"""{text}"""'

@@ -74,5 +74,7 @@ def read_mlx(folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
         for ours, theirs in _PARTS.items():
             if theirs != "m" or dora:
                 found = tensors[f"{path}.{theirs}"]
-                state[tensor_name(path, ours)] = (found.t() if found.ndim == 2 else found).to(torch.float32).contiguous()
+                state[tensor_name(path, ours)] = (
+                    (found.t() if found.ndim == 2 else found).to(torch.float32).contiguous()
+                )
     return spec, state

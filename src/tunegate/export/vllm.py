@@ -60,9 +60,7 @@ def findings(
     config: Mapping[str, Any], tensors: Sequence[str], modules: Sequence[str], vocabulary: int
 ) -> list[Finding]:
     """Everything about an adapter that matters to vLLM. ``modules`` are all module paths of the base."""
-    found = [
-        Finding(level, f"{key}: {what}", fix) for key, level, test, what, fix in _CONFIG if test(config.get(key))
-    ]
+    found = [Finding(level, f"{key}: {what}", fix) for key, level, test, what, fix in _CONFIG if test(config.get(key))]
     rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     if rank > RANKS[-1]:
         found.append(Finding("rejected", f"rank {rank}, and at most {RANKS[-1]} is served", _MERGE))
