@@ -1,8 +1,8 @@
 """What GGUF calls a model's tensors and settings, and how it lays them out, for the families llama.cpp runs as we do.
 
 A table gives each ``model_type`` its GGUF architecture and the two things that differ in the tensors: Llama's q and k
-rows are interleaved (rotary pair i of a head in rows 2i and 2i + 1; transformers keeps the pairs half a head apart), and
-Gemma's norms are stored with the one that transformers adds. Names come from the ``gguf`` library's own map.
+rows are interleaved (rotary pair i of a head in rows 2i and 2i + 1; transformers keeps the pairs half a head apart),
+and Gemma's norms are stored with the one that transformers adds. Names come from the ``gguf`` library's own map.
 
 A setting that llama.cpp takes for granted is checked, because it would be computed wrongly there without a word: the
 activation, the attention scale, the pattern of sliding windows, the rotary scaling. What the file cannot say is an
@@ -30,9 +30,9 @@ _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of llama.cpp. ``window_period``: of its layers, every so many-th attends to everything, the others
-    to a window; 0: no windows. ``scale_heads_at``: numbers of layers at which llama.cpp divides by the root of
-    hidden size / heads instead of the head's size."""
+    """One architecture of llama.cpp. ``window_period``: every so many-th layer attends to everything, the others to a
+    window; 0: no windows. ``free_period``: the file says the period. ``scale_heads_at``: numbers of layers at which
+    attention is divided by the root of hidden size / heads instead of the head's size."""
 
     arch: str
     interleaved: bool = False
@@ -203,7 +203,7 @@ def _head_dim(config: Any) -> int:
 
 def write_settings(writer: Any, config: Any, family: Family) -> None:
     """The architecture's keys into a ``gguf.GGUFWriter``."""
-    for put, value in _settings(writer, config, family).items():
+    for put, value in _settings(config, family).items():
         getattr(writer, f"add_{put}")(value)
     rope, window = rope_parameters(config)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -212,7 +212,7 @@ def write_settings(writer: Any, config: Any, family: Family) -> None:
     _write_rope_scaling(writer, rope)
 
 
-def _settings(writer: Any, config: Any, family: Family) -> Mapping[str, Any]:
+def _settings(config: Any, family: Family) -> Mapping[str, Any]:
     window = getattr(config, "sliding_window", None)
     length = config.max_position_embeddings
     if window and not family.window_period:  # llama.cpp knows no window here; within it, the two are the same

@@ -1,15 +1,16 @@
 """GGUF files: the merged model, streamed tensor by tensor, and the adapter alone.
 
-The model file begins with every key and the name, shape and type of every tensor, all known beforehand; then the merged
-tensors are written as they come (``stream``), so no more lies in memory than a merge needs. Matrices become f16, bf16 or
-q8_0 (blocks of 32 with one scale); vectors stay fp32, as llama.cpp wants them. Rows that q8_0 cannot cut into blocks
-become f16.
+The model file begins with every key and the name, shape and type of every tensor, all known beforehand; then the
+merged tensors are written as they come (``stream``), so no more lies in memory than a merge needs. Matrices become f16,
+bf16 or q8_0 (blocks of 32 with one scale); vectors stay fp32, as llama.cpp wants them. Rows that q8_0 cannot cut into
+blocks become f16.
 
-The adapter file holds A and B of every module under the base tensor's name. llama.cpp computes ``alpha / rank * B A`` with
-one alpha for all modules, so the factors are flattened first (``flat``) and alpha is that scale times the rank; q and k
-rows are laid out as in the base's file.
+The adapter file holds A and B of every module under the base tensor's name. llama.cpp computes ``alpha / rank * B A``
+with one alpha for all modules, so the factors are flattened first (``flat``) and alpha is that scale times the rank;
+q and k rows are laid out as in the base's file.
 
-Sources: the ``gguf`` library, llama.cpp's ``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp``. It publishes nothing.
+Sources: the ``gguf`` library, llama.cpp's ``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp``. It publishes
+nothing.
 """
 
 from __future__ import annotations

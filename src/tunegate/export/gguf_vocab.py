@@ -1,9 +1,9 @@
 """A tokenizer as GGUF's keys: tokens, their kinds, merges or scores, the pre-tokenizer's name, special ids, template.
 
 Two kinds are written. Byte-level BPE (``gpt2`` in GGUF) holds merges, and the name of the rule that splits text before
-merging; llama.cpp knows such rules by name only, so the rule of ``tokenizer.json`` is looked up by what it is and refused
-where no name is known. SentencePiece's BPE (``llama``) holds scores instead of merges: the piece with the highest score
-is formed first, so a piece's score is minus the rank of the first merge that forms it.
+merging; llama.cpp knows such rules by name only, so the rule of ``tokenizer.json`` is looked up by what it is and
+refused where no name is known. SentencePiece's BPE (``llama``) holds scores instead of merges: the piece with the
+highest score is formed first, so a piece's score is minus the rank of the first merge that forms it.
 
 The end of a turn that the adapter was trained on becomes ``eot_token_id`` where it is not the eos token, so that
 generation stops there. The chat template is the one of training.

@@ -80,8 +80,8 @@ def _literal(text: str) -> str:
 def find_turns(render: Render, examples: Sequence[Sequence[Mapping[str, str]]]) -> Turns | str:
     """The turns of a template, or in words why it is not made of turns.
 
-    ``render`` takes messages and whether to open an answer. ``examples`` are conversations that must come out alike, the
-    golden prompts for one.
+    ``render`` takes messages and whether to open an answer. ``examples`` are conversations that must come out alike,
+    such as the golden prompts.
     """
     try:
         found = _guess(render)

@@ -1,11 +1,12 @@
 """A GGUF file in llama.cpp itself, as a subject of the parity report.
 
 The library is reached through ``llama-cpp-py-sync``, whose wheels hold a compiled llama.cpp with bindings generated for
-it. Everything of the file is used: keys, tensors and, for :meth:`LlamaCpp.tokens`, the vocabulary. Keys and values of the
-attention are kept in fp32, so what differs is the file and llama.cpp's own arithmetic (activations rounded to the
+it. Everything of the file is used: keys, tensors and, for :meth:`LlamaCpp.tokens`, the vocabulary. Keys and values of
+the attention are kept in fp32, so what differs is the file and llama.cpp's own arithmetic (activations rounded to the
 weights' format).
 
-It is optional: :func:`available` says whether it is installed. It runs on the CPU, one row at a time.
+It is optional: :func:`available` says whether it is installed and its library loads here. It runs on the CPU, one row
+at a time.
 """
 
 from __future__ import annotations
@@ -23,13 +24,22 @@ from tunegate.errors import TunegateError
 from tunegate.export.parity import POSITIONS
 
 
+@cache
 def available() -> bool:
-    return importlib.util.find_spec("llama_cpp_py_sync") is not None
+    if importlib.util.find_spec("llama_cpp_py_sync") is None:
+        return False
+    from llama_cpp_py_sync._cffi_bindings import get_lib
+
+    try:
+        get_lib()
+    except (RuntimeError, OSError):  # a wheel for a newer C library, for one
+        return False
+    return True
 
 
 @cache
 def _silence() -> Any:
-    """llama.cpp tells of every buffer on standard error; what it cannot do it also returns. Kept as long as it is set."""
+    """llama.cpp tells of every buffer on standard error; what it cannot do it also returns."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     ffi = get_ffi()

@@ -1,4 +1,4 @@
-"""A merged checkpoint: the base's shards with ``W + delta`` in the place of every adapted matrix, same layout and dtypes.
+"""A merged checkpoint: the base's shards with ``W + delta`` in the place of every adapted matrix, all else as it was.
 
 The output grows in a ``.partial`` folder beside its name: a finished shard is recorded there with its hash, so a merge
 that was cut off goes on with the next shard. ``finish`` publishes the folder by a rename; the caller checks parity

@@ -4,8 +4,8 @@ mlx-lm multiplies ``x @ lora_a @ lora_b`` by one scale, so its factors are PEFT'
 ``lora_b`` (r, out), and for DoRA ``m`` (out,). One rank and one scale hold for all modules (``flat``). The config names
 the adapted modules within a layer; a layer without one of them keeps mlx-lm's zero factor, which changes nothing.
 
-Source: mlx-lm 0.32, ``tuner/lora.py``, ``tuner/dora.py``, ``tuner/utils.py``. It converts no base: mlx-lm reads the same
-safetensors.
+Source: mlx-lm 0.32, ``tuner/lora.py``, ``tuner/dora.py``, ``tuner/utils.py``. It converts no base: mlx-lm reads the
+same safetensors.
 """
 
 from __future__ import annotations

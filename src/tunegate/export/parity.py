@@ -65,7 +65,7 @@ class Subject(Protocol):
         """Greedy continuations, at most ``new_tokens`` ids, without the stop id that ended one."""
 
     def log_probs(self, row: Sequence[int]) -> Tensor:
-        """(positions, vocabulary) fp32: of the last ``POSITIONS`` positions of ``row``, or of all if there are fewer."""
+        """(positions, vocabulary) fp32, of the last ``POSITIONS`` positions of ``row`` or of all if it is shorter."""
 
 
 class InRunner:

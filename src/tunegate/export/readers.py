@@ -1,9 +1,9 @@
 """Exported files read back, as subjects of the parity report: by the tool they are for where it is installed.
 
 Each function takes what was written and gives a model that can be asked. PEFT, transformers' GGUF loader and mlx-lm run
-their own model definitions; llama.cpp is in ``llama_cpp``. Where none of these is installed the file is still read back,
-by the format's rules and the ``gguf`` or ``safetensors`` library, onto the engine's model: that shows that the right
-numbers are in the right places, not what the other tool makes of them.
+their own model definitions; llama.cpp is in ``llama_cpp``. Where none of these is installed the file is still read
+back, by the format's rules and the ``gguf`` or ``safetensors`` library, onto the engine's model: that shows that the
+right numbers are in the right places, not what the other tool makes of them.
 
 It judges nothing.
 """
@@ -88,7 +88,7 @@ def in_transformers_gguf(path: Path, config: Any) -> Subject:
 
 @torch.no_grad()
 def load_gguf(path: Path, model: Any) -> Subject:
-    """``model`` with every parameter taken from the file, by the ``gguf`` library; one that is not there is an error."""
+    """``model`` with every parameter taken from the file by the ``gguf`` library; a missing one is an error."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 

@@ -1,7 +1,7 @@
 """The formats of ``export``: for each, what it cannot hold, who writes it, and who can read it back.
 
-Formats of the adapter are written from its factors, formats of the whole model stream the merge. A reader turns what was
-written into a subject of the parity report; the first one that is installed is used.
+Formats of the adapter are written from its factors, formats of the whole model stream the merge. A reader turns what
+was written into a subject of the parity report; the first one that is installed is used.
 
 It neither compares nor publishes: ``export`` does.
 """
@@ -58,8 +58,8 @@ class ExportRequest:
 
 @dataclass
 class Job:
-    """One export under way. ``model`` is the loaded base with the adapter on it; formats of the whole model let go of it
-    before they stream. ``modules`` are the adapted ones, ``changed`` counts tensors, ``notes`` are for the user."""
+    """One export under way. ``model`` is the loaded base with the adapter on it; formats of the whole model let go of
+    it before they stream. ``modules`` are the adapted ones, ``changed`` counts tensors, ``notes`` are for the user."""
 
     request: ExportRequest
     source: Source
