@@ -1,4 +1,4 @@
-"""GGUF: names, layouts, rotary settings and vocabularies, against transformers, the gguf library and llama.cpp itself."""
+"""GGUF: names, layouts, rotary settings and vocabularies, against transformers, the gguf library and llama.cpp."""
 
 from __future__ import annotations
 

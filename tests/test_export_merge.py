@@ -289,7 +289,7 @@ def test_only_a_hub_base_is_asked_for_by_its_revision(
     source: str, asked: str | None, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tunegate.files import hash_file, write_json
-    from tunegate.pipeline import merge as command
+    from tunegate.pipeline import adapted as command
 
     adapter = Path(shutil.copytree(run, tmp_path / "adapter"))
     card = read_json(adapter / "card.json")
@@ -326,3 +326,53 @@ def test_another_base_is_refused(run: Path, tmp_path: Path) -> None:
     assert said.code == 2 and "another base" in said.err and not (tmp_path / "out").exists()
     said = call("merge", run, "-o", tmp_path / "out", "--base", other, "--allow-base-mismatch")
     assert said.code == 0 and read_json(tmp_path / "out" / "merge.json")["base_mismatch_allowed"]
+
+
+def test_a_mixture_is_compared_with_the_same_one_in_memory(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    one, two = (peft_adapter(base, tmp_path / f"a{seed}", seed) for seed in (1, 2))
+    for method, more in (("linear", []), ("ties", ["--density", 0.5]), ("dare_ties", ["--density", 0.7])):
+        out = tmp_path / method
+        said = call("merge", one, two, "-o", out, "--base", base, "--method", method, "--weights", 0.5, 0.5, *more)
+        assert said.code == 0, said.err
+        parity = read_json(out / "merge.json")["parity"]
+        assert parity["mean_kl"] < 1e-6 and parity["same_answers"] == 1.0 and parity["moved"] > 1e-3
+
+
+def test_half_an_adapter_is_compared_with_half_an_adapter(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    said = call("merge", adapter, "-o", tmp_path / "out", "--base", base, "--weights", 0.5)
+    assert said.code == 0, said.err
+
+
+def test_answers_end_where_serving_ends_them(run: Path) -> None:
+    """The packaged and tiny bases' eos is the end of a turn; a template may end turns with another token."""
+    from tunegate.cli.console import Console
+    from tunegate.pipeline.adapted import find_source
+
+    source = find_source((run,), None, False, Console(json_only=True))
+    assert source.asked.stop_ids == source.renderer.stop_ids and source.renderer.end_of_turn_id in source.asked.stop_ids
+
+
+def test_workers_hand_tensors_out_in_order_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunegate.export import stream
+
+    base, adapter = sharded(tmp_path)
+    plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    source = max(plan.files, key=lambda p: len(plan.files[p]))
+    whole = [(e.name, data.clone(), changed) for e, data, changed in stream.merged_tensors(plan, source)]
+    assert [name for name, _, _ in whole] == [e.name for e in sorted(plan.files[source], key=lambda e: e.start)]
+    begun: list[str] = []
+    work = stream._merged
+
+    def spy(plan_: Any, path: Path, descriptor: int, entry: Any) -> Any:
+        begun.append(entry.name)
+        return work(plan_, path, descriptor, entry)
+
+    monkeypatch.setattr(stream, "_merged", spy)
+    monkeypatch.setattr(stream, "_ROOM", 0)
+    monkeypatch.setattr(stream, "_BUDGET", 0.0)  # nothing beside the tensor that is needed next
+    for number, (entry, data, changed) in enumerate(stream.merged_tensors(plan, source)):
+        assert begun == [name for name, _, _ in whole[: number + 1]]
+        assert (entry.name, changed) == (whole[number][0], whole[number][2]) and torch.equal(data, whole[number][1])

@@ -1,4 +1,4 @@
-"""Chat templates as Go templates: the text of training, or a reason why it cannot be said; run by Go where it is there."""
+"""Chat templates as Go templates: the text of training, or a reason why it cannot be said; run by Go where it is."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ DEFAULT_SYSTEM = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{% for message in messages %}{% set content = '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim"
-    " + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% set content = '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"

@@ -23,9 +23,9 @@ def levels(config: dict[str, Any], tensors: list[str], vocabulary: int = 1000) -
 @pytest.mark.parametrize(
     ("config", "tensors", "says"),
     [
-        ({"use_dora": True}, [A.replace("lora_A.weight", "lora_magnitude_vector")], ["rejected use_dora", "rejected base_"]),
+        ({"use_dora": True}, [A.replace("lora_A.weight", "lora_magnitude_vector")], ["rejected use_dora", "rejected"]),
         ({"modules_to_save": ["score"]}, [], []),
-        ({"modules_to_save": ["lm_head"]}, ["base_model.model.lm_head.weight"], ["rejected modules_to_save", "rejected"]),
+        ({"modules_to_save": ["lm_head"]}, ["base_model.model.lm_head.weight"], ["rejected modules", "rejected base"]),
         ({"bias": "all"}, [], ["rejected bias"]),
         ({"init_lora_weights": "pissa"}, [], ["rejected init_lora_weights"]),
         ({"r": 600}, [], ["rejected rank 600"]),

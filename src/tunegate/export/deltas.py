@@ -23,7 +23,7 @@ from blake3 import blake3
 from torch import Tensor
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
-ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of fp32; part of what DARE draws, since each piece has its own seed
+ELEMENTS_AT_ONCE = 1 << 20  # 4 MiB of fp32; part of what DARE draws, since each piece has its own seed
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def _combined(deltas: Sequence[Tensor], mix: Mix, key: str, cuts: Sequence[float
     if cuts is not None:
         deltas = [torch.where(d.abs() >= cut, d, 0.0) for d, cut in zip(deltas, cuts, strict=True)]
     weighted = [weight * d for weight, d in zip(mix.weights, deltas, strict=True)]
-    return _elected_mean(torch.stack(weighted)) if mix.method.endswith("ties") else torch.stack(weighted).sum(0)
+    if mix.method.endswith("ties"):
+        return _elected_mean(torch.stack(weighted))
+    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
 
 def _magnitude_of(kept: int, matrix: Tensor, update: Update | None, parts: Sequence[slice]) -> float:
