@@ -205,6 +205,14 @@ def read_into(descriptor: int, view: memoryview, start: int, path: Path | str) -
         done += got
 
 
+def links_out(folder: Path) -> list[Path]:
+    """Links in ``folder`` that lead out of it. A hub cache, where a snapshot's files are links to its blobs, is one
+    place: ``models--x/snapshots/commit`` may point anywhere below ``models--x``."""
+    real = folder.resolve()
+    inside = real.parents[1] if real.parent.name == "snapshots" and (real.parents[1] / "blobs").is_dir() else real
+    return sorted(p for p in folder.rglob("*") if p.is_symlink() and not p.resolve().is_relative_to(inside))
+
+
 def home() -> Path:
     """``TUNEGATE_HOME``, default ``~/.cache/tunegate``: caches that can be deleted at any time, and below ``registry``
     the default registry, which is no cache."""

@@ -44,6 +44,12 @@ def tensor_name(path: str, parameter: str) -> str:
     return f"{_PREFIX}{path}.{parameter}" + ("" if parameter == "lora_magnitude_vector" else ".weight")
 
 
+def module_paths(names: Iterable[str]) -> list[str]:
+    """The adapted modules among tensor names, sorted."""
+    end = ".lora_A.weight"
+    return sorted(name[len(_PREFIX) : -len(end)] for name in names if name.endswith(end))
+
+
 def _parameters(injection: Injection) -> dict[str, nn.Parameter]:
     found = {
         tensor_name(path, name): parameter

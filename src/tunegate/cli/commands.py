@@ -14,11 +14,12 @@ from tunegate.cli.advise import advise
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.doctor import doctor
+from tunegate.cli.export import export, limits_of, parity_line
 from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
-from tunegate.cli.review import review
 from tunegate.cli.registry import registry
+from tunegate.cli.review import review
 from tunegate.cli.sweep import sweep
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
@@ -29,8 +30,8 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
 __all__ = [
-    "advise", "check", "doctor", "eval", "gate", "init", "merge", "plan", "quantize", "registry", "review", "run",
-    "show", "sweep", "train",
+    "advise", "check", "doctor", "eval", "export", "gate", "init", "merge", "plan", "quantize", "registry", "review",
+    "run", "show", "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 
@@ -133,17 +134,10 @@ def merge(arguments: argparse.Namespace, console: Console) -> int:
         adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
         arguments.base, arguments.onto,
     )  # fmt: skip
-    report = run_merge(replace(request, allow_base_mismatch=arguments.allow_base_mismatch), console)
+    request = replace(request, allow_base_mismatch=arguments.allow_base_mismatch, limits=limits_of(arguments))
+    report = run_merge(request, console)
     console.text(f"merged    {report['changed']} of {report['modules']} adapted tensors changed, {report['onto']}")
-    parity = report["parity"]
-    if isinstance(parity, dict):
-        console.text(
-            f"parity    mean KL {parity['mean_kl']:.2g} nats (from the base it is {parity['moved']:.2g}), the same top "
-            f"token at {parity['agreement']:.1%} of {parity['positions']} positions, "
-            f"{parity['same_answers']:.0%} of {parity['prompts']} answers equal"
-        )
-    else:
-        console.text(f"parity    {parity}")
+    console.text(f"parity    {parity_line(report['parity'])}")
     console.text(f"model     {escape(str(arguments.out))}")
     console.result(report)
     return 0

@@ -8,9 +8,11 @@ from typing import Any
 
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
+from tunegate.cli.export import add_limits
+from tunegate.cli.export import add_parser as add_export
 from tunegate.cli.quantize import size
-from tunegate.cli.review import add_parser as add_review
 from tunegate.cli.registry import add_parser as add_registry
+from tunegate.cli.review import add_parser as add_review
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
 SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -126,6 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("path", metavar="TASK|FOLDER", help="task YAML, run folder or adapter folder")
     _add_sweep(commands, task)
     _add_merge(commands, common)
+    add_export(commands, common)
     _add_quantize(commands, common)
     add_registry(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")
@@ -181,6 +184,7 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         "--onto", choices=("trained", "original"), default="trained",
         help="after training on NF4: the dequantized weights that the adapter saw, or the original ones",
     )  # fmt: skip
+    add_limits(merge)
     merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
     merge.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 

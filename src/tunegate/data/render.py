@@ -96,6 +96,15 @@ class Renderer:
         return self._template.source is not None
 
     @property
+    def template_source(self) -> str | None:
+        """The Jinja text that renders chats without tools; None where there is no template."""
+        return self._template.source
+
+    def rendered(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """``messages`` as the template writes them, with the opening of an answer behind them if ``prompt``."""
+        return self._template.render(list(messages), (), prompt=prompt)[0]
+
+    @property
     def template_hash(self) -> str:
         """Hash of the template's text and of the special tokens it can write."""
         return self._template.hash

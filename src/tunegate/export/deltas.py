@@ -6,12 +6,16 @@ trims each to its largest values, elects a sign per element and averages what ag
 2306.01708), ``dare_linear`` and ``dare_ties`` first drop values at random and scale up the rest (Yu et al. 2023, arXiv
 2311.03099). The formulas are those of PEFT's ``merge_utils``, applied to whole deltas and not to the factors apart.
 
+A matrix is worked through a few rows at a time, so that what is in memory does not grow with the number of adapters.
+The one thing about TIES that concerns the whole matrix, the magnitude that the largest values reach, is counted
+beforehand.
+
 It reads no files and does not round: the caller stores the sum in the base's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +23,7 @@ from blake3 import blake3
 from torch import Tensor
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
+ELEMENTS_AT_ONCE = 1 << 20  # 4 MiB of fp32; part of what DARE draws, since each piece has its own seed
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Update:
     b: Tensor
     scale: float
     magnitude: Tensor | None = None
+
+    def rows(self, part: slice) -> Update:
+        magnitude = None if self.magnitude is None else self.magnitude[part]
+        return Update(self.a, self.b[part], self.scale, magnitude)
 
 
 @dataclass(frozen=True)
@@ -51,29 +60,57 @@ def delta(weight: Tensor, update: Update) -> Tensor:
     return merged * (update.magnitude / norm)[:, None] - weight
 
 
-def combined(weight: Tensor, updates: Sequence[Update | None], mix: Mix, path: str) -> Tensor:
-    """The sum of all adapters' deltas on ``weight``, combined as ``mix`` says. None: an adapter without this module."""
-    deltas = [torch.zeros_like(weight) if u is None else delta(weight, u) for u in updates]
-    weights = torch.tensor(mix.weights)
+def merged_rows(
+    matrix: Tensor, updates: Sequence[Update | None], mix: Mix, path: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their values with all adapters merged in), fp32, piece by piece over ``matrix`` (out, in) of any dtype.
+
+    None among ``updates`` is an adapter without this module. ``matrix`` may be overwritten behind the pieces.
+    """
+    size = max(1, ELEMENTS_AT_ONCE // matrix.shape[1])
+    parts = [slice(start, start + size) for start in range(0, matrix.shape[0], size)]
+    cuts: list[float] | None = None
+    if mix.method == "ties" and mix.density < 1:
+        kept = int(mix.density * matrix.numel())
+        cuts = [_magnitude_of(kept, matrix, u, parts) for u in updates]
+    for part in parts:
+        own = matrix[part].float()
+        found = [torch.zeros_like(own) if u is None else delta(own, u.rows(part)) for u in updates]
+        yield part, own + _combined(found, mix, f"{path}:{part.start}", cuts)
+
+
+def _combined(deltas: Sequence[Tensor], mix: Mix, key: str, cuts: Sequence[float] | None) -> Tensor:
+    """The sum of all adapters' deltas on the same rows, combined as ``mix`` says."""
     if mix.method.startswith("dare"):
-        deltas = [_dropped(d, mix, f"{path}:{number}") for number, d in enumerate(deltas)]
-    if mix.method == "ties":
-        deltas = [_largest(d, mix.density) for d in deltas]
-    weighted = torch.stack(deltas) * weights.view(-1, 1, 1)
+        deltas = [_dropped(d, mix, f"{key}:{number}") for number, d in enumerate(deltas)]
+    if cuts is not None:
+        deltas = [torch.where(d.abs() >= cut, d, 0.0) for d, cut in zip(deltas, cuts, strict=True)]
+    weighted = [weight * d for weight, d in zip(mix.weights, deltas, strict=True)]
     if mix.method.endswith("ties"):
-        return _elected_mean(weighted)
-    return weighted.sum(0)
+        return _elected_mean(torch.stack(weighted))
+    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
 
-def _largest(values: Tensor, density: float) -> Tensor:
-    """``values`` with all but the ``density`` largest magnitudes set to zero."""
-    kept = int(density * values.numel())
-    if kept >= values.numel():
-        return values
-    found = values.abs().reshape(-1).topk(kept).indices
-    mask = torch.zeros(values.numel(), dtype=torch.bool)
-    mask[found] = True
-    return torch.where(mask.view_as(values), values, 0.0)
+def _magnitude_of(kept: int, matrix: Tensor, update: Update | None, parts: Sequence[slice]) -> float:
+    """The ``kept``-th largest magnitude of the delta on ``matrix``; infinity for none.
+
+    The bits of a magnitude, read as a whole number, are in the order of its values: counting the upper half of the
+    bits and then the lower half finds it exactly in two passes, without the delta as a whole.
+    """
+    if kept == 0 or update is None:
+        return float("inf")
+    upper, wanted = 0, kept
+    for shift in (16, 0):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for part in parts:
+            bits = delta(matrix[part].float(), update.rows(part)).abs().view(torch.int32)
+            bits = bits[bits >> 16 == upper] & 0xFFFF if shift == 0 else bits >> 16
+            counts += torch.bincount(bits.reshape(-1), minlength=1 << 16)
+        above = counts.flip(0).cumsum(0).flip(0)  # how many lie at each value or above it
+        found = int((above >= wanted).nonzero().max())
+        wanted -= int(above[found] - counts[found])
+        upper = found if shift else upper << 16 | found
+    return float(torch.tensor(upper, dtype=torch.int32).view(torch.float32))
 
 
 def _dropped(values: Tensor, mix: Mix, key: str) -> Tensor:

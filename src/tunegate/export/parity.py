@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,24 +58,49 @@ class Parity:
         return asdict(self)
 
 
-def read(
-    runner: Runner, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int,
-    rows: Sequence[Sequence[int]] | None = None,
-) -> Reading:  # fmt: skip
-    """``runner``'s answers to ``prompts`` and its distributions on ``rows`` (default: prompts with those answers)."""
-    sampling = Sampling(new_tokens, tuple(stop_ids))
-    found: list[Generation] = generate(runner, prompts, sampling)
-    answers = tuple(g.ids for g in found)
-    wanted = [(*p, *a) for p, a in zip(prompts, answers, strict=True)] if rows is None else [tuple(r) for r in rows]
-    return Reading(tuple(wanted), tuple(_log_probs(runner, row) for row in wanted), answers)
+class Subject(Protocol):
+    """A model that can be asked, in whatever library it runs."""
+
+    def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations, at most ``new_tokens`` ids, without the stop id that ended one."""
+
+    def log_probs(self, row: Sequence[int]) -> Tensor:
+        """(positions, vocabulary) fp32, of the last ``POSITIONS`` positions of ``row`` or of all if it is shorter."""
 
 
-@torch.no_grad()
-def _log_probs(runner: Runner, row: Sequence[int]) -> Tensor:
-    batch = make_batch([Rendered("parity", tuple(row), (False,) * (len(row) - 1) + (True,))], share_prefix=False)
-    with evaluating(runner.model):
-        hidden = runner.hidden(batch)[-POSITIONS:]
-        return torch.log_softmax(runner.head.logits(hidden), -1).cpu()
+class InRunner:
+    """A model in the engine that trains and serves it."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
+        found: list[Generation] = generate(self._runner, prompts, Sampling(new_tokens, tuple(stop_ids)))
+        return [list(g.ids) for g in found]
+
+    @torch.no_grad()
+    def log_probs(self, row: Sequence[int]) -> Tensor:
+        batch = make_batch([Rendered("parity", tuple(row), (False,) * (len(row) - 1) + (True,))], share_prefix=False)
+        with evaluating(self._runner.model):
+            hidden = self._runner.hidden(batch)[-POSITIONS:]
+            return torch.log_softmax(self._runner.head.logits(hidden), -1).cpu()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every subject is asked. ``stop_ids`` end an answer, as the end of a turn does in serving."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    stop_ids: tuple[int, ...]
+    new_tokens: int
+
+
+def read(subject: Subject, asked: Questions, rows: Sequence[Sequence[int]] | None = None) -> Reading:
+    """``subject``'s answers and its distributions on ``rows`` (default: the prompts with those answers)."""
+    answers = tuple(tuple(a) for a in subject.answers(asked.prompts, asked.stop_ids, asked.new_tokens))
+    wanted = [(*p, *a) for p, a in zip(asked.prompts, answers, strict=True)] if rows is None else map(tuple, rows)
+    found = tuple(wanted)
+    return Reading(found, tuple(subject.log_probs(row) for row in found), answers)
 
 
 def compare(first: Reading, second: Reading, base: Reading | None = None) -> Parity:

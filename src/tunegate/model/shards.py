@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from tunegate.files import read_into
@@ -34,7 +35,10 @@ def size_of(entry: TensorEntry) -> int:
 
 
 class ShardWriter:
-    """One safetensors file, its tensors given in the order of ``entries`` (positions in them are ignored)."""
+    """One safetensors file, its tensors given in the order of ``entries`` (positions in them are ignored).
+
+    ``hash`` is the content hash of what was written so far, as ``files.hash_file`` gives it.
+    """
 
     def __init__(self, path: Path, entries: Sequence[TensorEntry]):
         self.path, self._entries, self._next = path, list(entries), 0
@@ -46,15 +50,24 @@ class ShardWriter:
             position = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the reference writer has it
+        self._hasher = blake3(max_threads=blake3.AUTO)
         self._handle = path.open("wb")
-        self._handle.write(len(text).to_bytes(8, "little") + text)
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._handle.write(data)
+        self._hasher.update(data)
+
+    @property
+    def hash(self) -> str:
+        return "b3:" + self._hasher.hexdigest()
 
     def write(self, name: str, data: Tensor) -> None:
         """The next tensor's bytes, in its announced dtype, as any contiguous tensor of as many bytes."""
         entry = self._entries[self._next]
         if entry.name != name or data.nbytes != size_of(entry) or not data.is_contiguous():
             raise ValueError(f"expected {entry.name} of {size_of(entry)} bytes, got {name} of {data.nbytes}")
-        self._handle.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._put(memoryview(data.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         self._next += 1
 
     def __enter__(self) -> ShardWriter:

@@ -90,6 +90,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    if ".." in name.replace("\\", "/").split("/") or name.startswith("/") or "\0" in name:
+        raise _Malformed(f"the tensor's name {name!r} is a path out of the folder")
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise _Malformed(f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

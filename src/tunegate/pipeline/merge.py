@@ -1,7 +1,7 @@
 """``merge``: find the base that a card names, prove that it is that base, merge, prove parity, publish.
 
 The adapter is read on its base before the merged folder is written, and the merged folder after; only one model lies
-in memory at a time. A mixture of several adapters has no model to be compared with: its report says so.
+in memory at a time. A mixture of several adapters is compared with the same mixture formed in memory, unrounded.
 """
 
 from __future__ import annotations
@@ -11,24 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tunegate.adapter.files import adapter_hash, load_adapter
-from tunegate.adapter.inject import disabled
+from tunegate.adapter.files import adapter_hash
 from tunegate.engine.runner import Runner
-from tunegate.errors import InputError
 from tunegate.export import merge as streaming
 from tunegate.export import parity
 from tunegate.export.deltas import Mix
-from tunegate.export.parity import Limits, Parity, Reading
-from tunegate.model.fingerprint import fingerprint_base
-from tunegate.model.loading import choose_dtype, load_model, load_tokenizer
-from tunegate.model.resolve import resolve_base
-from tunegate.pipeline.card import CARD, check_complete, load_card
+from tunegate.export.parity import InRunner, Limits, Parity, Reading
+from tunegate.export.plan import Plan, plan_merge
+from tunegate.model.loading import load_model
+from tunegate.pipeline.adapted import Source, check_folders, compute_dtype, find_source, read_adapter, read_mixture
 from tunegate.pipeline.reporter import Reporter
-
-NEW_TOKENS = 16
-PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
 
 
 @dataclass(frozen=True)
@@ -48,106 +40,38 @@ class MergeRequest:
     allow_base_mismatch: bool = False
 
 
-@dataclass(frozen=True)
-class _Source:
-    folder: Path
-    name: str
-    fingerprint: str
-    recipe: dict[str, Any] | None
-    prompts: list[list[int]]
-    verified: bool
-
-
 def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
     """Merge and publish; returns the report that lies in the folder as ``merge.json``."""
-    source = _source(request, reporter)
+    source = find_source(request.adapters, request.base, request.allow_base_mismatch, reporter)
     recipe = source.recipe if request.onto == "trained" else None
     mix = Mix(request.method, request.weights, request.density, request.seed)
-    plan = streaming.plan_merge(source.folder, request.adapters, request.out, mix, recipe=recipe)
-    before = _read_adapter(request, source, reporter) if len(request.adapters) == 1 else None
+    plan = plan_merge(source.folder, request.adapters, request.out, mix, recipe=recipe)
+    reading, plain = _before(request, source, plan, reporter)
     with reporter.progress("merging", sum(p.stat().st_size for p in plan.files)) as advance:
-        done = streaming.write_merged(plan, advance)
-    found = None
-    if before is not None:
-        reading, plain = before
-        reporter.line("reading the merged model on the same prompts")
-        merged = Runner(load_model(plan.partial, dtype=_dtype()))
-        found = parity.compare(
-            reading, parity.read(merged, source.prompts, _stops(source), NEW_TOKENS, reading.rows), plain
-        )
-        try:
-            parity.require(found, request.limits, "the merged model", str(request.out))
-        except BaseException:
-            streaming.discard(plan)
-            raise
+        done = streaming.write_merged(plan, advance, source.template)
+    reporter.line("reading the merged model on the same prompts")
+    merged = InRunner(Runner(load_model(plan.partial, dtype=compute_dtype())))
+    found = parity.compare(reading, parity.read(merged, source.asked, reading.rows), plain)
+    try:
+        parity.require(found, request.limits, "the merged model", str(request.out))
+    except BaseException:
+        streaming.discard(plan)
+        raise
     report = _report(request, source, done, found, recipe)
     streaming.finish(plan, report)
     return report
 
 
-def _source(request: MergeRequest, reporter: Reporter) -> _Source:
-    """The base to merge into, proven to be the one that every card names."""
-    cards = [load_card(a) for a in request.adapters if (a / CARD).exists()]
-    for adapter in request.adapters:
-        if (adapter / CARD).exists():
-            check_complete(adapter)
-    names = {card.base["name"] for card in cards}
-    name = request.base or (sorted(names)[0] if names else None)
-    if name is None:
-        raise InputError(
-            "an adapter without a card does not say what it belongs to",
-            where=str(request.adapters[0]),
-            fix="name the base it was trained on: --base",
-        )
-    of_hub = bool(cards) and not request.base and cards[0].base.get("source") == "hub"  # a packaged one has a version
-    resolved = resolve_base(name, cards[0].base.get("revision") if of_hub else None)
-    fingerprint = fingerprint_base(resolved.path).total
-    for adapter, card in ((a, load_card(a)) for a in request.adapters if (a / CARD).exists()):
-        wanted = card.base["fingerprint"]["total"]
-        if wanted != fingerprint and not request.allow_base_mismatch:
-            raise InputError(
-                "the adapter was trained on another base",
-                where=str(adapter),
-                expected=f"{card.base['name']} with fingerprint {wanted}",
-                got=f"{name} with fingerprint {fingerprint}",
-                fix="name the base it was trained on; --allow-base-mismatch overrides this and is recorded",
-            )
-    recipes = [card.base.get("recipe") for card in cards]
-    if any(r != recipes[0] for r in recipes):
-        raise InputError("the adapters were trained on different quantizations", fix="merge with --onto original")
-    if len(cards) < len(request.adapters):
-        reporter.line("warning: an adapter without a card: nothing proves that this is its base")
-    prompts = [list(entry["ids"]) for card in cards for entry in card.template["golden"]]
-    if not prompts:
-        tokenizer = load_tokenizer(resolved.path)
-        prompts = [tokenizer(text)["input_ids"] for text in PLAIN_PROMPTS]
-    verified = len(cards) == len(request.adapters)
-    return _Source(resolved.path, name, fingerprint, recipes[0] if recipes else None, prompts, verified)
-
-
-def _dtype() -> torch.dtype:
-    return choose_dtype("auto", device="cpu")[0]
-
-
-def _stops(source: _Source) -> list[int]:
-    tokenizer = load_tokenizer(source.folder)
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-
-
-def _read_adapter(request: MergeRequest, source: _Source, reporter: Reporter) -> tuple[Reading, Reading]:
-    """The adapter and the plain base on the prompts, on the weights that the adapter was trained on."""
-    reporter.line(f"reading the adapter on {source.name}, {len(source.prompts)} prompts")
-    model = load_model(source.folder, dtype=_dtype(), recipe=source.recipe)
-    runner = Runner(model)
-    injection = load_adapter(model, request.adapters[0])
-    reading = parity.read(runner, source.prompts, _stops(source), NEW_TOKENS)
-    with disabled(injection):
-        plain = parity.read(runner, source.prompts, _stops(source), 1, reading.rows)
-    return reading, plain
+def _before(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> tuple[Reading, Reading]:
+    """What the merged model has to answer, and what the plain base does."""
+    if len(request.adapters) > 1 or request.weights != (1.0,) or request.method != "linear":
+        return read_mixture(source, plan, reporter)
+    reference = read_adapter(source, request.adapters[0], reporter)
+    return reference.reading, reference.plain
 
 
 def _report(
-    request: MergeRequest, source: _Source, done: streaming.Merged, found: Parity | None, recipe: dict[str, Any] | None
+    request: MergeRequest, source: Source, done: streaming.Merged, found: Parity, recipe: dict[str, Any] | None
 ) -> dict[str, Any]:
     return {
         "base": {"name": source.name, "fingerprint": source.fingerprint, "recipe": source.recipe},
@@ -164,7 +88,7 @@ def _report(
         "modules": done.modules,
         "changed": done.changed,
         "bytes": done.bytes,
-        "parity": found.to_json() if found else "none: a mixture has no model to be compared with; evaluate it",
+        "parity": found.to_json(),
         "limits": asdict(request.limits),
     }
 
@@ -174,8 +98,6 @@ def request_of(
     base: str | None, onto: str,
 ) -> MergeRequest:  # fmt: skip
     folders = tuple(Path(a) for a in adapters)
-    missing = [str(f) for f in folders if not f.is_dir()]
-    if missing:
-        raise InputError("no such adapter folder", where=", ".join(missing))
+    check_folders(folders)
     shares = tuple(weights) if weights else (1.0,) * len(folders)
     return MergeRequest(folders, Path(out), shares, method, density, seed, base, onto)

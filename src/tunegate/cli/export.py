@@ -1,0 +1,110 @@
+"""``tunegate export``: an adapter for PEFT, llama.cpp, Ollama, mlx-lm or vLLM, with proof that it is the same model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from tunegate.cli.console import Console
+from tunegate.errors import InputError
+
+FORMATS = ("peft", "gguf", "gguf-lora", "ollama", "mlx", "vllm")
+_COLOURS = {"rejected": "red", "dropped": "red", "converted": "yellow", "note": "dim"}
+
+
+def share(text: str) -> float:
+    """A number of 0 or more, for the parser."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return number
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The two bounds of a parity report."""
+    parser.add_argument("--max-kl", type=share, metavar="NATS", help="mean KL a position at most; default 0.01")
+    parser.add_argument(
+        "--min-agreement", type=share, metavar="SHARE", help="positions with the same top token at least; default 0.95"
+    )
+
+
+def limits_of(arguments: argparse.Namespace) -> Any:
+    from tunegate.export.parity import Limits
+
+    usual = Limits()
+    kl, agreement = arguments.max_kl, arguments.min_agreement
+    return Limits(usual.mean_kl if kl is None else kl, usual.agreement if agreement is None else agreement)
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "export",
+        parents=[common],
+        help="an adapter in another tool's format, with proof that it is the same model",
+        description="Writes a folder, reads it back with the tool it is for where that is installed, and compares it "
+        "with the adapter on its base. Fails and leaves nothing where they differ. docs/export.md",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=FORMATS, help="the format")
+    what.add_argument("--for", dest="check", choices=("vllm",), help="only say what this server makes of the adapter")
+    parser.add_argument("-o", "--out", metavar="FOLDER", help="where the export goes; must not exist")
+    parser.add_argument(
+        "--outtype", choices=("f16", "bf16", "q8_0"), default="f16", help="numbers of a GGUF model; default f16"
+    )
+    parser.add_argument("--base", help="default: the base that the adapter's card names")
+    parser.add_argument(
+        "--onto", choices=("trained", "original"), default="trained",
+        help="GGUF models, after training on NF4: the dequantized weights that the adapter saw, or the original ones",
+    )  # fmt: skip
+    parser.add_argument("--reader", metavar="NAME", help="what reads the export back; default: the first one installed")
+    add_limits(parser)
+    parser.add_argument("--allow-base-mismatch", action="store_true", help="export on another base; recorded")
+
+
+def export(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.pipeline.export import check_for_vllm
+    from tunegate.pipeline.export import export as run_export
+    from tunegate.pipeline.formats import ExportRequest
+
+    adapter = Path(arguments.adapter)
+    if arguments.check:
+        return _tell(check_for_vllm(adapter, arguments.base, console), console)
+    if arguments.out is None:
+        raise InputError("where should it go?", where="--out", expected="a folder that does not exist")
+    request = ExportRequest(
+        adapter, arguments.to, Path(arguments.out), arguments.outtype, arguments.base, arguments.onto,
+        arguments.reader, limits_of(arguments), arguments.allow_base_mismatch,
+    )  # fmt: skip
+    report = run_export(request, console)
+    console.text(f"exported  {report['changed']} of {report['modules']} adapted modules, format {report['format']}")
+    console.text(f"parity    {parity_line(report['parity'])}, read by {report['reader']}")
+    for note in report["notes"]:
+        console.text(f"note      {escape(note)}")
+    console.text(f"folder    {escape(str(request.out))}")
+    console.result(report)
+    return 0
+
+
+def _tell(findings: list[dict[str, str]], console: Console) -> int:
+    """Each finding on a line; 1 if the adapter would be rejected or would not act."""
+    for finding in findings:
+        fix = f" ({finding['fix']})" if finding["fix"] else ""
+        colour = _COLOURS[finding["level"]]
+        console.text(f"[{colour}]{finding['level']:<10}[/] {escape(finding['what'])}{escape(fix)}")
+    console.result({"findings": findings})
+    return int(any(f["level"] in ("rejected", "dropped") for f in findings))
+
+
+def parity_line(parity: dict[str, Any]) -> str:
+    return (
+        f"mean KL {parity['mean_kl']:.2g} nats (from the base it is {parity['moved']:.2g}), the same top token at "
+        f"{parity['agreement']:.1%} of {parity['positions']} positions, {parity['same_answers']:.0%} of "
+        f"{parity['prompts']} answers equal"
+    )

@@ -1,0 +1,118 @@
+"""Every tensor of a checkpoint with the adapters merged in, in file order, several at work at once.
+
+A worker reads a tensor, adds what the adapters change and hands its bytes on; a few rows at a time lie in fp32. For an
+adapter that was trained on an NF4 base, W is what that base computed with, ``dequantize(quantize(W))``, unless the
+original is asked for; the result is never quantized again. Tensors are handed out in order, and no more are begun than
+fit into a budget of bytes that follows from the largest one, so memory does not grow with the checkpoint.
+
+It writes nothing: ``merge`` writes shards, ``gguf`` a GGUF file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tunegate.errors import TunegateError
+from tunegate.export.deltas import Update, merged_rows
+from tunegate.export.plan import Plan
+from tunegate.kernels.formats import Recipe
+from tunegate.kernels.nf4 import dequantize, quantize
+from tunegate.model.shards import DTYPES, fill, size_of
+from tunegate.model.weights import TensorEntry
+
+WORKERS = 4
+_BUDGET = 1.25  # of the largest tensor; the rest of twice its size is for what is computed, and for the adapter
+_ROOM = 64 << 20  # bytes always allowed, so that small tensors are not read one by one
+_QUANTIZED_COST = 4  # in sizes of a 16-bit tensor: its fp32 copy and its codes beside it
+
+
+def merged_tensors(plan: Plan, source: Path) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
+    """(entry, its bytes (n,) uint8, whether any value changed) for every tensor of one file, in its order.
+
+    The bytes are the consumer's until it asks for the next tensor. :class:`TunegateError` for a merged weight that is
+    not finite.
+    """
+    entries = sorted(plan.files[source], key=lambda e: e.start)
+    largest = max((size_of(e) for part in plan.files.values() for e in part), default=0)
+    descriptor = os.open(source, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            yield from _in_order(plan, source, descriptor, entries, pool, max(int(_BUDGET * largest), _ROOM))
+    finally:
+        os.close(descriptor)
+
+
+def _in_order(
+    plan: Plan, source: Path, descriptor: int, entries: Sequence[TensorEntry], pool: ThreadPoolExecutor, budget: int
+) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
+    ahead = deque(entries)
+    waiting: deque[tuple[TensorEntry, Future[tuple[Tensor, bool]]]] = deque()
+    held = 0
+    while ahead or waiting:
+        while ahead and (not waiting or held + _cost(plan, ahead[0]) <= budget):
+            entry = ahead.popleft()
+            held += _cost(plan, entry)
+            waiting.append((entry, pool.submit(_merged, plan, source, descriptor, entry)))
+        entry, future = waiting.popleft()
+        data, changed = future.result()
+        del future  # it holds the bytes too
+        yield entry, data, changed
+        del data
+        held -= _cost(plan, entry)
+
+
+def _cost(plan: Plan, entry: TensorEntry) -> int:
+    return size_of(entry) * (_QUANTIZED_COST if entry.name in plan.seen else 1)
+
+
+@torch.no_grad()
+def _merged(plan: Plan, source: Path, descriptor: int, entry: TensorEntry) -> tuple[Tensor, bool]:
+    data = torch.empty(size_of(entry), dtype=torch.uint8)
+    fill(descriptor, entry, data, source)
+    path = plan.paths.get(entry.name)
+    if path is None and entry.name not in plan.seen:
+        return data, False
+    weight = data.view(DTYPES[entry.dtype]).view(entry.shape)
+    if entry.name in plan.seen:
+        assert plan.recipe is not None
+        weight.copy_(dequantize(quantize(weight, Recipe.from_json(plan.recipe)), dtype=torch.float32))
+    return data, path is not None and _add(plan, path, weight)
+
+
+def _add(plan: Plan, path: str, weight: Tensor) -> bool:
+    """Add the adapters' change to ``weight`` in place; whether any stored value changed."""
+    matrix, changed = weight.t() if path in plan.transposed else weight, False
+    for rows, values in merged_rows(matrix, plan.updates[path], plan.mix, path):
+        if not torch.isfinite(values).all():
+            fix = "check the adapter; `tunegate show` names its run"
+            raise TunegateError("a merged weight is not finite", where=path, fix=fix)
+        rounded = values.to(matrix.dtype)
+        changed |= not torch.equal(rounded, matrix[rows])
+        matrix[rows] = rounded
+    return changed
+
+
+def _acts(update: Update) -> bool:
+    return update.magnitude is not None or bool(update.b.any())
+
+
+def check_changed(plan: Plan, changed: set[str], where: str) -> None:
+    """:class:`TunegateError` unless the tensors that changed are those of the adapted modules."""
+    expected = {
+        name for name, path in plan.paths.items() if any(u is not None and _acts(u) for u in plan.updates[path])
+    }
+    still = sorted(expected - changed)
+    if still:
+        raise TunegateError(
+            f"{len(still)} adapted tensors came out as they were in the base",
+            where=where,
+            got=", ".join(still[:5]),
+            fix="the change is smaller than the base's dtype can store: merge a base in fp32, or serve unmerged",
+        )

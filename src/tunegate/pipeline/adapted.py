@@ -1,0 +1,204 @@
+"""An adapter with the base it belongs to: found by its card, proven to be that base, and read as a reference.
+
+``merge`` and ``export`` begin here. What the adapter computes on its base, on the weights it was trained on, is what
+every other form of it has to compute.
+
+Answers end where serving ends them: at the template's end of a turn, the tokenizer's eos and the generation config's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunegate.adapter.files import load_adapter
+from tunegate.adapter.inject import Injection, disabled
+from tunegate.data.render import Renderer
+from tunegate.engine.runner import Runner
+from tunegate.errors import InputError, Problem, TunegateError
+from tunegate.export import parity
+from tunegate.export.deltas import merged_rows
+from tunegate.export.parity import InRunner, Questions, Reading
+from tunegate.export.plan import Plan
+from tunegate.files import links_out
+from tunegate.kernels.formats import Recipe
+from tunegate.kernels.nf4 import dequantize, quantize
+from tunegate.model.fingerprint import fingerprint_base
+from tunegate.model.loading import choose_dtype, load_model, load_tokenizer
+from tunegate.model.resolve import resolve_base
+from tunegate.model.shards import DTYPES
+from tunegate.pipeline.base import eos_ids
+from tunegate.pipeline.card import CARD, check_complete, load_card
+from tunegate.pipeline.reporter import Reporter
+from tunegate.records import AdapterCard
+
+NEW_TOKENS = 16
+PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base of one or more adapters. ``recipe`` is the quantization they were trained on, None for none;
+    ``verified``: every adapter has a card that names this base. ``template``: the chat template of training where it is
+    not the base's own."""
+
+    folder: Path
+    name: str
+    fingerprint: str
+    recipe: dict[str, Any] | None
+    renderer: Renderer
+    asked: Questions
+    cards: tuple[AdapterCard, ...]
+    verified: bool
+
+    @property
+    def template(self) -> str | None:
+        own = self.renderer.tokenizer.chat_template
+        return self.renderer.template_source if self.renderer.template_source != own else None
+
+
+def check_folders(adapters: Sequence[Path]) -> None:
+    """:class:`InputError` for adapter folders that are not there, or that a link leads out of."""
+    missing = [str(f) for f in adapters if not f.is_dir()]
+    if missing:
+        raise InputError("no such adapter folder", where=", ".join(missing))
+    problems = [
+        Problem("a link leads out of the folder", str(link), fix="copy the file itself into the folder")
+        for adapter in adapters
+        for link in links_out(adapter)
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch: bool, reporter: Reporter) -> Source:
+    """The base that every card names, proven to be that one; ``base`` is needed where there is no card."""
+    check_folders(adapters)
+    with_card = [a for a in adapters if (a / CARD).exists()]
+    for adapter in with_card:
+        check_complete(adapter)
+    cards = [load_card(a) for a in with_card]
+    names = {card.base["name"] for card in cards}
+    name = base or (sorted(names)[0] if names else None)
+    if name is None:
+        raise InputError(
+            "an adapter without a card does not say what it belongs to",
+            where=str(adapters[0]),
+            fix="name the base it was trained on: --base",
+        )
+    of_hub = bool(cards) and not base and cards[0].base.get("source") == "hub"  # a packaged one has a version
+    resolved = resolve_base(name, cards[0].base.get("revision") if of_hub else None)
+    fingerprint = fingerprint_base(resolved.path).total
+    for adapter, card in zip(with_card, cards, strict=True):
+        wanted = card.base["fingerprint"]["total"]
+        if wanted != fingerprint and not allow_base_mismatch:
+            raise InputError(
+                "the adapter was trained on another base",
+                where=str(adapter),
+                expected=f"{card.base['name']} with fingerprint {wanted}",
+                got=f"{name} with fingerprint {fingerprint}",
+                fix="name the base it was trained on; --allow-base-mismatch overrides this and is recorded",
+            )
+    recipes = [card.base.get("recipe") for card in cards]
+    if any(r != recipes[0] for r in recipes):
+        raise InputError("the adapters were trained on different quantizations", fix="merge with --onto original")
+    verified = len(cards) == len(adapters)
+    if not verified:
+        reporter.line("warning: an adapter without a card: nothing proves that this is its base")
+    renderer = _renderer(resolved.path, cards)
+    try:
+        for card in () if allow_base_mismatch else cards:
+            renderer.check_golden(card.template["golden"])
+    except TunegateError as error:
+        raise InputError(error.problems) from None
+    recipe = recipes[0] if recipes else None
+    asked = _questions(renderer, cards)
+    return Source(resolved.path, name, fingerprint, recipe, renderer, asked, tuple(cards), verified)
+
+
+def _renderer(folder: Path, cards: Sequence[AdapterCard]) -> Renderer:
+    """Of the template that the adapters were trained with; :class:`InputError` if they differ in it."""
+    templates = {(card.config.get("base") or {}).get("template") for card in cards}
+    if len(templates) > 1:
+        raise InputError("the adapters were trained with different chat templates", got=", ".join(map(repr, templates)))
+    return Renderer(load_tokenizer(folder), template=next(iter(templates), None), eos_ids=eos_ids(folder))
+
+
+def _questions(renderer: Renderer, cards: Sequence[AdapterCard]) -> Questions:
+    prompts = [tuple(entry["ids"]) for card in cards for entry in card.template["golden"]]
+    if not prompts and renderer.has_template:
+        prompts = [tuple(renderer.prompt_ids([{"role": "user", "content": text}])) for text in PLAIN_PROMPTS]
+    if not prompts:
+        prompts = [tuple(renderer.tokenizer(text)["input_ids"]) for text in PLAIN_PROMPTS]
+    stops = renderer.stop_ids if renderer.has_template or renderer.eos_id is not None else ()
+    return Questions(tuple(prompts), tuple(stops), NEW_TOKENS)
+
+
+def compute_dtype() -> torch.dtype:
+    return choose_dtype("auto", device="cpu")[0]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The adapter on its base as it answered, the plain base on the same rows, and the model that was read."""
+
+    reading: Reading
+    plain: Reading
+    model: Any
+    injection: Injection
+
+
+def read_adapter(source: Source, adapter: Path, reporter: Reporter) -> Reference:
+    """The adapter and the plain base on the prompts, on the weights that the adapter was trained on."""
+    reporter.line(f"reading the adapter on {source.name}, {len(source.asked.prompts)} prompts")
+    model = load_model(source.folder, dtype=compute_dtype(), recipe=source.recipe)
+    subject = InRunner(Runner(model))
+    injection = load_adapter(model, adapter)
+    reading = parity.read(subject, source.asked)
+    with disabled(injection):
+        return Reference(reading, parity.read(subject, source.asked, reading.rows), model, injection)
+
+
+def read_mixture(source: Source, plan: Plan, reporter: Reporter) -> tuple[Reading, Reading]:
+    """Several adapters combined as ``plan`` says on an fp32 base, module by module in memory, and the plain base.
+
+    Nothing is rounded and no checkpoint name is used, so it shows whether the streamed merge put the sums in the right
+    places with the precision they need.
+    """
+    reporter.line(f"reading the mixture on {source.name}, {len(source.asked.prompts)} prompts")
+    model = load_model(source.folder, dtype=torch.float32)
+    _as_seen(model, plan)
+    kept = {path: _matrix(model, plan, path).clone() for path in plan.updates}
+    _mix_in(model, plan)
+    reading = parity.read(InRunner(Runner(model)), source.asked)
+    for path, matrix in kept.items():
+        _matrix(model, plan, path).copy_(matrix)
+    return reading, parity.read(InRunner(Runner(model)), source.asked, reading.rows)
+
+
+@torch.no_grad()
+def _as_seen(model: nn.Module, plan: Plan) -> None:
+    """Weights as the plan's recipe gives them back."""
+    for entry in (e for entries in plan.files.values() for e in entries if e.name in plan.seen):
+        assert plan.recipe is not None
+        weight = model.get_parameter(plan.names[entry.name])
+        stored = weight.to(DTYPES[entry.dtype])
+        weight.copy_(dequantize(quantize(stored, Recipe.from_json(plan.recipe)), dtype=torch.float32))
+
+
+@torch.no_grad()
+def _mix_in(model: nn.Module, plan: Plan) -> None:
+    for path, updates in plan.updates.items():
+        matrix = _matrix(model, plan, path)
+        for rows, values in merged_rows(matrix, updates, plan.mix, path):
+            matrix[rows] = values
+
+
+def _matrix(model: nn.Module, plan: Plan, path: str) -> torch.Tensor:
+    weight = model.get_parameter(f"{path}.weight").detach()
+    return weight.t() if path in plan.transposed else weight
