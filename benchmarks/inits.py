@@ -75,6 +75,7 @@ class Bench:
 
     def __init__(self, prepared: Any, arm: str):
         from tunegate.adapter.inject import find_targets
+        from tunegate.data.types import Rendered
         from tunegate.engine.runner import Runner
         from tunegate.kernels.nf4 import QuantizedLinear, quantize_linears
         from tunegate.model.loading import load_model
@@ -94,37 +95,35 @@ class Bench:
         if arm.startswith("nf4"):
             quantize_linears(model)
         self.runner = Runner(model)
+        render = prepared.base.renderer.render_many
+        test = [row for row in render(prepared.data.splits.test) if isinstance(row, Rendered) and row.n_targets]
+        self.rows = {"valid": prepared.valid_rows, "test": test}
+        self.before: float | None = None
 
-    def run(self, rate: float, seed: int, steps: int) -> dict[str, Any]:
-        """One training: losses of validation and test rows before and after, and the loss of every step."""
+    def run(self, rate: float, seed: int, steps: int, split: str) -> dict[str, Any]:
+        """One training: the loss of ``split`` afterwards, that of the test rows before, and that of every step."""
         from tunegate.adapter.inject import inject, remove
-        from tunegate.data.types import Rendered
         from tunegate.engine.train import Hooks, mean_loss, train
 
         settings = self.prepared.config.task.train.model_copy(
             update={"lr": rate, "seed": seed, "max_steps": steps, "dropout": 0.0, "epochs": 100.0,
                     "eval_every": 10**9, "checkpoint_every": 10**9}
         )  # fmt: skip
-        base, splits = self.prepared.base, self.prepared.data.splits
-        test = [row for row in base.renderer.render_many(splits.test) if isinstance(row, Rendered) and row.n_targets]
         injection = inject(self.runner.model, self.spec, seed=seed)
         with torch.no_grad():
             for path, (a, b) in self.starts.items():
                 injection.modules[path].lora_A.copy_(a)
                 injection.modules[path].lora_B.copy_(b)
 
-        def held_out() -> dict[str, float]:
-            rows = {"valid": self.prepared.valid_rows, "test": test}
-            return {name: mean_loss(self.runner, part, settings.tokens_per_batch) for name, part in rows.items()}
-
         losses: list[float] = []
         hooks = Hooks(lambda step: (0.0, {}), lambda e: losses.append(e["loss"]) if e["event"] == "step" else None)
-        before = held_out()
+        if self.before is None:  # whatever the seed: at zero the random A does nothing
+            self.before = mean_loss(self.runner, self.rows["test"], settings.tokens_per_batch)
         with tempfile.TemporaryDirectory(prefix="tunegate-bench-") as folder:
             train(self.runner, injection, self.prepared.train_rows, settings, Path(folder) / "run", "bench", hooks)
-        after = held_out()
+        after = mean_loss(self.runner, self.rows[split], settings.tokens_per_batch)
         remove(self.runner.model)
-        return {"before": before, "after": after, "losses": losses}
+        return {"before": self.before, "after": after, "losses": losses}
 
 
 def wanted(
@@ -143,7 +142,7 @@ def wanted(
 
 def chosen_rate(runs: list[dict[str, Any]], arm: str) -> float:
     tried = [r for r in runs if r["arm"] == arm and r["choosing"]]
-    return min(tried, key=lambda r: (math.isnan(r["after"]["valid"]), r["after"]["valid"]))["rate"]
+    return min(tried, key=lambda r: r["after"])["rate"]
 
 
 def difference(values: list[float]) -> dict[str, float]:
@@ -156,9 +155,9 @@ def difference(values: list[float]) -> dict[str, float]:
 
 
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
-    "before": lambda r: r["before"]["test"],
+    "before": lambda r: r["before"],
     "curve": lambda r: statistics.mean(r["losses"]),
-    "test": lambda r: r["after"]["test"],
+    "test": lambda r: r["after"],
 }
 
 
@@ -201,7 +200,7 @@ def markdown(result: dict[str, Any]) -> str:
         "test, less zero",
     ]
     tried = [
-        [arm, *(f"{r['after']['valid']:.4f}" for r in result["runs"] if r["arm"] == arm and r["choosing"])]
+        [arm, *(f"{r['after']:.4f}" for r in result["runs"] if r["arm"] == arm and r["choosing"])]
         for arm in result["summary"]
     ]
     settings = result["settings"]
@@ -248,12 +247,12 @@ def main() -> None:
             break
         if bench is None or bench[0] != arm:
             bench = arm, Bench(prepared, arm)
-        run = bench[1].run(rate, seed, args.steps)
+        split = "valid" if choosing else "test"
+        run = bench[1].run(rate, seed, args.steps, split)
         result["runs"].append({"arm": arm, "rate": rate, "seed": seed, "choosing": choosing, **run})
         result["summary"] = summary(result["runs"])
         common.write(name, result, markdown(result), args.output)
-        losses = f"test {run['before']['test']:.4f} -> {run['after']['test']:.4f}, valid {run['after']['valid']:.4f}"
-        print(f"{arm}, rate {rate:g}, seed {seed}: {losses}", flush=True)
+        print(f"{arm}, rate {rate:g}, seed {seed}: {split} loss {run['after']:.4f}", flush=True)
     print(json.dumps({arm: {k: v for k, v in one.items() if k != "seeds"} for arm, one in result["summary"].items()}))
 
 
