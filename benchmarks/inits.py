@@ -128,21 +128,35 @@ class Bench:
 
 def wanted(
     done: list[dict[str, Any]], rates: list[float], seeds: list[int], arms: list[str]
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[tuple[str, float, int, bool]]:
     """The runs that are still to be taken, as (arm, rate, seed, whether it chooses the rate). ``done`` may grow."""
+    taken = lambda: {(r["arm"], r["rate"], r["seed"], r["choosing"]) for r in done}  # noqa: E731
     for arm in arms:
-        for rate in rates:
-            if not any(r["arm"] == arm and r["choosing"] and r["rate"] == rate for r in done):
-                yield arm, rate, min(seeds) - 1, True
-        best = chosen_rate(done, arm)
+        tried = sorted(rates)
+        while True:
+            left = [rate for rate in tried if (arm, rate, min(seeds) - 1, True) not in taken()]
+            if left:
+                yield arm, left[0], min(seeds) - 1, True
+            elif (best := chosen_rate(done, arm)) == tried[0]:  # a best one at the end may not be the best
+                tried = [float(f"{best**2 / tried[1]:.2g}"), *tried]
+            elif best == tried[-1]:
+                tried.append(float(f"{best**2 / tried[-2]:.2g}"))
+            else:
+                break
         for seed in seeds:
-            if not any(r["arm"] == arm and not r["choosing"] and r["seed"] == seed for r in done):
-                yield arm, best, seed, False
+            if (run := (arm, chosen_rate(done, arm), seed, False)) not in taken():
+                yield run
 
 
 def chosen_rate(runs: list[dict[str, Any]], arm: str) -> float:
     tried = [r for r in runs if r["arm"] == arm and r["choosing"]]
     return min(tried, key=lambda r: r["after"])["rate"]
+
+
+def measured(runs: list[dict[str, Any]], arm: str) -> dict[int, dict[str, Any]]:
+    """Seed -> the run at the chosen rate."""
+    found = [r for r in runs if r["arm"] == arm and not r["choosing"]]
+    return {r["seed"]: r for r in found if r["rate"] == chosen_rate(runs, arm)}
 
 
 def difference(values: list[float]) -> dict[str, float]:
@@ -164,13 +178,12 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Arm -> its rate, the mean of each measure, and the differences to ``zero`` on the same precision."""
     found: dict[str, Any] = {}
-    measured = {arm: {r["seed"]: r for r in runs if r["arm"] == arm and not r["choosing"]} for arm in ARMS}
-    for arm, by_seed in measured.items():
-        if not by_seed:
+    for arm in ARMS:
+        if not (by_seed := measured(runs, arm)):
             continue
         found[arm] = {"rate": chosen_rate(runs, arm), "seeds": sorted(by_seed)}
         found[arm] |= {name: statistics.mean(map(of, by_seed.values())) for name, of in MEASURES.items()}
-        zero = measured[f"{arm.split()[0]} zero"]
+        zero = measured(runs, f"{arm.split()[0]} zero")
         shared = sorted(by_seed.keys() & zero.keys())
         if not arm.endswith("zero") and len(shared) > 1:
             pairs = {name: [of(by_seed[s]) - of(zero[s]) for s in shared] for name, of in MEASURES.items()}
@@ -190,28 +203,25 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         numbers = [f"{one[name]:.4f}" for name in MEASURES]
         rows.append([arm, f"{one['rate']:g}", *numbers, *(shown or ["", ""])])
-    header = [
-        "start",
-        "rate",
-        "test loss before",
-        "mean training loss",
-        "test loss after",
-        "training, less zero",
-        "test, less zero",
-    ]
-    tried = [
-        [arm, *(f"{r['after']:.4f}" for r in result["runs"] if r["arm"] == arm and r["choosing"])]
-        for arm in result["summary"]
-    ]
+    header = ["start", "rate", "test loss before", "mean training loss", "test loss after"]
+    header += ["training, less zero", "test, less zero"]
+    tried = []
+    for arm in result["summary"]:
+        runs = sorted((r["rate"], r["after"]) for r in result["runs"] if r["arm"] == arm and r["choosing"])
+        tried.append([arm, ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in runs)])
     settings = result["settings"]
     return "\n\n".join([
         f"# Starts of an adapter: {settings['task']}", common.describe(result["machine"]),
         f"{settings['steps']} steps of about {settings['tokens_per_step']} row tokens, rank {settings['rank']}, alpha "
         f"{settings['alpha']:g}, no dropout, {len(settings['seeds'])} seeds; nats per target token.",
         common.table(header, rows),
-        "Validation loss by learning rate, on the seed that chooses it:",
-        common.table(["start", *(f"{rate:g}" for rate in settings["rates"])], tried),
+        common.table(["start", "validation loss by learning rate, on the seed that chooses it"], tried),
     ])  # fmt: skip
+
+
+def write(name: str, result: dict[str, Any], output: Path) -> None:
+    result["summary"] = summary(result["runs"])
+    common.write(name, result, markdown(result), output)
 
 
 def main() -> None:
@@ -247,12 +257,13 @@ def main() -> None:
             break
         if bench is None or bench[0] != arm:
             bench = arm, Bench(prepared, arm)
+            bench[1].before = next((r["before"] for r in result["runs"] if r["arm"] == arm), None)
         split = "valid" if choosing else "test"
         run = bench[1].run(rate, seed, args.steps, split)
         result["runs"].append({"arm": arm, "rate": rate, "seed": seed, "choosing": choosing, **run})
-        result["summary"] = summary(result["runs"])
-        common.write(name, result, markdown(result), args.output)
+        write(name, result, args.output)
         print(f"{arm}, rate {rate:g}, seed {seed}: {split} loss {run['after']:.4f}", flush=True)
+    write(name, result, args.output)
     print(json.dumps({arm: {k: v for k, v in one.items() if k != "seeds"} for arm, one in result["summary"].items()}))
 
 
