@@ -172,8 +172,10 @@ def train_peft(spec: dict[str, Any], model: Any = None) -> dict[str, Any]:
     model.train()
     clock.start()
     for step in range(plan.total):
-        chosen = plan.rows(step)[:: -1 if spec.get("reverse") else 1]
+        chosen = plan.rows(step)
         (batch,) = padded_batches(chosen, 10**9)  # one padded batch a step, as a loop with a collator has
+        if spec.get("reverse"):
+            batch = {name: part.flip(0) for name, part in batch.items()}
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
