@@ -86,6 +86,21 @@ def catalogue() -> list[Contestant]:
     ]
 
 
+def qlora() -> list[Contestant]:
+    """NF4 with double quantization by tunegate and by PEFT on bitsandbytes, each with kept and with recomputed
+    activations, and PEFT under tcmalloc."""
+    own = "bfloat16" if common.has_bf16() else "float32"
+    nf4, recompute = {"dtype": own, "quantization": "nf4"}, {"gradient_checkpointing": True}
+    full, needs = {"share_prefix": False}, ("peft", "transformers", "bitsandbytes")
+    return [
+        Contestant("tunegate", {"kind": "tunegate", **nf4}, slow=False, train=full),
+        Contestant("PEFT", {"kind": "peft", **nf4}, needs=needs),
+        Contestant("tunegate recomputing", {"kind": "tunegate", **nf4}, slow=False, train={**full, **recompute}),
+        Contestant("PEFT recomputing", {"kind": "peft", **nf4}, needs=needs, train=recompute),
+        Contestant("PEFT + tcmalloc", {"kind": "peft", **nf4}, tcmalloc="needed", quick=False, needs=needs),
+    ]
+
+
 @dataclass
 class Score:
     """What one contestant's repetitions gave."""

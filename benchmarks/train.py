@@ -77,13 +77,8 @@ def run_main(args: argparse.Namespace, spec: dict[str, Any], found: dict[str, An
     steps = (args.steps or (5 if args.quick else 10), args.steps or (1 if args.quick else 4))
     extras = {"loss_gap": loss_gap(spec, quick=args.quick), "roofline": roofline(spec, found["rows"], None)}
     scores = [Score(c, reason=c.why_not()) for c in chosen(args)]
-    for number in range(args.rounds or (2 if args.quick else 3)):
-        left = limit - (time.monotonic() - began)
-        if number and left < (limit - left) * 0.8 / number:
-            print(f"stopping after {number} rounds: {limit - left:.0f} s are used", flush=True)
-            break
-        play_round(scores, spec, steps, number)
-        extras["roofline"] = roofline(spec, found["rows"], extras["roofline"])
+    play(scores, spec, steps, args.rounds or (2 if args.quick else 3), began + limit)
+    extras["roofline"] = roofline(spec, found["rows"], extras["roofline"])
     headline = headline_of(scores, extras)
     found |= {"contestants": [score.to_json() for score in scores], **extras, "headline": headline}
     found["seconds"] = round(time.monotonic() - began)
@@ -99,6 +94,17 @@ def chosen(args: argparse.Namespace) -> list[Contestant]:
     if args.only:
         return [c for c in everyone if any(c.name.startswith(name) for name in args.only)]
     return everyone
+
+
+def play(scores: list[Score], spec: dict[str, Any], steps: tuple[int, int], rounds: int, end: float) -> None:
+    """Rounds, as many as end before ``end`` (monotonic seconds) if each takes as long as those before it."""
+    began = time.monotonic()
+    for number in range(rounds):
+        used, left = time.monotonic() - began, end - time.monotonic()
+        if number and left < used / number:
+            print(f"stopping after {number} rounds: {left:.0f} s are left", flush=True)
+            break
+        play_round(scores, spec, steps, number)
 
 
 def play_round(scores: list[Score], spec: dict[str, Any], steps: tuple[int, int], number: int) -> None:

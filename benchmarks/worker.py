@@ -135,7 +135,7 @@ def peft_model(spec: dict[str, Any], settings: Any) -> Any:
     quantized = {}
     if spec.get("quantization"):
         quantized["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
     model = AutoModelForCausalLM.from_pretrained(spec["base"], dtype=dtype, **quantized)
     if quantized:
@@ -144,7 +144,10 @@ def peft_model(spec: dict[str, Any], settings: Any) -> Any:
         count = sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
         if not count:
             raise RuntimeError("bitsandbytes replaced no layer")
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=bool(settings.gradient_checkpointing),
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
     elif settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -169,8 +172,10 @@ def train_peft(spec: dict[str, Any], model: Any = None) -> dict[str, Any]:
     model.train()
     clock.start()
     for step in range(plan.total):
-        chosen = plan.rows(step)[:: -1 if spec.get("reverse") else 1]
+        chosen = plan.rows(step)
         (batch,) = padded_batches(chosen, 10**9)  # one padded batch a step, as a loop with a collator has
+        if spec.get("reverse"):
+            batch = {name: part.flip(0) for name, part in batch.items()}
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
