@@ -33,7 +33,7 @@ from pydantic import TypeAdapter
 
 from tunegate.errors import InputError
 from tunegate.evaluation.measures import Source, save_measures
-from tunegate.files import explain_os_error, hash_file, hash_json, read_json, write_json, write_jsonl
+from tunegate.files import explain_os_error, flush_folder, hash_file, hash_json, read_json, write_json, write_jsonl
 from tunegate.report.selection import Item
 
 FOLDER, ITEMS, LOG, LABELS = "review", "items.json", "log.jsonl", "labels.jsonl"
@@ -227,7 +227,7 @@ class Review:
     def _append(self, event: dict[str, Any]) -> None:
         """One more line, on the disk when this returns; after a line that was cut off, on a new one."""
         path = self.folder / LOG
-        with explain_os_error(path), path.open("ab+", buffering=0) as handle:
+        with explain_os_error(path), path.open("ab+") as handle:
             size = handle.seek(0, os.SEEK_END)
             cut_off = False
             if size:
@@ -235,12 +235,15 @@ class Review:
                 cut_off = handle.read(1) != b"\n"
             line = json.dumps(event, ensure_ascii=False).encode("utf-8") + b"\n"
             handle.write(b"\n" * cut_off + line)
+            handle.flush()
             os.fsync(handle.fileno())
+        if not size:
+            flush_folder(path.parent)
 
     # --- what comes out -------------------------------------------------------------------------------------------
 
     def labels(self, log: Log) -> list[dict[str, Any]]:
-        """Every complete verdict, in the order of the items."""
+        """Every complete verdict, by reviewer and in the order of the items."""
         order = {item.row_id: i for i, item in enumerate(self.items)}
         found = sorted(log.complete(), key=lambda v: (v.reviewer, order[v.row_id]))
         return [asdict(verdict) for verdict in found]
