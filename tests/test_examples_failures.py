@@ -159,7 +159,7 @@ def test_exit_code_and_table(
     said = capsys.readouterr().out
     assert "MISSED" in said and "not as it should be: two" in said
     text = (tmp_path / "runs" / "table.md").read_text(encoding="utf-8")
-    assert "| two | a \\| b | MISSED | why | 0 | 0 |" in text
+    assert "| two | a &#124; b | MISSED | why | 0 | 0 |" in text
     again = play(monkeypatch, tmp_path, ("one", True), ("two", True), wanted=("two",))
     text = (tmp_path / "runs" / "table.md").read_text(encoding="utf-8")
     assert again == 0 and text.count("caught") == 2  # the other case's row stays

@@ -275,9 +275,15 @@ def table(played: Sequence[Played]) -> str:
     """Markdown, a row a case."""
     lines = ["| case | planted | outcome | by | seconds | processor |", "| --- | --- | --- | --- | --- | --- |"]
     for one in played:
-        by = "<br>".join(word.replace("|", "\\|") for word in one.words)
-        spent = f"{one.seconds:.0f} | {one.processor:.0f}"
-        lines.append(f"| {one.case} | {one.planted} | {one.outcome} | {by} | {spent} |")
+        cells = [
+            one.case,
+            one.planted,
+            one.outcome,
+            "<br>".join(one.words),
+            f"{one.seconds:.0f}",
+            f"{one.processor:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
