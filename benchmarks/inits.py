@@ -1,16 +1,18 @@
 """Whether starting an adapter from the base's own singular vectors beats starting it at zero, at equal steps.
 
-    python benchmarks/inits.py                      # examples/support; an hour or two on two cores
+    python benchmarks/inits.py --set train.tokens_per_step=128    # examples/support, forty runs, each under a minute
     python benchmarks/inits.py --task my.yaml --steps 60 --rates 3e-4 1e-3 3e-3 --seeds 1 2 3 4 5
-    python benchmarks/inits.py --most 4             # four runs, then stop; the same command takes the next ones
+    python benchmarks/inits.py --most 4                           # four runs, then stop
+
+A command that was stopped takes the runs that are missing when it is given again with the same settings and output.
 
 Every start is put on the product's own layers and trained by its own loop, on the same batches, without dropout:
 
 - ``zero``: A random, B = 0. The base is W, or nf4(W).
 - ``pissa`` (arXiv 2404.02948): s B A = the leading ``rank`` singular triplets of W, split evenly; the base is the rest
-  R = W - s B A, in 4 bits nf4(R), which is another base than nf4(W). LoftQ (arXiv 2310.08659) with it as a start:
-- ``loftq``: s B A = the leading triplets of W - nf4(W), on the base nf4(W): LoftQ of one round.
-- ``loftq5``: five rounds, Q = nf4(W - s B A), s B A = triplets of W - Q; the base is the last Q.
+  R = W - s B A, in 4 bits nf4(R), which is another base than nf4(W).
+- ``loftq`` (arXiv 2310.08659, one round): s B A = the leading triplets of W - nf4(W), on the base nf4(W).
+- ``loftq5``: five rounds of Q = nf4(W - s B A), s B A = triplets of W - Q; the base is the last Q.
 
 Singular triplets are exact (eigenvectors of the Gram matrix in fp64). Each start gets the learning rate with the lowest
 validation loss on a seed of its own, and is then measured over other seeds, which change the order of the rows and, for
@@ -219,9 +221,9 @@ def markdown(result: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def write(name: str, result: dict[str, Any], output: Path) -> None:
+def write(result: dict[str, Any], output: Path) -> None:
     result["summary"] = summary(result["runs"])
-    common.write(name, result, markdown(result), output)
+    common.write("inits", result, markdown(result), output)
 
 
 def main() -> None:
@@ -234,20 +236,20 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS[:-1]), choices=ARMS, help="default: all but loftq5")
     parser.add_argument("--most", type=int, default=10**9, metavar="N", help="stop after N runs")
     parser.add_argument("--output", type=Path, default=common.RESULTS)
     args = parser.parse_args()
     prepared = prepare(load_config(args.task, args.overrides), Silent())
-    train, name = prepared.config.task.train, f"inits-{prepared.config.name}"
+    train = prepared.config.task.train
     settings = {
         "task": prepared.config.name, "overrides": args.overrides, "steps": args.steps, "rates": args.rates,
         "seeds": args.seeds, "rank": train.rank, "alpha": prepared.config.alpha,
         "tokens_per_step": train.tokens_per_step,
-        "base": prepared.base.fingerprint.total, "key": prepared.train_key,
+        "base": prepared.base.fingerprint.total, "data": sorted(prepared.data.files.values()),
     }  # fmt: skip
-    path = args.output / f"{name}.json"
+    path = args.output / "inits.json"
     result: dict[str, Any] = {"machine": common.machine(), "settings": settings, "runs": []}
     if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
         result = found
@@ -261,9 +263,9 @@ def main() -> None:
         split = "valid" if choosing else "test"
         run = bench[1].run(rate, seed, args.steps, split)
         result["runs"].append({"arm": arm, "rate": rate, "seed": seed, "choosing": choosing, **run})
-        write(name, result, args.output)
+        write(result, args.output)
         print(f"{arm}, rate {rate:g}, seed {seed}: {split} loss {run['after']:.4f}", flush=True)
-    write(name, result, args.output)
+    write(result, args.output)
     print(json.dumps({arm: {k: v for k, v in one.items() if k != "seeds"} for arm, one in result["summary"].items()}))
 
 
