@@ -63,7 +63,8 @@ def postgres(programs: Path) -> Iterator[str]:
             _wait(port, server)
             yield f"postgresql+psycopg://tunegate@127.0.0.1:{port}"
         finally:
-            server.terminate()
+            stop = [str(programs / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop"]
+            subprocess.run([*prefix, *stop], check=False, capture_output=True, cwd="/")
             server.wait(30)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -437,6 +437,10 @@ def test_verify_finds_a_changed_record(registry: Registry, tmp_path: Path) -> No
         connection.execute(tables.entities.update().where(tables.entities.c.id == rows[0].id).values(body=body))
     (problem,) = verify(registry).problems
     assert "eval has changed" in problem.what
+    with registry.database.writing() as connection:
+        one = tables.entities.c.id == rows[1].id
+        connection.execute(tables.entities.update().where(one).values(body="[not JSON"))
+    assert len(verify(registry).problems) == 2
 
 
 def test_gc_takes_what_nobody_needs_and_nothing_else(registry: Registry, tmp_path: Path) -> None:

@@ -215,8 +215,9 @@ def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, l
     edges += [Edge(test.id, source.id, "drawn from") for source in sources if source.id != test.id]
 
     told = {
-        "run": card.adapter["run"], "record": asdict(card.run), "config": card.config, "origins": card.origins,
-        "recipe": card.base.get("recipe"), "versions": card.versions, "git": card.git, "created": card.created,
+        "run": card.adapter["run"], "base": base.id, "made": card.adapter["hash"], "record": asdict(card.run),
+        "config": card.config, "origins": card.origins, "recipe": card.base.get("recipe"), "versions": card.versions,
+        "git": card.git, "created": card.created,
     }  # fmt: skip
     run = Entity(hash_json(told), "run", f"run-{card.adapter['run']}", told)
     entities.append(run)

@@ -68,13 +68,10 @@ def _refuse_promotion(version: Version, target: str, why: str) -> None:
         )
     if version.state == RETIRED:
         raise InputError("the version is retired", where=version.ref, fix="add or train another")
-    if target not in (APPROVED, PRODUCTION) or (version.state, target) in (
-        (APPROVED, APPROVED),
-        (PRODUCTION, APPROVED),
-    ):
-        raise InputError("not a step forward", where=version.ref, got=f"{version.state} to {target}")
     if version.state == PRODUCTION:
         raise InputError("it is in production already", where=version.ref)
+    if version.state == target:
+        raise InputError(f"it is {target} already", where=version.ref)
     refuse_flagged(version, "promoted")
 
 

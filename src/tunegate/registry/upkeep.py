@@ -45,13 +45,14 @@ def verify(registry: Registry) -> Verified:
         found = list_versions(connection)
         listed = {v.adapter: parts_of(connection, v.adapter) for v in found}
         bodies = {
-            row.id: (row.kind, json.loads(row.body))
+            row.id: (row.kind, _parsed(row.body))
             for row in connection.execute(sa.select(entities.c.id, entities.c.kind, entities.c.body))
         }
     problems = [p for id, (kind, body) in bodies.items() if (p := _record_problem(id, kind, body))]
     files_read = bytes_read = 0
     for version in found:
-        expected = bodies[version.adapter][1].get("files", {})
+        files_known = bodies[version.adapter][1].get("files")
+        expected = files_known if isinstance(files_known, dict) else {}
         if missing := sorted(set(expected) - set(listed[version.adapter])):
             problems.append(
                 Problem("the registry does not know the parts of a file", version.ref, got=", ".join(missing))
@@ -63,6 +64,15 @@ def verify(registry: Registry) -> Verified:
             if problem:
                 problems.append(problem)
     return Verified(len(found), files_read, bytes_read, len(bodies), problems)
+
+
+def _parsed(text: str) -> dict[str, object]:
+    """A record's body; one that is no JSON object any more hashes to nothing that it could be."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"damaged": text}
 
 
 def _file_problem(
@@ -88,8 +98,9 @@ def _record_problem(id: str, kind: str, body: dict[str, object]) -> Problem | No
     """A record whose hash is not its id. A base and a dataset are named by what lies outside of the registry."""
     if kind in ("run", "eval"):
         found = hash_json(body)
-    elif kind == "adapter" and isinstance(body.get("files"), dict):
-        found = id_of(body["files"])  # type: ignore[arg-type]
+    elif kind == "adapter":
+        known = body.get("files")
+        found = id_of(known) if isinstance(known, dict) else hash_json(body)
     else:
         return None if is_hash(id) else Problem("not a content hash", id)
     return None if found == id else Problem(f"the record of this {kind} has changed", id, id, found)
