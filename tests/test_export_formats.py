@@ -114,8 +114,9 @@ def test_round_trips(kind: str, to: str, reader: str, tiny_llama: Path, tmp_path
     report = read_json(tmp_path / "out" / "export.json")
     parity = report["parity"]
     assert report["reader"] == reader and report["changed"] == report["modules"] == 14
-    assert parity["same_answers"] == 1.0 and parity["agreement"] == 1.0
-    assert parity["mean_kl"] < (1e-4 if to == "gguf" else 1e-7)
+    exact = to != "gguf"  # f16 weights, and in llama.cpp f16 activations: top tokens of random weights may be near ties
+    assert parity["mean_kl"] < (1e-7 if exact else 1e-4)
+    assert parity["agreement"] >= (1.0 if exact else 0.95) and (parity["same_answers"] == 1.0 or not exact)
     config = tmp_path / "out" / "adapter_config.json"
     if to == "vllm":
         assert config.exists() == (kind != "dora")
@@ -127,7 +128,12 @@ def test_round_trips(kind: str, to: str, reader: str, tiny_llama: Path, tmp_path
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_mlx_has_the_same_modules_in_other_families(family: str, tmp_path: Path) -> None:
     needs("mlx-lm")
-    base = tiny_base(tmp_path / "base", family)
+    window = {"sliding_window": 512} if family == "gemma2" else {}  # mlx-lm's Gemma 2 attends to everything
+    base = tiny_base(tmp_path / "base", family, **window)
+    config = read_json(base / "config.json")
+    rope = config["rope_parameters"]  # mlx-lm reads the older key
+    config["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     adapter = peft_adapter(base, tmp_path / "adapter")
     said = export(adapter, "mlx", tmp_path / "out", "--base", base, "--reader", "mlx-lm")
     assert said.code == 0, said.err

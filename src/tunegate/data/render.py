@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,9 +100,9 @@ class Renderer:
         """The Jinja text that renders chats without tools; None where there is no template."""
         return self._template.source
 
-    def rendered(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
         """``messages`` as the template writes them, with the opening of an answer behind them if ``prompt``."""
-        return self._template.render(list(messages), (), prompt=prompt)[0]
+        return self._template.render([dict(m) for m in messages], (), prompt=prompt)[0]
 
     @property
     def template_hash(self) -> str:

@@ -143,10 +143,10 @@ def write_model(
             for entry, data, differs in merged_tensors(plan, source):
                 if differs:
                     changed.add(entry.name)
-                slot = layout.slots[source].get(entry.name)
-                if slot is not None:
-                    values = to_gguf(config, layout.family, slot.name, data.view(DTYPES[entry.dtype]).view(entry.shape))
-                    writer.write_tensor_data(_encoded(values, slot))
+                here = layout.slots[source].get(entry.name)
+                if here is not None:
+                    values = to_gguf(config, layout.family, here.name, data.view(DTYPES[entry.dtype]).view(entry.shape))
+                    writer.write_tensor_data(_encoded(values, here))
                 progress(size_of(entry))
     finally:
         _end(writer)

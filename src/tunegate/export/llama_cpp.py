@@ -38,43 +38,56 @@ def available() -> bool:
 
 
 @cache
-def _silence() -> Any:
-    """llama.cpp tells of every buffer on standard error; what it cannot do it also returns."""
+def _library() -> tuple[Any, Any, Any]:
+    """Its functions, its types, and the logger that keeps llama.cpp from telling of every buffer on standard error."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
-    ffi = get_ffi()
+    lib, ffi = get_lib(), get_ffi()
     quiet = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
-    get_lib().llama_log_set(quiet, ffi.NULL)
-    return quiet
+    lib.llama_log_set(quiet, ffi.NULL)
+    lib.llama_backend_init()
+    return lib, ffi, quiet
 
 
 class LlamaCpp:
     """``model`` with, if given, the GGUF adapter ``lora``; ``context`` is the longest row in tokens."""
 
-    def __init__(self, model: Path, context: int, lora: Path | None = None, threads: int | None = None):
-        from llama_cpp_py_sync import Llama
-
-        where = str(model)
-        _silence()
-        try:
-            self._llama = Llama(
-                where, n_ctx=context, n_batch=context, n_threads=threads, type_k="f32", type_v="f32", use_mmap=False
-            )
-        except RuntimeError as error:
-            raise TunegateError("llama.cpp cannot load this file", where=where, got=str(error)) from error
-        self._lib, self._ffi, self._context = self._llama._lib, self._llama._ffi, self._llama._ctx
-        self._lib.llama_set_embeddings(self._context, False)
+    def __init__(self, model: Path, context: int, lora: Path | None = None):
+        self._lib, self._ffi, _ = _library()
+        self._model = self._context = None
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._found(self._lib.llama_model_load_from_file(str(model).encode(), params), "file", model)
+        self._vocabulary = self._lib.llama_model_get_vocab(self._model)
+        settings = self._lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+        settings.flash_attn_type = 0
+        self._context = self._found(self._lib.llama_init_from_model(self._model, settings), "model", model)
         if lora is not None:
-            adapter = self._lib.llama_adapter_lora_init(self._llama._model, str(lora).encode())
-            if adapter == self._ffi.NULL:
-                raise TunegateError("llama.cpp cannot load this adapter", where=str(lora))
+            adapter = self._found(self._lib.llama_adapter_lora_init(self._model, str(lora).encode()), "adapter", lora)
             self._adapters = self._ffi.new("struct llama_adapter_lora *[1]", [adapter])
             self._scales = self._ffi.new("float[1]", [1.0])
             self._lib.llama_set_adapters_lora(self._context, self._adapters, 1, self._scales)
 
+    def _found(self, pointer: Any, what: str, path: Path) -> Any:
+        if pointer == self._ffi.NULL:
+            raise TunegateError(f"llama.cpp cannot load this {what}", where=str(path))
+        return pointer
+
+    def __del__(self) -> None:
+        if self._context is not None:
+            self._lib.llama_free(self._context)
+        if self._model is not None:
+            self._lib.llama_model_free(self._model)
+
     def tokens(self, text: str) -> list[int]:
         """``text`` as the file's vocabulary splits it, control tokens recognised and nothing added."""
-        return list(self._llama.tokenize(text, add_special=False, parse_special=True))
+        data = text.encode("utf-8")
+        room = len(data) + 16
+        ids = self._ffi.new(f"llama_token[{room}]")
+        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), ids, room, False, True)
+        return [int(ids[i]) for i in range(count)]
 
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
         return [self._answer(list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
@@ -95,8 +108,8 @@ class LlamaCpp:
     def _run(self, ids: list[int], past: int, wanted: int) -> Tensor:
         """Logits of the last ``wanted`` of ``ids``, which stand behind ``past`` tokens that were run before."""
         if past == 0:
-            self._llama._clear_context_state()
-        first, size = max(0, len(ids) - wanted), self._llama.n_vocab
+            self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        first, size = max(0, len(ids) - wanted), self._lib.llama_vocab_n_tokens(self._vocabulary)
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         try:
             batch.n_tokens = len(ids)
