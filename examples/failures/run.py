@@ -182,7 +182,7 @@ def guarded_base(lab: Lab) -> Path | Finding:
     code, answer = lab.tunegate("train", str(GUARD), *lab._set(GUARD, ()))
     folder = lab.folder / "guarded"
     if code == 0:
-        code, answer = lab.tunegate("merge", answer["adapter"], "-o", str(folder))
+        code, answer = lab.tunegate("merge", answer["adapter"], "-o", str(folder), "--base", PACKAGED)
     return Finding(False, (f"no base that refuses: exit code {code}: {_problems(answer)}",)) if code else folder
 
 
@@ -223,7 +223,7 @@ class Case:
     play: Callable[[Lab], Finding]
 
 
-SOUND = "clean"
+SOUND, PACKAGED = "clean", "smollm2-135m-instruct"
 CASES = (
     Case(SOUND, "nothing: rank 8, two epochs over intents and general questions", clean),
     Case("forgetting", "rank 32, three epochs at a constant rate, intents only", forgetting),
