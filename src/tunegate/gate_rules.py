@@ -47,7 +47,7 @@ class Family:
     given: bool = False
 
 
-_TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "loss_rise", "score", "best_share")
+_TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "score", "best_share")
 _MEMORISED = ("verbatim_rate", "verbatim_excess", "ngram_overlap", "ngram_excess")
 FAMILIES = {
     "task": Family(None, "tunegate run TASK", alone=True),
