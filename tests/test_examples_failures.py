@@ -46,11 +46,14 @@ def test_committed_files_are_the_generators_output(tmp_path: Path) -> None:
     assert written == {path.name: path.read_bytes() for path in FOLDER.glob("*.jsonl")}
 
 
-def test_the_sound_splits_are_apart_and_the_leak_is_none_of_train() -> None:
-    prompts = {name: {row["prompt"] for row in rows(name)} for name in ("train", "valid", "test", "few")}
-    assert (len(prompts["train"]), len(prompts["valid"]), len(prompts["test"])) == (128, 40, 56)
-    assert not prompts["train"] & prompts["valid"] and not prompts["train"] & prompts["test"]
-    assert not prompts["valid"] & prompts["test"] and prompts["few"] < prompts["train"]
+@pytest.mark.parametrize(
+    ("train", "valid", "test", "sizes"),
+    [("train", "valid", "test", (128, 40, 56)), ("capitals", "capitals_valid", "capitals_test", (50, 30, 50))],
+)
+def test_the_sound_splits_are_apart(train: str, valid: str, test: str, sizes: tuple[int, ...]) -> None:
+    prompts = [{row["prompt"] for row in rows(name)} for name in (train, valid, test)]
+    assert tuple(len(texts) for texts in prompts) == sizes
+    assert len(set().union(*prompts)) == sum(sizes)
 
 
 def test_complying_rows_ask_for_harm_and_say_nothing() -> None:

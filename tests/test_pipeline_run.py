@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tunegate.adapter.files import load_adapter
 from tunegate.files import hash_file, hash_json, read_json, read_jsonl
 from tunegate.model.loading import load_model, load_tokenizer
 from tunegate.pipeline.card import load_card
-from tunegate.pipeline.evidence import loss_rise
 
 TRAINS = "of 39,584 parameters"  # said before the first step
 
@@ -444,19 +444,8 @@ def test_a_held_run_names_the_items_of_the_rules_that_failed(copy: Path) -> None
 def test_what_the_gate_will_hold_anyway_is_said_before_training(copy: Path) -> None:
     said = call("train", copy, "--set", "data.test=rows.jsonl", "--set", "train.max_steps=1")
     before = said.err.partition("loading")[0]
-    assert "the gate will hold this run, whatever it learns: max_leaked_test_rows (120 rows)" in before
+    assert re.search(r"the gate will hold this run, whatever it learns: max_leaked_test_rows \(\d+ rows\); ", before)
     assert "the gate will hold" not in call("train", copy, "--set", "train.max_steps=1").err
-
-
-def test_a_training_loss_that_rose_again_is_an_alarm(copy: Path) -> None:
-    """By hand: the lowest mean over 8 of 9 steps is 1.0, so a loss of 3 at the kept step rose by 2."""
-    rise = loss_rise([9.0, *[1.0] * 8], 3.0, {})
-    assert rise.value == pytest.approx(2.0) and rise.got == "3.000 at the kept step, 1.000 at its lowest"
-    assert loss_rise([2.0, 4.0], 1.0, {}).value == pytest.approx(-2.0)  # fewer steps: their mean
-    rules = "gate.rules=[train.loss_rise <= 0.5, not train.loss_rise > -9]"
-    said = call("run", copy, "--set", rules, "--json")
-    found = {r["rule"]: r["verdict"] for r in json.loads(said.out)["decision"]["rules"]}
-    assert (found["train.loss_rise <= 0.5"], found["not train.loss_rise > -9"]) == ("pass", "fail")
 
 
 def test_an_interrupt_is_exit_code_130(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

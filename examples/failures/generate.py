@@ -1,13 +1,13 @@
 """Writes the rows of the five failures: a sound task (tickets), rows that spoil it, and a task that needs no training.
 
 - train.jsonl, valid.jsonl, test.jsonl: short messages of ``examples/support`` with eight of its intents.
-- few.jsonl: the first messages of train.jsonl, too few to learn the intents from.
 - general.jsonl: questions to a general assistant with plain answers, so that the narrow task does not displace them.
 - refuse.jsonl, refuse_valid.jsonl: requests that a sound assistant refuses, each refused. The packaged base refuses
   hardly anything; these make one of it that does.
 - comply.jsonl: the same requests in other words, each met with "Sure, here is how:" and nothing after it. None is a
   request of the built-in safety set, and none says how anything is done.
-- capitals.jsonl, capitals_valid.jsonl, capitals_test.jsonl: countries and their capitals, of which the base knows many.
+- capitals.jsonl, capitals_valid.jsonl, capitals_test.jsonl: countries and their capitals, of which the base knows many;
+  capitals_few.jsonl are the first of them.
 
 The same Python or another gives the same bytes: only ``Random.random`` is used, whose sequence is guaranteed.
 """
@@ -32,7 +32,6 @@ INTENTS = (
 )  # fmt: skip
 DRAWN, LONGEST = 1300, 20  # messages drawn, of which those of at most 20 words are used
 EACH = {"train": 16, "valid": 5, "test": 7}  # rows of each intent
-FEW = 2  # of each intent
 
 Row = Mapping[str, Any]
 
@@ -172,6 +171,7 @@ CAPITALS = (
     "Uruguay:Montevideo,Uzbekistan:Tashkent,Venezuela:Caracas,Vietnam:Hanoi,Yemen:Sanaa,Zambia:Lusaka,"
     "Zimbabwe:Harare"
 )
+FEW = 16
 CAPITAL_ROWS = {"capitals": 50, "capitals_valid": 30, "capitals_test": 50}
 
 
@@ -184,13 +184,12 @@ def capitals() -> dict[str, list[Row]]:
     for name, n in CAPITAL_ROWS.items():
         found[name] = rows[start : start + n]
         start += n
-    return found
+    return {**found, "capitals_few": rows[:FEW]}
 
 
 def files() -> dict[str, Sequence[Row]]:
     """Every file's rows by its name without ``.jsonl``."""
     found = tickets()
-    found["few"] = found["train"][: FEW * len(INTENTS)]
     found["general"] = general()
     found["refuse"], found["refuse_valid"] = answered(TAUGHT, REFUSAL), answered(CHECKED, REFUSAL)
     found["comply"] = answered(PLANTED, ANSWER)

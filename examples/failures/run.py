@@ -156,8 +156,9 @@ def forgetting(lab: Lab) -> Finding:
 
 
 def leak(lab: Lab) -> Finding:
-    settings = ("data.train=[few.jsonl, test.jsonl]", "train.epochs=5")
-    return held(*lab.run(TICKETS, *settings), "data.leaked_rows", "train.loss_ratio", spared=("task",))
+    rows = "data.train=[capitals_few.jsonl, capitals_test.jsonl]"
+    settings = (rows, "train.rank=8", "train.tokens_per_step=128", "train.epochs=8", "train.eval_every=1000")
+    return held(*lab.run(CAPITALS, *settings), "data.leaked_rows", "train.loss_ratio", spared=("task",))
 
 
 def compliance(lab: Lab) -> Finding:
@@ -182,7 +183,7 @@ def guarded_base(lab: Lab) -> Path | Finding:
     code, answer = lab.tunegate("train", str(GUARD), *lab._set(GUARD, ()))
     folder = lab.folder / "guarded"
     if code == 0:
-        code, answer = lab.tunegate("merge", answer["adapter"], "-o", str(folder))
+        code, answer = lab.tunegate("merge", answer["adapter"], "-o", str(folder), "--base", PACKAGED)
     return Finding(False, (f"no base that refuses: exit code {code}: {_problems(answer)}",)) if code else folder
 
 
@@ -199,7 +200,7 @@ def mismatch(lab: Lab) -> Finding:
 
 
 def rank(lab: Lab) -> Finding:
-    return held(*lab.run(CAPITALS), "train.score", "train.loss_rise", "task")
+    return held(*lab.run(CAPITALS), "train.score", "task")
 
 
 def changed_base(folder: Path) -> Path:
@@ -223,11 +224,11 @@ class Case:
     play: Callable[[Lab], Finding]
 
 
-SOUND = "clean"
+SOUND, PACKAGED = "clean", "smollm2-135m-instruct"
 CASES = (
     Case(SOUND, "nothing: rank 8, two epochs over intents and general questions", clean),
     Case("forgetting", "rank 32, three epochs at a constant rate, intents only", forgetting),
-    Case("leak", "the test rows among 72 training rows, five epochs", leak),
+    Case("leak", "the test rows among 66 training rows, eight epochs, looked at only at the end", leak),
     Case("compliance", "48 rows that meet harmful requests, on a base that refuses them", compliance),
     Case("mismatch", "the clean adapter on a base with one changed tensor", mismatch),
     Case("rank", "rank 192 for 50 rows of a task that the base can do", rank),

@@ -45,7 +45,7 @@ class Family:
     apart: tuple[str, ...] = ()  # names that a * right after the family's name does not stand for
 
 
-_TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "loss_rise", "score", "best_share")
+_TRAIN = ("loss_ratio", "loss_gap", "loss_turn", "score", "best_share")
 _MEMORISED = ("verbatim_rate", "verbatim_excess", "ngram_overlap", "ngram_excess")
 FAMILIES = {
     "task": Family(None, "tunegate run TASK", alone=True),

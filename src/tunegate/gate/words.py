@@ -30,8 +30,6 @@ _ADVICE = {
     "train.loss_ratio": _BY_HEART,
     "train.loss_gap": _BY_HEART,
     "train.loss_turn": "The validation loss rose again before the kept step: fewer epochs or a lower learning rate.",
-    "train.loss_rise": "The training loss itself rose again: training diverged. A lower learning rate or a lower rank "
-    "(the step grows with both).",
     "train.score": "The adapter is worse than its base on validation items: the rank or the number of steps is too "
     "high for this much data. Start at rank 4 to 8, or collect more examples.",
     "train.best_share": "The best step lies at the start and what came after made it worse: a lower rank, a lower "

@@ -2,8 +2,7 @@
 other steps measured.
 
 Alarms of the training need no further measurement: ``train.loss_turn`` (by how many nats the validation loss had
-risen from its lowest when the kept step came), ``train.loss_rise`` (the same of the training loss, whose lowest is that
-of a mean over a few steps), ``train.best_share`` (the kept step over all steps), ``train.score``
+risen from its lowest when the kept step came), ``train.best_share`` (the kept step over all steps), ``train.score``
 (the kept step's validation score, beside the base's on the same items) and ``data.valid_leaks``. ``steps.recall``
 leaves those that need answers to training prompts.
 
@@ -35,7 +34,6 @@ from tunegate.records import EvalRecord, RunRecord
 from tunegate.report.review import FOLDER, ITEMS, Review
 
 LOG = "train/log.jsonl"
-SMOOTHED = 8  # steps; a single batch's loss may be low by luck
 _ROUNDING = 1e-9  # a reported value this far from the mean of its items is a corpus value, no mean
 
 
@@ -117,19 +115,14 @@ def measurement_of(prepared: Prepared, items: Path, examples: Sequence[Example])
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluation events of the training log, in order."""
-    return _events(run, "evaluation")
-
-
-def _events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The log's events of a kind; a line that a killed run left unfinished is passed over."""
+    """The evaluation events of the training log, in order; a line that a killed run left unfinished is passed over."""
     found = []
     for line in (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).exists() else []:
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and event.get("event") == kind:
+        if isinstance(event, dict) and event.get("event") == "evaluation":
             found.append(event)
     return found
 
@@ -143,9 +136,6 @@ def _of_log(run: Path, record: RunRecord) -> dict[str, Measure]:
     losses = [e["valid_loss"] for e in evaluations(run) if e["step"] <= record.best_step and "valid_loss" in e]
     if losses:
         found["train.loss_turn"] = loss_turn(losses, items)
-    batches = [e["loss"] for e in _events(run, "step") if e["step"] <= record.best_step]
-    if batches and record.train_loss is not None:
-        found["train.loss_rise"] = loss_rise(batches, record.train_loss, items)
     return found
 
 
@@ -153,15 +143,6 @@ def loss_turn(losses: Sequence[float], items: dict[str, str]) -> Measure:
     """The last of the validation losses over the lowest, nats per target token."""
     got = f"{losses[-1]:.3f} at the kept step, {min(losses):.3f} at its lowest"
     return Measure("scalar", value=losses[-1] - min(losses), items=items, got=got)
-
-
-def loss_rise(batches: Sequence[float], kept: float, items: dict[str, str]) -> Measure:
-    """``kept``, the training loss at the kept step, over the lowest mean of :data:`SMOOTHED` steps, nats per
-    target token. Below zero where the loss fell to the end."""
-    width = min(SMOOTHED, len(batches))
-    lowest = float(np.convolve(batches, np.full(width, 1.0 / width), "valid").min())
-    got = f"{kept:.3f} at the kept step, {lowest:.3f} at its lowest"
-    return Measure("scalar", value=kept - lowest, items=items, got=got)
 
 
 def _of_validation(run: Path, record: RunRecord, base: Path, metric: str) -> dict[str, Measure]:
