@@ -42,7 +42,7 @@ from tunegate.engine.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from tunegate.engine.memory import Saving, choose, resident_bytes, step_need
+from tunegate.engine.memory import Saving, choose, give_back_freed, resident_bytes, step_need
 from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.schedule import StepPlan, lr_factor
@@ -100,6 +100,8 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     with _training_mode(runner, injection, settings, saving, folder):
         _loop(runner, parameters, optimizer, plan, state, settings, folder, key, hooks)
+    del optimizer
+    give_back_freed()  # gradients and moments, before baselines and test ask for memory
     drop_old_best(folder, state)  # again: a process may have been killed between checkpoint and drop
     load_parameters(parameters, read_best(folder, state.best_step))
     return TrainResult(state, plan.total, plan.epochs_done(state.step))
