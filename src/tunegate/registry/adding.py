@@ -124,7 +124,8 @@ def _parts(path: str, file: Path, digest: str) -> list[_Part]:
     """``file`` cut into the store's parts; :class:`TunegateError` if it is not the file that was checked."""
     from blake3 import blake3
 
-    whole, parts = blake3(), []
+    whole = blake3()
+    parts: list[_Part] = []
     with file.open("rb") as handle:
         while data := handle.read(stores.PART):
             whole.update(data)
