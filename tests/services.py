@@ -61,6 +61,9 @@ def postgres(programs: Path) -> Iterator[str]:
             server = subprocess.Popen(command, stdout=log, stderr=log, cwd="/")
         try:
             _wait(port, server)
+            ready = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            while server.poll() is None and subprocess.run(ready, check=False).returncode:
+                time.sleep(0.1)
             yield f"postgresql+psycopg://tunegate@127.0.0.1:{port}"
         finally:
             stop = [str(programs / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop"]
