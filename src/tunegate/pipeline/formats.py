@@ -274,7 +274,7 @@ def _on_llama_cpp(job: Job) -> Subject:
 
 
 def _in_transformers(job: Job) -> bool:
-    known = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # not Gemma 1
+    known = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
     return readers.installed("accelerate") and job.config.model_type in known
 
 
