@@ -133,6 +133,7 @@ def test_mlx_has_the_same_modules_in_other_families(family: str, tmp_path: Path)
     config = read_json(base / "config.json")
     rope = config["rope_parameters"]  # mlx-lm reads the older key
     config["rope_theta"] = rope.get("full_attention", rope)["rope_theta"]
+    config["sliding_window_pattern"] = 2
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     adapter = peft_adapter(base, tmp_path / "adapter")
     said = export(adapter, "mlx", tmp_path / "out", "--base", base, "--reader", "mlx-lm")
@@ -265,3 +266,39 @@ def test_what_cannot_be_done_is_told_with_the_choices(tiny_llama: Path, tmp_path
     for to in ("gguf", "gguf-lora", "mlx"):
         said = export(adapter, to, tmp_path / "out", "--base", base)
         assert said.code == 2 and "gpt2" in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_fails_is_told_in_its_own_words(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunegate.export import readers
+
+    def fail(*_: object) -> None:
+        raise KeyError("rope_theta")
+
+    monkeypatch.setattr(readers, "load_gguf", fail)
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter")
+    said = export(adapter, "gguf", tmp_path / "out", "--base", tiny_llama, "--reader", "gguf")
+    assert said.code == 1 and "gguf cannot read the export" in said.err and "rope_theta" in said.err
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.slow
+@pytest.mark.real_base
+@pytest.mark.parametrize(
+    ("to", "reader"), [("ollama", "llama.cpp"), ("gguf", "gguf"), ("mlx", "mlx-lm"), ("vllm", "peft")]
+)
+def test_the_packaged_base(to: str, reader: str, tmp_path: Path) -> None:
+    from tunegate.model.packaged import packaged_base
+
+    needs(reader)
+    base = packaged_base()
+    adapter = peft_adapter(base, tmp_path / "adapter", noise=0.02, use_rslora=True)
+    limits = ("--max-kl", 0.01, "--min-agreement", 0.9)
+    said = export(adapter, to, tmp_path / "out", "--base", base, "--reader", reader, "--outtype", "q8_0", *limits)
+    assert said.code == 0, said.err
+    report = read_json(tmp_path / "out" / "export.json")
+    assert report["changed"] == report["modules"] == 210 and report["parity"]["moved"] > 0.02
+    if to == "ollama":
+        text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+        assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text and "{{ .Prompt }}" not in text

@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def peft_adapter(base: Path, out: Path, seed: int = 0, **settings: Any) -> Path:
+def peft_adapter(base: Path, out: Path, seed: int = 0, noise: float = 0.3, **settings: Any) -> Path:
     """A PEFT folder with random factors on ``base``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -44,8 +44,8 @@ def peft_adapter(base: Path, out: Path, seed: int = 0, **settings: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                noise = 0.3 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise if parameter.ndim == 2 else parameter * (1 + noise))
+                drawn = noise * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(drawn if parameter.ndim == 2 else parameter * (1 + drawn))
         model.save_pretrained(out)
     return out
 

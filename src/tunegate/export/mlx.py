@@ -30,13 +30,17 @@ _IN_LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 
 
-def write_mlx(flat: Flat, config: Any, base_name: str, folder: Path) -> None:
-    """Write both files. :class:`InputError` for an architecture whose modules mlx-lm names otherwise."""
-    from safetensors.torch import save_file
-
+def check_family(config: Any) -> None:
+    """:class:`InputError` for an architecture whose modules mlx-lm may name otherwise."""
     if config.model_type not in FAMILIES:
         what = "the modules of this architecture are not known to have the same names in mlx-lm"
         raise InputError(what, where=f"model_type {config.model_type!r}", expected=", ".join(FAMILIES))
+
+
+def write_mlx(flat: Flat, config: Any, base_name: str, folder: Path) -> None:
+    """Write both files."""
+    from safetensors.torch import save_file
+
     tensors: dict[str, Tensor] = {}
     for path, factors in flat.modules.items():
         tensors[f"{path}.lora_a"] = factors.a.t().contiguous()

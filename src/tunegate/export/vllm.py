@@ -99,9 +99,9 @@ def plain(flat: Flat) -> Flat:
     return Flat(flat.rank, 1.0, modules, tuple(modules), flat.padded)
 
 
-def as_peft(flat: Flat, dropout: float = 0.0) -> tuple[AdapterSpec, dict[str, Any]]:
+def as_peft(flat: Flat) -> tuple[AdapterSpec, dict[str, Any]]:
     """A flat adapter as a plain LoRA: spec and tensors by PEFT's names."""
-    spec = AdapterSpec(flat.rank, flat.alpha, dropout, target_modules=tuple(flat.modules))
+    spec = AdapterSpec(flat.rank, flat.alpha, target_modules=tuple(flat.modules))
     state = {}
     for path, factors in flat.modules.items():
         state[tensor_name(path, "lora_A")], state[tensor_name(path, "lora_B")] = factors.a, factors.b

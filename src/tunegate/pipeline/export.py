@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.adapter.files import adapter_hash, checked_state, module_paths
-from tunegate.errors import InputError, Problem, nearest
+from tunegate.errors import InputError, Problem, TunegateError, nearest
 from tunegate.export import parity
 from tunegate.export.gguf_file import OUT_TYPES
-from tunegate.export.parity import Parity
+from tunegate.export.parity import Parity, Reading
 from tunegate.export.plan import partial_of
 from tunegate.files import explain_os_error, flush_folder, hash_file, write_json
 from tunegate.model.loading import empty_model
@@ -52,7 +52,7 @@ def export(request: ExportRequest, reporter: Reporter) -> dict[str, Any]:
             folder.mkdir(parents=True)
             form.write(job)
         reporter.line(f"reading the export with {reader.name} on the same prompts")
-        found = parity.compare(reading, parity.read(reader.read(job), source.asked, reading.rows), base)
+        found = parity.compare(reading, _read_back(reader, job, reading), base)
         parity.require(found, request.limits, f"what {reader.name} reads", str(request.out))
         report = _report(job, reader.name, found)
         _publish(job, report)
@@ -104,6 +104,21 @@ def _reader_of(form: Format, job: Job) -> Reader:
         names = ", ".join(r.name for r in usable)
         raise InputError("this reader cannot be used here", where="--reader", expected=names, got=repr(wanted))
     return chosen
+
+
+def _read_back(reader: Reader, job: Job, reading: Reading) -> Reading:
+    """What ``reader`` makes of the export; :class:`TunegateError` with its own words where it fails."""
+    try:
+        return parity.read(reader.read(job), job.source.asked, reading.rows)
+    except (TunegateError, OSError, MemoryError):
+        raise
+    except Exception as error:  # another library's reading of the base or the export can fail in any way
+        raise TunegateError(
+            f"{reader.name} cannot read the export",
+            where=str(job.request.out),
+            got=f"{type(error).__name__}: {error}"[:300],
+            fix="does it know this base at all? --reader chooses another one",
+        ) from error
 
 
 def _report(job: Job, reader: str, found: Parity) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def _on_own_model(job: Job) -> Subject:
 
 
 def _on_peft(job: Job) -> Subject:
+    job.model = None  # one model in memory at a time
     return readers.in_peft(load_model(job.source.folder, dtype=compute_dtype()), job.folder)
 
 
@@ -158,12 +159,8 @@ def vllm_findings(adapter: Path, source: Source) -> list[vllm.Finding]:
     return vllm.findings(read_config(adapter / CONFIG), names, modules, model.config.vocab_size)
 
 
-def _is_merged(job: Job) -> bool:
-    return not (job.folder / CONFIG).exists()
-
-
 def _on_vllm_folder(job: Job) -> Subject:
-    if _is_merged(job):
+    if not (job.folder / CONFIG).exists():  # the merged model
         return InRunner(Runner(load_model(job.folder, dtype=compute_dtype())))
     return _on_own_model(job)
 
@@ -180,6 +177,10 @@ def _check_gguf_adapter(job: Job) -> None:
 
 def _on_gguf_adapter(job: Job) -> Subject:
     return readers.adapter_on(job.model, *readers.read_gguf_adapter(job.folder / ADAPTER, job.config, job.modules))
+
+
+def _check_mlx(job: Job) -> None:
+    mlx.check_family(job.config)
 
 
 def _write_mlx(job: Job) -> None:
@@ -231,9 +232,7 @@ def _write_ollama(job: Job) -> None:
         job.notes.append(f"the chat template cannot be a Go template: {turns}; send rendered prompts")
     elif turns.trims:
         job.notes.append("the chat template trims contents, which Ollama cannot: send them without outer white space")
-    if any(c.config.get("data", {}).get("tools") for c in job.source.cards) or "tools" in (
-        renderer.template_source or ""
-    ):
+    if "tools" in (renderer.template_source or ""):
         job.notes.append("tool calls are not part of Ollama's template")
     tokenizer = renderer.tokenizer
     text = go_template.modelfile(
@@ -274,7 +273,7 @@ def _on_llama_cpp(job: Job) -> Subject:
 
 
 def _in_transformers(job: Job) -> bool:
-    known = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # not Gemma 1
+    known = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
     return readers.installed("accelerate") and job.config.model_type in known
 
 
@@ -302,7 +301,7 @@ FORMATS: dict[str, Format] = {
     ),
     "ollama": Format(_check_gguf, _write_ollama, _GGUF_READERS),
     "mlx": Format(
-        _nothing, _write_mlx,
+        _check_mlx, _write_mlx,
         (
             Reader(
                 "mlx-lm",
