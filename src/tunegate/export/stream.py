@@ -27,7 +27,7 @@ from tunegate.kernels.nf4 import dequantize, quantize
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry
 
-WORKERS = 4
+WORKERS = min(4, os.cpu_count() or 1)  # each holds some pieces of fp32, so no more than can run
 _BUDGET = 1.25  # of the largest tensor; the rest of twice its size is for what is computed, and for the adapter
 _ROOM = 64 << 20  # bytes always allowed, so that small tensors are not read one by one
 _QUANTIZED_COST = 4  # in sizes of a 16-bit tensor: its fp32 copy and its codes beside it
