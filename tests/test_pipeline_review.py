@@ -173,6 +173,12 @@ def test_rows_that_changed_are_seen(copy: Path) -> None:
         open_review(copy)
 
 
+def test_a_run_in_another_place_remembers_where_its_data_lie(copy: Path, tmp_path: Path) -> None:
+    run = run_of(copy)
+    moved = Path(shutil.move(run, tmp_path / "elsewhere"))
+    assert call("review", moved, "--export", tmp_path / "labels.jsonl").code == 0
+
+
 @pytest.mark.parametrize("place", ["missing", "moved", "untested"])
 def test_where_there_is_nothing_to_review(copy: Path, tmp_path: Path, place: str) -> None:
     run = run_of(copy)
@@ -180,6 +186,8 @@ def test_where_there_is_nothing_to_review(copy: Path, tmp_path: Path, place: str
         path, says = tmp_path / "nowhere", "no such folder"
     elif place == "moved":
         path, says = Path(shutil.move(run, tmp_path / "elsewhere")), "tunegate review TASK"
+        begun = {**read_json(path / "run.json"), "folder": str(tmp_path / "gone")}
+        (path / "run.json").write_text(json.dumps(begun), encoding="utf-8")
     else:
         (run / "test" / "step.json").unlink()
         path, says = copy, "no tested run"

@@ -60,18 +60,25 @@ def find_run(path: Path) -> tuple[Path, Path | None]:
 
 
 def _config_of(run: Path, folder: Path | None) -> Config:
-    """The settings that ``run`` began with. ``folder`` is the task's; without it the usual place of runs tells."""
+    """The settings that ``run`` began with. ``folder`` is the task's; without it the usual place of runs tells, or what
+    the run noted down."""
     try:
-        task = Task.model_validate(freeze(read_json(run / "run.json")["task"]))
+        begun = read_json(run / "run.json")
+        task = Task.model_validate(freeze(begun["task"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = str(error).splitlines()[0]
         raise InputError("cannot read the settings of the run", where=str(run / "run.json"), got=got) from None
-    if folder is None and (run.resolve().parent.parent.name != "runs" or task.output):
+    noted = Path(str(begun.get("folder") or run / "nowhere"))
+    if folder is None and run.resolve().parent.parent.name == "runs" and not task.output:
+        folder = run.resolve().parents[2]
+    elif folder is None and noted.is_dir():
+        folder = noted
+    if folder is None:
         raise InputError(
             "the task's data are not to be found from here", where=str(run), expected="a run in FOLDER/runs/NAME",
             fix="name the task file instead: `tunegate review TASK`",
         )  # fmt: skip
-    return Config(task, folder or run.resolve().parents[2], {})
+    return Config(task, folder, {})
 
 
 def answered(run: Path, config: Config) -> list[Item]:
