@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: many adapters on one base, in one batch."""
