@@ -1,4 +1,4 @@
-"""The engine as the front sees it: a protocol, so that a server of another kind (vLLM, a test's) can stand behind it."""
+"""The engine as the front sees it: a protocol, so that another kind of server (vLLM, a test's) can stand behind it."""
 
 from __future__ import annotations
 
