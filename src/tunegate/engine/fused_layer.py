@@ -31,6 +31,7 @@ from tunegate.kernels.gain import gain_backward, partial_floats
 from tunegate.kernels.glu import gated, gated_backward
 from tunegate.kernels.linear import Product, Term, multiply
 from tunegate.kernels.norm import rms_norm, rms_norm_backward
+from tunegate.kernels.recording import also, hold
 from tunegate.kernels.rope import rope_
 from tunegate.kernels.segments import Segments, Target, add_segments
 
@@ -127,7 +128,7 @@ def _project(
         terms = [Term(x, p.weight)]
         if small is not None:
             terms.append(Term(small, p.parameters[1].detach()))
-        bias = p.bias if p.bias is None or factor == 1.0 else p.bias * factor
+        bias = p.bias if p.bias is None or factor == 1.0 else hold(p.bias * factor)
         products.append(Product(out, terms, alpha=factor, add=add, bias=bias, column_scale=p.gain))
     multiply(*products)
     segments = _segments(group)
@@ -264,13 +265,13 @@ def _branch(
     low = _project(c, x, group, [own], keep, first)
     if after is None:
         if out is not None:
-            torch.add(residual, own, alpha=factor, out=out)
+            also(lambda: torch.add(residual, own, alpha=factor, out=out))
         return own, None, low
     inverse = keep.take(len(x))
     with c.scratch.scope():
         _norm(after, own, c.scratch.take(*own.shape, dtype=x.dtype) if out is None else out, inverse)
     if out is not None:
-        out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual)
+        also(lambda: out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual))
     return own, inverse, low
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tunegate.engine.fused import PassState
+from tunegate.engine.recorded import RecordedSteps
 from tunegate.engine.runner import PackedPass, Runner, evaluating
 from tunegate.kernels import DecodeStore, Layout, Plan, attention, decode_attention, varlen
 
@@ -90,14 +91,23 @@ class _Group:
 
 class PagedPass:
     """Attention of ``steps``, pieces of one token each, and then ``pieces``, in this order along the run. Pieces with
-    the same past have to be neighbours to share a call."""
+    the same past have to be neighbours to share a call. ``recorded``: the same pass as recordings, begun already."""
 
-    def __init__(self, store: PageStore, steps: Sequence[Piece], pieces: Sequence[Piece], device: torch.device):
-        self.store, self.device = store, device
+    def __init__(
+        self,
+        store: PageStore,
+        steps: Sequence[Piece],
+        pieces: Sequence[Piece],
+        device: torch.device,
+        recorded: RecordedSteps | None = None,
+    ):
+        self.store, self.device, self.recorded = store, device, recorded
         self.fused: PassState | None = None
         self.steps = len(steps)
         self._steps, self._pieces = steps, pieces
-        if steps:
+        if recorded is not None:
+            self._places = recorded.places
+        elif steps:
             most = max(len(piece.pages) for piece in steps)
             table = [[*piece.pages, *([piece.pages[0]] * (most - len(piece.pages)))] for piece in steps]
             self._places = varlen.Places(

@@ -26,6 +26,7 @@ from torch import Tensor
 from tunegate.adapter.segmented import Served
 from tunegate.engine.paged import PagedPass, PageStore, Piece, layer_shapes
 from tunegate.engine.paging import PagePool, page_keys
+from tunegate.engine.recorded import RecordedSteps
 from tunegate.engine.runner import Runner
 from tunegate.engine.sampling import Chooser, Chosen, choose
 from tunegate.errors import InputError, TunegateError
@@ -112,6 +113,11 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.counters = Counters()
+        self._recorded: RecordedSteps | None = None
+        if runner.fused is not None:
+            most_pages = -(-self.room(1, 2**31) // page_tokens)
+            self._recorded = RecordedSteps(self.store.layers, most_rows, most_pages, page_tokens)
+            self._numbers = torch.zeros(1 + 3 * most_rows, dtype=torch.long)
         self._turn = False  # whether long rows go next, where there are both kinds
 
     @property
@@ -252,28 +258,38 @@ class Scheduler:
 
     def _run(self, steps: Sequence[Row], pieces: Sequence[tuple[Row, int]]) -> Tensor:
         """The last hidden state of every row in the pass."""
+        parts = [(row, 1) for row in steps] + list(pieces)
+        segments = self._segments(parts, recorded=not pieces)
+        recorded = None
+        if self._recorded is not None and not pieces:
+            recorded = self._recorded
+            recorded.begin([row.pages for row in steps], [row.computed + 1 for row in steps], segments)
         paged = PagedPass(
             self.store,
             [Piece(row.pages, row.computed, 1) for row in steps],
             [Piece(row.pages, row.computed, count) for row, count in pieces],
             self.runner.device,
+            recorded,
         )
-        parts = [(row, 1) for row in steps] + list(pieces)
         ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
         ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
         if self.served is None:
             return self.runner.run(ids, paged.positions, paged)[ends]
-        with self.served.using(self._segments(parts), len(ids)):
+        with self.served.using(segments, len(ids)):
             return self.runner.run(ids, paged.positions, paged)[ends]
 
-    def _segments(self, parts: Iterable[tuple[Row, int]]) -> Segments | None:
-        assert self.served is not None
+    def _segments(self, parts: Iterable[tuple[Row, int]], *, recorded: bool) -> Segments | None:
+        """The pass's adapters, where a recording looks for them if it is ``recorded``."""
+        if self.served is None:
+            return None
         found, begin = [], 0
         for slot, group in groupby(parts, key=lambda part: part[0].slot):
             end = begin + sum(count for _, count in group)
             if slot is not None:
                 found.append(Segment(begin, end, slot))
             begin = end
+        if recorded and self._recorded is not None:
+            return Segments(self.served.table, found, self._numbers)
         return Segments(self.served.table, found) if found else None
 
     def _remember(self, row: Row, before: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tunegate.kernels import native
 from tunegate.kernels.linear import _TYPES, _matrix
+from tunegate.kernels.recording import hold
 
 MOST_TARGETS = 4
 _FIELDS = 5  # a, b, gain, rank, scale
@@ -93,17 +94,26 @@ class Segment:
 
 
 class Segments:
-    """The rows of one pass that have adapters; rows in no segment are the base's own."""
+    """The rows of one pass that have adapters; rows in no segment are the base's own.
 
-    def __init__(self, table: FactorTable, segments: Sequence[Segment]):
+    With ``memory`` (1 + 3 * rows,) int64, where the kernels will read the segments, any adapter of the table may take
+    part: a recorded pass is for all that come. ``columns`` that may be adapted, ``gains`` those of DoRA.
+    """
+
+    def __init__(self, table: FactorTable, segments: Sequence[Segment], memory: Tensor | None = None):
         self.table, self.segments = table, tuple(segments)
         flat = [number for s in segments for number in (s.begin, s.end, s.slot)]
         self.numbers = torch.tensor([len(segments), *flat], dtype=torch.int64)
         used = {s.slot for s in segments}
-        self.most_rank = table.largest_rank(sorted(used))
         adapters = [table.slots[slot] or {} for slot in used]
         self.columns = {column for factors in adapters for column in factors}
         self.gains = {column for factors in adapters for column, f in factors.items() if f.gain is not None}
+        self.most_rank = table.largest_rank(sorted(used))
+        if memory is not None:
+            memory[: len(self.numbers)] = self.numbers
+            self.numbers, self.columns = memory, set(range(table.columns))
+            self.gains = self.columns if self.gains else set()
+            self.most_rank = table.largest_rank(range(len(table.slots)))
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def add_segments(x: Tensor, segments: Segments, targets: Sequence[Target]) -> No
         bias_kind = 0 if t.bias is None else _TYPES[t.bias.dtype]
         flat.append((t.out.data_ptr(), out_stride, n, native.address(t.bias), bias_kind, t.column))
     wide = rows * k if kind else 0
-    work = torch.empty(len(targets) * rows * segments.most_rank + wide)
+    work = hold(torch.empty(len(targets) * rows * segments.most_rank + wide))
     library.add_segments(
         (x.data_ptr(), stride, rows, k, kind),
         (table.numbers.data_ptr(), table.columns, segments.most_rank, _TYPES[table.dtype]),
