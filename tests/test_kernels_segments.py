@@ -57,7 +57,9 @@ def test_every_row_gets_its_own_adapter(dtype, factor_dtype, rows, k, sizes, wit
         for column, f in (table.slots[s.slot] or {}).items():
             own = slice(s.begin, s.end)
             wanted[column][own] = expected(x[own], outs[column][own], biases[column], f)
-    add_segments(x, Segments(table, found), [Target(o, c, b) for c, (o, b) in enumerate(zip(outs, biases, strict=True))])
+    add_segments(
+        x, Segments(table, found), [Target(o, c, b) for c, (o, b) in enumerate(zip(outs, biases, strict=True))]
+    )
     for out, right in zip(outs, wanted, strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         assert float((out.double() - right).abs().max() / (1 + right.abs().max())) < tolerance

@@ -51,7 +51,9 @@ class SegmentedLinear(nn.Module):
         if segments is not None and self.column in segments.columns:
             flat = x.reshape(-1, x.shape[-1])
             if len(flat) != self.served.rows:
-                raise TunegateError("a layer that sees some rows of a pass only cannot serve adapters", got=str(x.shape))
+                raise TunegateError(
+                    "a layer that sees some rows of a pass only cannot serve adapters", got=str(x.shape)
+                )
             add_segments(flat, segments, [Target(out.view(len(flat), -1), self.column, self.bias)])
         return out
 
@@ -103,4 +105,3 @@ class Served:
             norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
             self._norms[layer.column] = norm.square()
         return self._norms[layer.column]
-

@@ -71,7 +71,7 @@ class PageStore:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next ``count`` tokens of a row whose first ``past`` ones lie in ``pages``, where the new ones will lie too."""
+    """The next ``count`` tokens of a row whose first ``past`` ones lie in ``pages``; the new ones will, too."""
 
     pages: Sequence[int]
     past: int
@@ -154,7 +154,8 @@ class PagedPass:
             return self._decode(layer, q, k, v, options)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         if self.steps:
-            out[: self.steps] = self._decode(layer, *(x[: self.steps] for x in (q, k, v)), options)
+            ahead = self.steps
+            out[:ahead] = self._decode(layer, q[:ahead], k[:ahead], v[:ahead], options)
         keys, values = self.store.layers[layer]
         page, place = self._new
         keys[page, :, place], values[page, :, place] = k[self.steps :], v[self.steps :]
@@ -184,9 +185,7 @@ class PagedPass:
         keys[page, :, place], values[page, :, place] = k, v
         own = [part[table].transpose(1, 2).flatten(2, 3) for part in (keys, values)]  # (rows, heads, places, dim)
         store = DecodeStore(k[:0], v[:0], *own)
-        return decode_attention(
-            q, store, lengths, scale=options.scale, window=options.window, softcap=options.softcap
-        )
+        return decode_attention(q, store, lengths, scale=options.scale, window=options.window, softcap=options.softcap)
 
 
 def _shared(piece: Piece, size: int) -> tuple[int, tuple[int, ...]]:

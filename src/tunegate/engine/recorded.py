@@ -29,9 +29,7 @@ from tunegate.kernels.segments import Segments
 class RecordedSteps:
     """Recordings for 1 to ``most_rows`` rows on the pages of ``layers`` (key and value by layer)."""
 
-    def __init__(
-        self, layers: dict[int, tuple[Tensor, Tensor]], most_rows: int, most_pages: int, size: int
-    ):
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]], most_rows: int, most_pages: int, size: int):
         self.pages, self.size = layers, size
         self.table = torch.zeros(most_rows * most_pages, dtype=torch.long)
         self.most_pages = most_pages
@@ -135,4 +133,3 @@ class _Decoding:
 
     def backward(self, *args: Any) -> None:
         raise NotImplementedError("no gradients on this path")
-

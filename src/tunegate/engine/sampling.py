@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunegate.engine.constrain import RowState
 from tunegate.errors import TunegateError
-from tunegate.kernels import Head, argmax_logits
+from tunegate.kernels import Head, all_logits, argmax_logits
 
 _FIRST = 512  # likeliest tokens that top_p looks at before it sorts them all
 
@@ -103,7 +103,7 @@ def choose(head: Head, hidden: Tensor, choosers: Sequence[Chooser]) -> list[Chos
         for n, token in zip(plain, argmax_logits(_rows(hidden, plain), head).tolist(), strict=True):
             chosen[n] = Chosen(token)
     if others:
-        for n, logits in zip(others, head.logits(_rows(hidden, others)).cpu(), strict=True):
+        for n, logits in zip(others, all_logits(_rows(hidden, others), head).cpu(), strict=True):
             try:
                 chosen[n] = _choose_one(logits, choosers[n])
             except TunegateError as error:  # its form cannot be followed: the others go on
@@ -173,7 +173,7 @@ def _draw(logits: Tensor, chooser: Chooser) -> int:
         if picking.min_p > 0.0:
             probabilities[probabilities < picking.min_p * probabilities[0]] = 0.0
         before = probabilities.cumsum(-1) - probabilities
-        complete = picking.top_k > 0 or len(values) == len(logits) or picking.min_p > 0.0 and probabilities[-1] == 0.0
+        complete = picking.top_k > 0 or len(values) == len(logits) or (picking.min_p > 0.0 and probabilities[-1] == 0.0)
         if complete or float(before[-1]) >= picking.top_p:
             break
         count = len(logits)

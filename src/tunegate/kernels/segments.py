@@ -65,8 +65,8 @@ class FactorTable:
         slot = next((n for n, taken in enumerate(self.slots) if taken is None), len(self.slots))
         if slot == len(self.slots):
             self.slots.append(None)
-            grown = torch.zeros(max(8, 2 * slot) if slot >= len(self.numbers) else len(self.numbers), *self.numbers.shape[1:],
-                                dtype=torch.int64)  # fmt: skip
+        if slot >= len(self.numbers):
+            grown = torch.zeros(max(8, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
             grown[: len(self.numbers)] = self.numbers
             self.numbers = grown
         for column, f in factors.items():

@@ -28,7 +28,6 @@ from tunegate.engine.sampling import Chooser
 from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import native
-from tunegate.kernels.formats import Recipe
 from tunegate.kernels.segments import Factors, Segment, Segments
 from tunegate.model.loading import choose_dtype, empty_model, load_model, load_tokenizer
 from tunegate.model.resolve import resolve_base

@@ -11,7 +11,7 @@ data that JSON can carry; :func:`to_json` and the ``from_json`` beside each clas
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tunegate.engine.sampling import Picking
@@ -42,7 +42,7 @@ class Job:
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()
     adapter: str | None = None
-    picking: Picking = Picking()
+    picking: Picking = field(default_factory=Picking)
     form: tuple[str, str | tuple[str, ...], bool] | None = None
     logprobs: int | None = None
 
