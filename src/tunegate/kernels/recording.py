@@ -1,8 +1,8 @@
 """Kernel calls recorded once and made again without Python.
 
 Inside :func:`recording` every native call is done and kept, addresses and all; :meth:`Recording.run` repeats them on
-the same memory, which then holds other values. What Python does in between is not seen: an operation of torch that belongs
-to the sequence goes through :func:`also`, and a tensor that only this function knows through :func:`hold`.
+the same memory, which then holds other values. What Python does in between is not seen: an operation of torch that
+belongs to the sequence goes through :func:`also`, and a tensor that only this function knows through :func:`hold`.
 
 Only matrix products, norms, rotary positions, gated products, decode attention and segments are recorded; there is one
 recording at a time, on one thread. Whether a recording is complete is for the caller to prove.

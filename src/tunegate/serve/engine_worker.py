@@ -19,6 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from tunegate.errors import TunegateError
 from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
@@ -114,6 +116,7 @@ def _rss() -> int:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+    disable_progress_bar()
     try:
         return Worker(socket.socket(fileno=int(sys.argv[1]))).run()
     except (BrokenPipeError, ConnectionResetError):

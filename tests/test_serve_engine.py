@@ -1,0 +1,223 @@
+"""The engine in its own process: the same answers as in this one, adapters within their bytes, and a sudden end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_engine_scheduler import SPECS, adapter_folder, alone, loaded, prompts
+from tiny import tiny_base
+from tunegate.adapter.files import load_adapter
+from tunegate.engine.sampling import Picking
+from tunegate.errors import InputError, TunegateError
+from tunegate.serve.engine_process import EngineProcess
+from tunegate.serve.jobs import EngineFull, EngineGone, EngineOptions, Job, Tokens, to_json
+from tunegate.serve.wire import error_json, error_of
+
+GREEDY = Picking(temperature=0.0)
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    out = tmp_path_factory.mktemp("adapters")
+    return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
+
+
+def with_engine(base: Path, body: Callable[[EngineProcess], Awaitable[Any]], **options: Any) -> Any:
+    async def run() -> Any:
+        engine = EngineProcess(EngineOptions(str(base), threads=1, cache_bytes=1 << 22, **options))
+        await engine.start()
+        try:
+            return await asyncio.wait_for(body(engine), 100)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+def job(prompt: list[int], adapter: str | None = None, **more: Any) -> Job:
+    return Job(tuple(prompt), more.pop("max_new_tokens", NEW), adapter=adapter, picking=GREEDY, **more)
+
+
+async def whole(engine: EngineProcess, one: Job) -> tuple[int, ...]:
+    return tuple([i async for part in engine.generate(one) for i in part.ids])
+
+
+def test_many_adapters_at_once_answer_as_each_alone(base: Path, adapters: list[Path]) -> None:
+    asked = prompts(4)
+    wanted = {None: alone(loaded(base)[1], asked, NEW)}
+    for n, folder in enumerate(adapters):
+        model, runner = loaded(base)
+        load_adapter(model, folder)
+        wanted[f"key{n}"] = alone(runner, asked, NEW)
+
+    async def body(engine: EngineProcess) -> None:
+        for n, folder in enumerate(adapters):
+            found = await engine.load(f"key{n}", folder)
+            assert found.moved > 0 and found.bytes > 0
+        pairs = [(key, n) for n in range(len(asked)) for key in wanted]
+        answers = await asyncio.gather(*(whole(engine, job(asked[n], key)) for key, n in pairs))
+        assert answers == [wanted[key][n] for key, n in pairs]
+        stats = await engine.stats()
+        assert stats["pages_used"] == stats["running"] == stats["waiting"] == 0 and stats["adapters"] == len(adapters)
+
+    with_engine(base, body)
+
+
+def test_adapters_stay_within_their_bytes_and_come_back_when_asked_for(base: Path, adapters: list[Path]) -> None:
+    async def body(engine: EngineProcess) -> None:
+        sizes = [(await engine.load(f"key{n}", folder)).bytes for n, folder in enumerate(adapters)]
+        stats = await engine.stats()
+        assert stats["adapter_bytes"] <= engine.options.adapter_bytes < sum(sizes)
+        prompt = prompts(2)[1]
+        first = [await whole(engine, job(prompt, f"key{n}")) for n in range(len(adapters))]
+        again = [await whole(engine, job(prompt, f"key{n}")) for n in reversed(range(len(adapters)))]
+        assert again == first[::-1] and len(set(first)) > 1
+        assert (await engine.stats())["adapter_bytes"] <= engine.options.adapter_bytes
+        with pytest.raises(EngineFull, match="no room for the adapter"):
+            await engine.load("key0", adapters[0], pinned=True)
+            await engine.load("key1", adapters[1], pinned=True)
+            await engine.load("key2", adapters[2], pinned=True)
+
+    with_engine(base, body, adapter_bytes=36_000)
+
+
+def test_an_unloaded_adapter_finishes_what_it_began(base: Path, adapters: list[Path]) -> None:
+    async def body(engine: EngineProcess) -> None:
+        await engine.load("key", adapters[0])
+        prompt = prompts(2)[1]
+        stream = engine.generate(job(prompt, "key", max_new_tokens=60))
+        ids = list((await anext(stream)).ids)
+        await engine.unload("key")
+        with pytest.raises(InputError, match="no adapter with this hash"):
+            await whole(engine, job(prompt, "key"))
+        ids += [i async for part in stream for i in part.ids]
+        assert len(ids) == 60
+        assert (await engine.stats())["adapters"] == 0
+
+    with_engine(base, body)
+
+
+def test_an_adapter_that_changes_nothing_or_does_not_fit_is_refused(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    other = tiny_base(tmp_path / "other", hidden_size=64)
+    wrong = adapter_folder(other, tmp_path / "wrong", 0)
+
+    async def body(engine: EngineProcess) -> None:
+        with pytest.raises(InputError, match="wrong shape"):
+            await engine.load("wrong", wrong)
+        with pytest.raises(InputError, match="no such file"):
+            await engine.load("gone", tmp_path / "nowhere")
+        prompt = prompts(1)[0]
+        await engine.load("key", adapters[0])  # it goes on
+        assert await whole(engine, job(prompt, "key"))
+
+    with_engine(base, body)
+
+
+def test_what_is_wrong_with_a_job_is_said_to_its_sender_alone(base: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        prompt = prompts(2)[1]
+        good = asyncio.create_task(whole(engine, job(prompt, max_new_tokens=40)))
+        for bad, says in (
+            (job([400]), "outside of the vocabulary"),
+            (job([-1]), "outside of the vocabulary"),
+            (job([]), "nothing to continue"),
+            (job(prompt, max_new_tokens=0), "nothing to continue"),
+            (job([5] * (engine.facts.context + 1)), "longer than what can be read"),
+            (job(prompt, form=("regex", "(?=a)b", False), stop_ids=(2,)), "cannot be enforced"),
+        ):
+            with pytest.raises(InputError, match=says):
+                await whole(engine, bad)
+        assert len(await good) == 40
+
+    with_engine(base, body)
+
+
+def test_a_full_queue_says_so(base: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        streams = [engine.generate(job(prompts(2)[1], max_new_tokens=400)) for _ in range(3)]
+        for stream in streams[:2]:
+            await anext(stream)
+        third = asyncio.create_task(anext(streams[2]))
+        await asyncio.sleep(0.05)
+        with pytest.raises(EngineFull, match="waiting"):
+            await whole(engine, job([5]))
+        for stream in streams[:2]:
+            await stream.aclose()
+        assert (await third).ids
+        await streams[2].aclose()
+        for _ in range(100):
+            if not (await engine.stats())["running"]:
+                break
+        assert (await engine.stats())["pages_used"] == 0
+
+    with_engine(base, body, most_rows=2, most_waiting=1)
+
+
+def test_a_killed_engine_is_started_again(base: Path, adapters: list[Path]) -> None:
+    async def body(engine: EngineProcess) -> None:
+        prompt = prompts(2)[1]
+        await engine.load("pinned", adapters[0], pinned=True)
+        await engine.load("other", adapters[1])
+        before = [await whole(engine, job(prompt, key)) for key in (None, "pinned", "other")]
+        stream = engine.generate(job(prompt, max_new_tokens=400))
+        await anext(stream)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineGone):
+            async for _ in stream:
+                pass
+        for _ in range(600):
+            if engine.alive:
+                break
+            with contextlib.suppress(EngineGone):
+                await whole(engine, job(prompt))
+            await asyncio.sleep(0.1)
+        assert [await whole(engine, job(prompt, key)) for key in (None, "pinned", "other")] == before
+
+    with_engine(base, body)
+
+
+def test_a_base_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config.json|not a"):
+        (tmp_path / "config.json").write_text("{}")
+        with_engine(tmp_path, lambda _engine: asyncio.sleep(0))
+
+
+def test_messages_survive_the_wire() -> None:
+    one = Job((1, 2), 3, (4,), "b3:x", Picking(logit_bias=((1, 0.5),), seed=7), ("choices", ("a", "b"), False), 2)
+    assert Job.from_json(to_json(one)) == one
+    part = Tokens((5,), "stop", None, 3, 0.5, 2)
+    assert Tokens.from_json(to_json(part)) == part
+    for error in (InputError("what", where="here", fix="so"), EngineFull("full"), TunegateError("plain")):
+        found = error_of(error_json(error))
+        assert type(found) is type(error) and found.problems == error.problems
+
+
+def test_a_seed_gives_the_same_ids_again(base: Path) -> None:
+    prompt = prompts(2)[1]
+
+    async def body(engine: EngineProcess) -> list[int]:
+        one = Job(tuple(prompt), 40, picking=Picking(temperature=0.8, top_k=5, seed=1), logprobs=5)
+        parts = [part async for part in engine.generate(one)]
+        for entry in (entry for part in parts for entry in part.logprobs or ()):
+            assert entry.token in [t for t, _ in entry.top]  # of the five likeliest
+        return [i for part in parts for i in part.ids]
+
+    ids = with_engine(base, body)
+    assert ids == with_engine(base, body) and len(ids) == 40
