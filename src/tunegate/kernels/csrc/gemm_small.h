@@ -145,6 +145,60 @@ inline void fewest_micro(const T* const* rows, const float* x, int64_t kc, float
     }
 }
 
+// Eight codes of each of W lines, one line a lane; bytes: of each line, up to 4.
+template <int BYTES>
+inline vuint codes_of(const uint8_t* const* lines, int64_t at) {
+  uint32_t words[W] = {};
+  for (int i = 0; i < W; i++) memcpy(words + i, lines[i] + at, BYTES);
+  vuint word;
+  memcpy(&word, words, sizeof word);
+  return word;
+}
+
+// acc[r] += scale * value x[r] over the first COUNT of eight codes, the first in a byte's high nibble.
+template <int R, int COUNT>
+inline void add_codes(vuint word, const Values& values, vfloat scale, const float* x, vfloat* acc) {
+#pragma GCC unroll 8
+  for (int j = 0; j < COUNT; j++) {
+    vfloat w = values.of(word >> (j % 2 ? 4 * j - 4 : 4 * j + 4)) * scale;
+    for (int r = 0; r < R; r++) acc[r] += w * (x[j * W + r] - vfloat{});
+  }
+}
+
+// The same for 4-bit rows: every line has its codes in a lane of its own, so that nothing is transposed. The lengths of
+// lines and of the blocks that share a scale are multiples of 64, those of blocks of k multiples of 4.
+template <int R>
+inline void fewest_codes(const GemmTerm& t, const int64_t* numbers, int64_t k0, int64_t kc, const float* x, float* c,
+                         bool first) {
+  constexpr int GROUPS = LINES / W;
+  const Values values(t.values);
+  const uint8_t* lines[LINES];
+  for (int i = 0; i < LINES; i++) lines[i] = (const uint8_t*)t.w + ((numbers[i] * t.w_stride + k0) >> 1);
+  vfloat acc[GROUPS][R] = {};
+  for (int64_t k = 0; k < kc;) {
+    int64_t end = k + min_of(kc - k, 64 - (k0 + k) % 64);
+    vfloat scales[GROUPS];
+    for (int g = 0; g < GROUPS; g++) {
+      float lanes[W];
+      for (int i = 0; i < W; i++)
+        lanes[i] = block_scale(t, (numbers[g * W + i] * t.w_stride + k0 + k) >> t.block_shift);
+      scales[g] = load(lanes);
+    }
+    for (; k + 8 <= end; k += 8)
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++)
+        add_codes<R, 8>(codes_of<4>(lines + g * W, k >> 1), values, scales[g], x + k * W, acc[g]);
+    for (; k < end; k += 4)
+      for (int g = 0; g < GROUPS; g++)
+        add_codes<R, 4>(codes_of<2>(lines + g * W, k >> 1), values, scales[g], x + k * W, acc[g]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < GROUPS; g++) {
+      float* to = c + r * LINES + g * W;
+      store(to, first ? acc[g][r] : load(to) + acc[g][r]);
+    }
+}
+
 // The same for LINES rows of any w from n0 on; buffer: LINES x KC. Rows past n repeat the last one.
 template <int R>
 inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, const float* x,
@@ -153,6 +207,11 @@ inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, i
     const bf16* rows[LINES];
     for (int i = 0; i < LINES; i++) rows[i] = (const bf16*)t.w + min_of(n0 + i, n - 1) * t.w_stride + k0;
     return fewest_micro<R>(rows, x, kc, c, first);
+  }
+  if (t.w_type == kQuantized && t.w_stride % 64 == 0 && t.block_shift >= 6) {
+    int64_t lines[LINES];
+    for (int i = 0; i < LINES; i++) lines[i] = min_of(n0 + i, n - 1);
+    return fewest_codes<R>(t, lines, k0, kc, x, c, first);
   }
   const float* rows[LINES];
   for (int i = 0; i < LINES; i++) rows[i] = read_row(t, min_of(n0 + i, n - 1), k0, kc, buffer + i * KC);

@@ -28,7 +28,9 @@ inline void widen(const T* from, int64_t n, float* to) {
 
 inline float block_scale(const GemmTerm& t, int64_t block) {
   if (t.absmax) return t.absmax[block];
-  return t.nested_code[t.absmax_codes[block]] * t.nested_absmax[block >> 8] + t.offset;
+  float scale = t.nested_code[t.absmax_codes[block]] * t.nested_absmax[block >> 8];
+  __asm__("" : "+m"(scale));  // rounded here: fused with the addition in one place only, kernels would not agree
+  return scale + t.offset;
 }
 
 // The sixteen values of a format in registers, and 16 codes of 8 bytes as values times scale.
@@ -36,6 +38,9 @@ inline float block_scale(const GemmTerm& t, int64_t block) {
 struct Values {
   __m512 all;
   explicit Values(const float* values) : all(_mm512_loadu_ps(values)) {}
+  vfloat of(vuint codes) const {  // the lowest four bits of each count
+    return (vfloat)_mm512_maskz_permutexvar_ps(__mmask16(0xffff), (__m512i)codes, all);
+  }
 };
 
 inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
@@ -49,6 +54,20 @@ inline void decode16(const Values& values, const uint8_t* codes, float scale, fl
 struct Values {
   __m256 below, above;
   explicit Values(const float* values) : below(_mm256_loadu_ps(values)), above(_mm256_loadu_ps(values + 8)) {}
+#if TUNEGATE_WIDTH == 8
+  vfloat of(vuint codes) const {  // the lowest four bits of each count
+    __m256i index = (__m256i)codes;
+    return (vfloat)_mm256_blendv_ps(_mm256_permutevar8x32_ps(below, index), _mm256_permutevar8x32_ps(above, index),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+#else
+  vfloat of(vuint codes) const {  // emulation of a wider level
+    float table[16], lanes[W];
+    _mm256_storeu_ps(table, below), _mm256_storeu_ps(table + 8, above);
+    for (int i = 0; i < W; i++) lanes[i] = table[codes[i] & 15];
+    return load(lanes);
+  }
+#endif
 };
 
 inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
@@ -67,6 +86,11 @@ inline void decode16(const Values& values, const uint8_t* codes, float scale, fl
 struct Values {
   float all[16];
   explicit Values(const float* values) { memcpy(all, values, sizeof all); }
+  vfloat of(vuint codes) const {  // the lowest four bits of each count
+    float lanes[W];
+    for (int i = 0; i < W; i++) lanes[i] = all[codes[i] & 15];
+    return load(lanes);
+  }
 };
 
 inline void decode16(const Values& values, const uint8_t* codes, float scale, float* to) {
