@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,7 @@ from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.jobs import EngineGone
 from tunegate.serve.metrics import Metrics
 from tunegate.serve.openai_answers import Shape
+from tunegate.serve.openai_bodies import read_request
 from tunegate.serve.openai_plan import Known, Plan, chat_plan, completion_plan, tokenized
 from tunegate.serve.openai_streams import Answer, Numbered, answers
 
@@ -99,17 +101,17 @@ class Front:
         shape = Shape(plan, chat, usage)
         headers = {"X-Tunegate-Adapter": plan.served.fingerprint}
         found = [Answer() for _ in plan.jobs]
-        pieces = self._watched(plan, found, answers(self.engine, plan))
+        pieces = self._watched(plan, answers(self.engine, plan))
         if not asked.stream:
             await _unless_gone(request, _collect(pieces, found))
             return JSONResponse(shape.whole(found), headers=headers)
         begun = await _unless_gone(request, _begin(pieces))
         stream = shape.events(begun, found)
-        return StreamingResponse(stream, headers=headers | {"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        return StreamingResponse(
+            stream, headers=headers | {"Cache-Control": "no-cache"}, media_type="text/event-stream"
+        )
 
-    async def _watched(
-        self, plan: Plan, found: list[Answer], pieces: AsyncGenerator[Numbered, None]
-    ) -> AsyncGenerator[Numbered, None]:
+    async def _watched(self, plan: Plan, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered, None]:
         """``pieces``, counted and timed."""
         name, began, first = plan.served.name, time.monotonic(), 0.0
         self.metrics.prompt_tokens.labels(name).inc(plan.prompt_tokens)
@@ -196,7 +198,9 @@ class Front:
         wrong = [i for i in asked.tokens if i >= self.engine.facts.vocabulary]
         if wrong:
             expected = f"0 to {self.engine.facts.vocabulary - 1}"
-            raise InputError("token ids outside of the vocabulary", where="tokens", expected=expected, got=str(wrong[0]))
+            raise InputError(
+                "token ids outside of the vocabulary", where="tokens", expected=expected, got=str(wrong[0])
+            )
         decode = served.renderer.tokenizer.decode
         return JSONResponse({"prompt": decode(asked.tokens, clean_up_tokenization_spaces=False)})
 
@@ -232,8 +236,8 @@ class Front:
             if len(data) > self.limits.body:
                 raise errors.BodyTooLarge("the body is too large", expected=f"up to {self.limits.body} bytes")
         if len(data) <= SMALL_BODY:
-            return requests.read_request(bytes(data), model)
-        return await self._on_thread(lambda: requests.read_request(bytes(data), model))
+            return read_request(bytes(data), model)
+        return await self._on_thread(lambda: read_request(bytes(data), model))
 
     async def _resolve(self, name: str) -> Served:
         return await self.catalogue.resolve(name)
@@ -313,15 +317,17 @@ def create_app(
     _add_routes(app, front, admin)
     for path in PAGES:
         app.add_api_route(f"/{path}", front.page, include_in_schema=False, response_model=None)
+    # ClientDisconnect: gone while its body was read
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {
         TunegateError: _refused,
         HTTPException: _no_route,
         RequestValidationError: _refused,
         _ClientGone: _nobody,
+        ClientDisconnect: _nobody,
         Exception: _refused,
     }
     for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+        app.add_exception_handler(kind, handler)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -340,7 +346,9 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
     def post(path: str, handler: Any, body: Any, answer: dict[str, Any], *statuses: int) -> None:
         responses = {200: answer, **failing(400, 404, 413, 500, *statuses)}
         extra = documents.taken(body)
-        app.add_api_route(path, handler, methods=["POST"], responses=responses, openapi_extra=extra, response_model=None)
+        app.add_api_route(
+            path, handler, methods=["POST"], responses=responses, openapi_extra=extra, response_model=None
+        )
 
     events = {"text/event-stream": {"schema": {"type": "string"}}}
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -360,10 +368,12 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
     )
     health: dict[int | str, dict[str, Any]] = {200: {"model": documents.Health}, **failing(503)}
     app.add_api_route("/health", front.health, response_model=None, responses=health)
-    app.add_api_route("/metrics", front.figures, response_model=None, responses={200: text}, response_class=PlainTextResponse)
+    app.add_api_route(
+        "/metrics", front.figures, response_model=None, responses={200: text}, response_class=PlainTextResponse
+    )
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _refused(_request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         error = InputError("the request cannot be read", got=str(error)[:200])
     return errors.response(error)
@@ -376,5 +386,5 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
     return JSONResponse(found, error.status_code, dict(error.headers or {}))
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
+async def _nobody(_request: Request, _error: Exception) -> Response:
     return Response(status_code=499)

@@ -26,20 +26,28 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._engine = _Engine()
         self._registry.register(self._engine)
-        own = {"registry": self._registry}
+        own: Any = {"registry": self._registry}
         self.requests = Counter("tunegate_requests", "Answered requests", ["route", "status"], **own)
         self.answers = Counter("tunegate_answers", "Finished answers", ["model", "finish"], **own)
         self.prompt_tokens = Counter("tunegate_prompt_tokens", "Tokens of prompts", ["model"], **own)
         self.cached_tokens = Counter("tunegate_cached_tokens", "Of these, not computed again", ["model"], **own)
         self.generated_tokens = Counter("tunegate_generated_tokens", "Tokens of answers", ["model"], **own)
         self.first_token = Histogram(
-            "tunegate_time_to_first_token_seconds", "From a request to its first text", ["model"], buckets=SECONDS, **own
+            "tunegate_time_to_first_token_seconds",
+            "From a request to its first text",
+            ["model"],
+            buckets=SECONDS,
+            **own,
         )
         self.request_seconds = Histogram(
             "tunegate_request_seconds", "From a request to the end of its answers", ["model"], buckets=SECONDS, **own
         )
         self.per_token = Histogram(
-            "tunegate_time_per_token_seconds", "Behind the first, mean of a request", ["model"], buckets=PER_TOKEN, **own
+            "tunegate_time_per_token_seconds",
+            "Behind the first, mean of a request",
+            ["model"],
+            buckets=PER_TOKEN,
+            **own,
         )
 
     def text(self, alive: bool, stats: Mapping[str, Any]) -> bytes:

@@ -73,7 +73,9 @@ class Shape:
 
     # --- events -----------------------------------------------------------------------------------------------
 
-    async def events(self, pieces: AsyncGenerator[Numbered, None], answers: list[Answer]) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, pieces: AsyncGenerator[Numbered, None], answers: list[Answer]
+    ) -> AsyncGenerator[bytes, None]:
         """The stream of a request; ``answers`` is filled on the way. What fails in the middle is the last event."""
         head = self.head(chunk=True) | ({"usage": None} if self.usage else {})
         for number in range(len(answers)):

@@ -23,7 +23,15 @@ from tunegate.engine.constrain import AnswerForm, form_problem
 from tunegate.errors import InputError, Problem, TunegateError, collecting
 from tunegate.serve.catalogue import Served
 from tunegate.serve.jobs import EngineFacts, Job, Picking
-from tunegate.serve.openai_requests import ChatMessage, ChatRequest, CompletionRequest, Sampling, TokenizeRequest, Tool
+from tunegate.serve.openai_requests import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Sampling,
+    StructuredOutputs,
+    TokenizeRequest,
+    Tool,
+)
 from tunegate.serve.text import Words
 from tunegate.serve.tools import CallFormat, call_format, call_schema
 
@@ -137,11 +145,21 @@ def tokenized(asked: TokenizeRequest, served: Served) -> list[int]:
 def render_chat(renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[int]:
     """The prompt's ids, by the reader and the renderer that training rows went through."""
     bad = RowProblems("messages")
-    roles = ["system" if message.role == "developer" else message.role for message in messages]
-    read = read_messages([{**m.raw, "role": role} for m, role in zip(messages, roles, strict=True)], bad)
+    read = read_messages([_as_in_a_row(message) for message in messages], bad)
     if bad.found:
         raise InputError(bad.found)
     return _prompt_ids(renderer, read, [tool.raw for tool in tools])
+
+
+def _as_in_a_row(message: ChatMessage) -> dict[str, Any]:
+    """A message as rows have it: ``system`` for its newer name, and calls with the name first. OpenAI's client sends
+    the arguments first, and some templates write a call's keys as they come."""
+    raw = {**message.raw, "role": "system" if message.role == "developer" else message.role}
+    if message.tool_calls:
+        raw["tool_calls"] = [
+            {**call, "function": {"name": None, "arguments": None, **call["function"]}} for call in raw["tool_calls"]
+        ]
+    return raw
 
 
 def _prompt_ids(renderer: Renderer, messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
@@ -168,7 +186,12 @@ def text_prompt(renderer: Renderer, prompt: str) -> list[int]:
 
 
 def _job(
-    asked: Sampling, served: Served, facts: EngineFacts, problems: list[Problem], form: Form | None, logprobs: int | None
+    asked: Sampling,
+    served: Served,
+    facts: EngineFacts,
+    problems: list[Problem],
+    form: Form | None,
+    logprobs: int | None,
 ) -> Job:
     """The job without a prompt."""
 
@@ -248,18 +271,17 @@ def _form(asked: Sampling) -> Form | None:
         given = asked.response_format.json_schema
         schema = {"type": "object"} if given is None else given.schema_
         found["response_format"] = AnswerForm("json_schema", json.dumps(schema))
-    outputs = asked.structured_outputs
-    for where, value in (("guided_json", asked.guided_json), ("structured_outputs.json", outputs and outputs.json_)):
+    outputs = asked.structured_outputs or StructuredOutputs()
+    for where, value in (("guided_json", asked.guided_json), ("structured_outputs.json", outputs.json_)):
         if value is not None:
             found[where] = AnswerForm("json_schema", json.dumps(_schema(value, where)))
-    for where, value in (("guided_regex", asked.guided_regex), ("structured_outputs.regex", outputs and outputs.regex)):
-        if value is not None:
-            found[where] = AnswerForm("regex", str(value))
-    choices = (("guided_choice", asked.guided_choice), ("structured_outputs.choice", outputs and outputs.choice))
-    for where, listed in choices:
+    for where, pattern in (("guided_regex", asked.guided_regex), ("structured_outputs.regex", outputs.regex)):
+        if pattern is not None:
+            found[where] = AnswerForm("regex", pattern)
+    for where, listed in (("guided_choice", asked.guided_choice), ("structured_outputs.choice", outputs.choice)):
         if listed is not None:
             found[where] = AnswerForm("choices", tuple(listed))
-    if outputs is not None and outputs.json_object:
+    if outputs.json_object:
         found["structured_outputs.json_object"] = AnswerForm("json_schema", json.dumps({"type": "object"}))
     if len(found) > 1:
         raise InputError("an answer has one form", where=" and ".join(found), fix="leave all but one out")
@@ -283,7 +305,7 @@ def _schema(value: Any, where: str) -> Mapping[str, Any]:
 
 def _calls(asked: ChatRequest, renderer: Renderer, known: Known) -> tuple[Calls | None, Form | None]:
     """How calls are read, and the form where one is required."""
-    choice = asked.tool_choice or ("auto" if asked.tools else "none")
+    choice: str | dict[str, Any] = asked.tool_choice or ("auto" if asked.tools else "none")
     if not asked.tools:
         return None, None
     format = known.call_format(renderer)  # tools that the model would not see are refused, whatever the choice
@@ -296,7 +318,7 @@ def _calls(asked: ChatRequest, renderer: Renderer, known: Known) -> tuple[Calls 
         raise InputError("two tools of one name", where="tools")
     if choice == "auto":
         return Calls(format, names, False, single), None
-    if choice != "required":
+    if isinstance(choice, dict):
         wanted = choice["function"]["name"]
         functions = [function for function in functions if function["name"] == wanted]
         if not functions:

@@ -1,9 +1,7 @@
 """What a request may say: OpenAI's fields, some of vLLM's, and nothing that would be ignored.
 
-A body is strict JSON (no NaN, no key twice, no half of a surrogate pair, nested less than 100 deep), then a pydantic
-model without conversions: ``"1"`` is no number. A field that is not known is an error that names the nearest. Fields of
-OpenAI's API that are not supported may stand with the value that asks for nothing; they are the models' ``Literal``
-fields. ``null`` is the same as absent.
+Pydantic models without conversions: ``"1"`` is no number. Fields of OpenAI's API that are not supported may stand with
+the value that asks for nothing; they are the models' ``Literal`` and ``None`` fields. ``null`` is the same as absent.
 
 The models are the OpenAPI document's, too. Whether a request fits a model (ids, lengths, templates) is not asked here.
 """
@@ -11,8 +9,7 @@ The models are the OpenAPI document's, too. Whether a request fits a model (ids,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,13 +18,11 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
-from tunegate.data.rows import JsonError, excerpt, parse_json
-from tunegate.errors import InputError, Problem, nearest
+from tunegate.data.rows import excerpt
 
 MOST_ANSWERS = 128  # of one request: prompts times n
 MOST_STOPS, LONGEST_STOP = 32, 500  # strings; characters
@@ -69,7 +64,7 @@ def _content(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
             raise ValueError('text parts are expected ({"type": "text", "text": ...}); images and sound are not taken')
-    if value is not None and not isinstance(value, (str, list)) or value == []:
+    if (value is not None and not isinstance(value, (str, list))) or value == []:
         raise ValueError("text, or a list of text parts, is expected")
     return value
 
@@ -171,7 +166,7 @@ class Verbatim(Strict):
 
 class FunctionCall(Strict):
     name: Name
-    arguments: str | dict[str, Any] = "{}"
+    arguments: str | dict[str, Any]
 
 
 class ToolCall(Strict):
@@ -189,7 +184,7 @@ class ChatMessage(Verbatim):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: None | Annotated[list[Any], Field(max_length=0)] = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -359,67 +354,3 @@ class LoadAdapterRequest(Strict):
 class UnloadAdapterRequest(Strict):
     lora_name: Name
     lora_int_id: int | None = None
-
-
-Model = TypeVar("Model", bound=Strict)
-
-
-def read_request(data: bytes, model: type[Model]) -> Model:
-    """A body as ``model``; :class:`InputError` with everything that is wrong."""
-    try:
-        value = parse_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError("the body is not UTF-8", got=f"byte {error.object[error.start]:#04x}") from None
-    except JsonError as error:
-        raise InputError(f"the body cannot be read: {error.what}", got=error.got) from None
-    if not isinstance(value, dict):
-        raise InputError("the body is not a JSON object", got=type(value).__name__)
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise InputError(_problems(error, model, value)) from None
-
-
-def _problems(error: ValidationError, model: type[Strict], value: Any) -> list[Problem]:
-    found: dict[str, Problem] = {}
-    for entry in error.errors(include_url=False, include_input=False):
-        location, said = entry["loc"], entry["msg"].removeprefix("Value error, ")[:300]
-        where = _place(location, value)
-        if entry["type"] == "extra_forbidden":
-            problem = Problem("unknown field", where, fix=nearest(str(location[-1]), _fields_at(model, location[:-1])))
-        elif entry["type"] == "missing":
-            where += f".{location[-1]}" if where else str(location[-1])
-            problem = Problem("the field is missing", where)
-        else:
-            problem = Problem(said, where)
-        found.setdefault(where or said, problem)  # the members of a union say no more than the first
-    return list(found.values())
-
-
-def _place(location: Sequence[str | int], value: Any) -> str:
-    """``messages[0].content``: the parts that stand in the body; pydantic's names of union members do not."""
-    text = ""
-    for part in location:
-        if isinstance(value, list) and isinstance(part, int) and part < len(value):
-            text += f"[{part}]"
-            value = value[part]
-        elif isinstance(value, dict) and part in value:
-            name = excerpt(part) if not re.fullmatch(r"\w{1,60}", str(part)) else str(part)
-            text += f".{name}" if text else name
-            value = value[part]
-    return text
-
-
-def _fields_at(model: type[Strict], location: Sequence[str | int]) -> list[str]:
-    """Names that are known at a place, as they are written."""
-    kinds = [model]
-    for part in location:
-        fields = [f for kind in kinds for name, f in kind.model_fields.items() if part == (f.alias or name)]
-        kinds = [inner for field in fields for inner in _models_in(field.annotation)] if fields else kinds
-    return [field.alias or name for kind in kinds for name, field in kind.model_fields.items()]
-
-
-def _models_in(annotation: Any) -> list[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return [annotation]
-    return [found for inner in get_args(annotation) for found in _models_in(inner)]

@@ -101,7 +101,9 @@ def _read_probe(text: str, renderer: Renderer) -> CallFormat | None:
     opening, behind = text[:at], text[end:]
     listed = opening.endswith("[") and behind.startswith("]")
     opening, behind = (opening[:-1], behind[1:]) if listed else (opening, behind)
-    stop = next((m.start() for m in renderer.control.whole(behind) if renderer.control.ids[m[0]] in renderer.stop_ids), 0)
+    stop = next(
+        (m.start() for m in renderer.control.whole(behind) if renderer.control.ids[m[0]] in renderer.stop_ids), 0
+    )
     mark = (opening.split() or [""])[-1]
     return CallFormat(opening, mark, behind[:stop].strip(), arguments, listed, '": ' not in text[at:end])
 
