@@ -20,6 +20,7 @@ from tunegate.errors import InputError, Problem, nearest
 from tunegate.serve.openai_requests import Strict
 
 Model = TypeVar("Model", bound=Strict)
+_INSTANCE = re.compile(r" or instance of \w+$")  # a client sends JSON
 
 
 def read_request(data: bytes, model: type[Model]) -> Model:
@@ -41,7 +42,7 @@ def read_request(data: bytes, model: type[Model]) -> Model:
 def _problems(error: ValidationError, model: type[Strict], value: Any) -> list[Problem]:
     found: dict[str, Problem] = {}
     for entry in error.errors(include_url=False, include_input=False):
-        location, said = entry["loc"], entry["msg"].removeprefix("Value error, ")[:300]
+        location, said = entry["loc"], _INSTANCE.sub("", entry["msg"].removeprefix("Value error, "))[:300]
         where = _place(location, value)
         if entry["type"] == "extra_forbidden":
             problem = Problem("unknown field", where, fix=nearest(str(location[-1]), _fields_at(model, location[:-1])))
