@@ -169,8 +169,11 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(tokenizer: Any, script: Script, **options: Any) -> Iterator[Serving]:
-    """A server in a thread of its own; it ends with the block. ``options`` are the engine's."""
+def serving(
+    tokenizer: Any, script: Script, around: Callable[[Any], Any] = lambda app: app, **options: Any
+) -> Iterator[Serving]:
+    """A server in a thread of its own; it ends with the block. ``around``: what stands before the application;
+    ``options`` are the engine's."""
     pytest.importorskip("fastapi")
     uvicorn = pytest.importorskip("uvicorn")
     from tunegate.serve.app import create_app
@@ -179,7 +182,9 @@ def serving(tokenizer: Any, script: Script, **options: Any) -> Iterator[Serving]
     catalogue = FakeCatalogue(Renderer(tokenizer))
     app = create_app(engine, catalogue)  # type: ignore[arg-type]
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2, lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(around(app), log_level="error", timeout_graceful_shutdown=2, lifespan="off")
+        )
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
         thread.start()
         until = time.monotonic() + 20

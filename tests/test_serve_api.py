@@ -15,6 +15,7 @@ from chat import tokenizer_of
 from serving import Serving, serving
 from tiny import tiny_tokenizer
 from tunegate.data.render import Renderer
+from tunegate.serve.catalogue import ModelRefused
 from tunegate.serve.jobs import Job
 
 openai = pytest.importorskip("openai")
@@ -340,6 +341,17 @@ def test_adapters_come_and_go(plain: Serving) -> None:
     assert post(load, lora_name="new", lora_path="missing")[0] == 404
     assert post(load, lora_name="new", lora_path="another-base")[0] == 400
     assert post(load, lora_name="new")[0] == 400
+    status, said = post(load, lora_name="tiny", lora_path="/x")
+    assert status == 400 and "load_inplace" not in said  # the base's own name
+
+
+def test_a_model_that_must_not_answer(plain: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(name: str) -> None:
+        raise ModelRefused("its base was superseded", where=name)
+
+    monkeypatch.setattr(plain.catalogue, "resolve", refuse)
+    with pytest.raises(openai.PermissionDeniedError, match="superseded"):
+        chat(plain)
 
 
 def test_admin_routes_can_be_left_out() -> None:

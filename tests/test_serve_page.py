@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,29 @@ def test_what_fails_is_said(page: Page, server: Serving) -> None:
     server.engine.alive = False
     page.js("refresh()")
     page.wait("!!document.querySelector('.state.bad')")
+
+
+def test_a_server_with_a_key_asks_for_it(page: Page) -> None:
+    def guarded(app: Any) -> Any:
+        async def guard(scope: Any, receive: Any, send: Any) -> None:
+            headers = dict(scope.get("headers") or ())
+            if scope["path"].startswith("/v1/") and headers.get(b"authorization") != b"Bearer secret":
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b"{}"})
+            else:
+                await app(scope, receive, send)
+
+        return guard
+
+    with serving(tiny_tokenizer(), says, around=guarded) as server:
+        page.open(server.url + "/")
+        page.wait("!document.querySelector('#lock').hidden")
+        page.js("document.querySelector('#key').focus()")
+        page.type("secret")
+        page.key("Tab")
+        page.wait("document.querySelectorAll('.pick').length > 1")
+        ask(page, "hello")
+        assert answered(page)[1] == "card_arrival"
 
 
 def test_hostile_texts_are_text(page: Page, server: Serving) -> None:

@@ -166,6 +166,8 @@ class Front:
         try:
             await self.catalogue.load(asked.lora_name, asked.lora_path, replace=asked.load_inplace, pinned=asked.pinned)
         except DuplicateName as error:
+            if asked.lora_name == self.catalogue.base:
+                raise
             raise InputError(
                 f"The lora adapter '{asked.lora_name}' has already been loaded",
                 where="lora_name",
@@ -344,7 +346,7 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
         return {status: {"model": documents.Error} for status in statuses}
 
     def post(path: str, handler: Any, body: Any, answer: dict[str, Any], *statuses: int) -> None:
-        responses = {200: answer, **failing(400, 404, 413, 500, *statuses)}
+        responses = {200: answer, **failing(400, 403, 404, 413, 500, *statuses)}
         extra = documents.taken(body)
         app.add_api_route(
             path, handler, methods=["POST"], responses=responses, openapi_extra=extra, response_model=None

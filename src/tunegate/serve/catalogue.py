@@ -24,6 +24,10 @@ class AdapterNotFound(InputError):
     """There is no adapter at this place."""
 
 
+class ModelRefused(InputError):
+    """The name is known and must not answer now."""
+
+
 @dataclass(frozen=True)
 class Served:
     """What a request's ``model`` means at this moment. ``key``: the adapter's content hash, None for the base alone.

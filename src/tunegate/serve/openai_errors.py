@@ -1,8 +1,9 @@
 """Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
-Every exception has one status: 400 for what is wrong with a request, 404 for a name that is not served, 413 for a body
-that is too large, 429 for an engine that is full, 503 for one that is gone, the last two with ``Retry-After``. All
-problems of a request are in one message, a line each. What nobody foresaw is a 500 without details; they go to the log.
+Every exception has one status: 400 for what is wrong with a request, 403 for a model that must not answer, 404 for a
+name that is not served, 413 for a body that is too large, 429 for an engine that is full, 503 for one that is gone, the
+last two with ``Retry-After``. All problems of a request are in one message, a line each. What nobody foresaw is a 500
+without details; they go to the log.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from tunegate.errors import InputError, Problem, TunegateError
-from tunegate.serve.catalogue import AdapterNotFound, UnknownModel
+from tunegate.serve.catalogue import AdapterNotFound, ModelRefused, UnknownModel
 from tunegate.serve.jobs import EngineFull, EngineGone
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 503, body(message, "server_error", code="engine_gone"), {"Retry-After": str(RETRY_GONE)}
     if isinstance(error, UnknownModel):
         return 404, body(message, "invalid_request_error", param="model", code="model_not_found"), {}
+    if isinstance(error, ModelRefused):
+        return 403, body(message, "invalid_request_error", param="model", code="model_refused"), {}
     if isinstance(error, AdapterNotFound):
         return 404, body(message, "invalid_request_error", param="lora_path", code="adapter_not_found"), {}
     if isinstance(error, BodyTooLarge):

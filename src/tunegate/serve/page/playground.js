@@ -1,5 +1,6 @@
 // The playground: one prompt, several models, their answers side by side as they come.
-// What models say is set as text nodes only. Nothing is stored, and nothing is loaded from elsewhere.
+// What models say is set as text nodes only. Nothing is stored, the key neither, and nothing is loaded from
+// elsewhere.
 "use strict";
 
 const SHOWN = 60; // models that are listed at once; the filter finds the others
@@ -19,11 +20,21 @@ function make(tag, className, ...children) {
   return element;
 }
 
+function call(path, options = {}) {
+  const headers = { ...options.headers, ...($("key").value ? { Authorization: `Bearer ${$("key").value}` } : {}) };
+  return fetch(path, { ...options, headers });
+}
+
 // --- models --------------------------------------------------------------------------------------------------------
 
 async function refresh() {
+  if (document.hidden) return;
   try {
-    const [health, list] = await Promise.all([fetch("/health"), fetch("/v1/models")]);
+    const [health, list] = await Promise.all([call("/health"), call("/v1/models")]);
+    if (list.status === 401) {
+      $("lock").hidden = false;
+      return tell($("key").value ? "Another key is wanted" : "A key is wanted", false);
+    }
     if (!list.ok) throw new Error(list.statusText);
     const found = (await list.json()).data;
     if (JSON.stringify(found) !== JSON.stringify(models)) {
@@ -147,7 +158,7 @@ class Card {
     const began = performance.now();
     let first = 0, usage = null, finish = "";
     try {
-      const reply = await fetch("/v1/chat/completions", {
+      const reply = await call("/v1/chat/completions", {
         method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal,
       });
       if (!reply.ok) throw new Error((await reply.json()).error.message);
@@ -219,7 +230,7 @@ function onKey(event) {
   else if (event.key === "Escape") {
     if (asking) asking.abort();
     else document.activeElement.blur();
-  } else if (event.ctrlKey || event.metaKey || event.altKey || /^(text|number|search)/.test(event.target.type ?? "")) return;
+  } else if (event.ctrlKey || event.metaKey || event.altKey || /^(text|number|search|password)/.test(event.target.type ?? "")) return;
   else if (event.key === "/") $("prompt").focus();
   else if (event.key === "?") $("keys").showModal();
   else if (/^[1-9]$/.test(event.key)) {
@@ -236,6 +247,8 @@ $("ask").addEventListener("submit", (event) => {
 $("stop").addEventListener("click", () => asking?.abort());
 $("filter").addEventListener("input", showModels);
 $("prompt").addEventListener("input", showSend);
+$("key").addEventListener("change", refresh);
+document.addEventListener("visibilitychange", refresh);
 $("help").addEventListener("click", () => $("keys").showModal());
 document.addEventListener("keydown", onKey);
 $("answers").append(make("p", "hint", "The answers appear here, side by side."));
