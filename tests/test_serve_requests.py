@@ -32,10 +32,12 @@ def server() -> Iterator[Serving]:
         yield found
 
 
-def post(server: Serving, path: str, body: Any, method: str = "POST") -> tuple[int, dict[str, Any]]:
+def post(
+    server: Serving, path: str, body: Any, method: str = "POST", kind: str = "application/json; charset=utf-8"
+) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request(method, path, data, {"Content-Type": "application/json"})
+    connection.request(method, path, data, {"Content-Type": kind})
     reply = connection.getresponse()
     found = json.loads(reply.read())
     connection.close()
@@ -149,6 +151,13 @@ def test_bodies_that_are_no_requests(server: Serving, path: str, body: bytes) ->
 def test_bodies_that_are_too_large(server: Serving) -> None:
     assert "too large" in refused(server, CHAT, b" " * (2 * 1024 * 1024 + 1), 413)["message"]
     assert refused(server, CHAT, json.dumps({**BASE, "user": "u" * 10**6, "n": 0}).encode())["param"] == "n"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_bodies_that_a_page_of_another_site_could_send(server: Serving, kind: str) -> None:
+    status, found = post(server, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/x"}, kind=kind)
+    assert (status, found["error"]["code"]) == (415, "not_json")
+    assert "x" not in {served.name for served in server.catalogue.names()}
 
 
 def test_names_that_are_not_served(server: Serving) -> None:

@@ -308,11 +308,12 @@ class Renderer:
         prompt that holds it.
         """
         context, answer = text[turn.context : turn.start], text[turn.start : turn.end]
-        if context not in self._contexts:
+        expected = self._contexts.get(context)
+        if expected is None:
             if len(self._contexts) >= 4096:
                 self._contexts.clear()
-            self._contexts[context] = self._encode([context])[0].ids
-        first, expected = bisect_left(tokens.starts, self._place(text, turn.start)), self._contexts[context]
+            expected = self._contexts[context] = self._encode([context])[0].ids
+        first = bisect_left(tokens.starts, self._place(text, turn.start))
         if first >= len(expected) and tokens.ids[first - len(expected) : first] == expected:
             return "kept"
         whole, parts = self._encode([context + answer, context + CUT + answer])

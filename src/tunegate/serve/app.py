@@ -83,14 +83,14 @@ class Front:
     async def chat(self, request: Request) -> Response:
         """A chat's next message."""
         asked = await self._read(request, requests.ChatRequest)
-        served = await self._resolve(asked.model)
+        served = await self.catalogue.resolve(asked.model)
         plan = await self._on_thread(lambda: chat_plan(asked, served, self.engine.facts, self._known))
         return await self._answer(request, plan, asked, chat=True)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text, or a list of token ids."""
         asked = await self._read(request, requests.CompletionRequest)
-        served = await self._resolve(asked.model)
+        served = await self.catalogue.resolve(asked.model)
         plan = await self._on_thread(lambda: completion_plan(asked, served, self.engine.facts, self._known))
         return await self._answer(request, plan, asked, chat=False)
 
@@ -105,11 +105,10 @@ class Front:
         if not asked.stream:
             await _unless_gone(request, _collect(pieces, found))
             return JSONResponse(shape.whole(found), headers=headers)
-        begun = await _unless_gone(request, _begin(pieces))
-        stream = shape.events(begun, found)
-        return StreamingResponse(
-            stream, headers=headers | {"Cache-Control": "no-cache"}, media_type="text/event-stream"
-        )
+        first = await _unless_gone(request, _first(pieces))
+        stream = shape.events(first, pieces, found)
+        headers |= {"Cache-Control": "no-cache"}
+        return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
     async def _watched(self, plan: Plan, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered, None]:
         """``pieces``, counted and timed."""
@@ -186,7 +185,7 @@ class Front:
     async def tokenize(self, request: Request) -> Response:
         """The ids that a prompt or a chat gives the model."""
         asked = await self._read(request, requests.TokenizeRequest)
-        served = await self._resolve(asked.model or self.catalogue.base)
+        served = await self.catalogue.resolve(asked.model or self.catalogue.base)
         ids = await self._on_thread(lambda: tokenized(asked, served))
         tokenizer = served.renderer.tokenizer
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
@@ -196,7 +195,7 @@ class Front:
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special ones written out."""
         asked = await self._read(request, requests.DetokenizeRequest)
-        served = await self._resolve(asked.model or self.catalogue.base)
+        served = await self.catalogue.resolve(asked.model or self.catalogue.base)
         wrong = [i for i in asked.tokens if i >= self.engine.facts.vocabulary]
         if wrong:
             expected = f"0 to {self.engine.facts.vocabulary - 1}"
@@ -232,6 +231,9 @@ class Front:
     # --- parts --------------------------------------------------------------------------------------------------
 
     async def _read(self, request: Request, model: type[Body]) -> Body:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which no other site's page can send without being allowed to
+            raise errors.NotJson("a JSON body is expected", got=kind[:100], fix="Content-Type: application/json")
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
@@ -240,9 +242,6 @@ class Front:
         if len(data) <= SMALL_BODY:
             return read_request(bytes(data), model)
         return await self._on_thread(lambda: read_request(bytes(data), model))
-
-    async def _resolve(self, name: str) -> Served:
-        return await self.catalogue.resolve(name)
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -258,17 +257,8 @@ async def _collect(pieces: AsyncGenerator[Numbered, None], found: list[Answer]) 
             found[number].add(piece)
 
 
-async def _begin(pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered, None]:
-    """``pieces`` with the first one made."""
-    first = await anext(pieces)
-
-    async def rest() -> AsyncGenerator[Numbered, None]:
-        async with aclosing(pieces):
-            yield first
-            async for numbered in pieces:
-                yield numbered
-
-    return rest()
+async def _first(pieces: AsyncGenerator[Numbered, None]) -> Numbered:
+    return await anext(pieces)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -346,7 +336,7 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
         return {status: {"model": documents.Error} for status in statuses}
 
     def post(path: str, handler: Any, body: Any, answer: dict[str, Any], *statuses: int) -> None:
-        responses = {200: answer, **failing(400, 403, 404, 413, 500, *statuses)}
+        responses = {200: answer, **failing(400, 403, 404, 413, 415, 500, *statuses)}
         extra = documents.taken(body)
         app.add_api_route(
             path, handler, methods=["POST"], responses=responses, openapi_extra=extra, response_model=None

@@ -74,25 +74,31 @@ class Shape:
     # --- events -----------------------------------------------------------------------------------------------
 
     async def events(
-        self, pieces: AsyncGenerator[Numbered, None], answers: list[Answer]
+        self, first: Numbered, pieces: AsyncGenerator[Numbered, None], answers: list[Answer]
     ) -> AsyncGenerator[bytes, None]:
-        """The stream of a request; ``answers`` is filled on the way. What fails in the middle is the last event."""
+        """The stream of a request: ``first``, then ``pieces``; ``answers`` is filled on the way. What fails in the
+        middle is the last event."""
         head = self.head(chunk=True) | ({"usage": None} if self.usage else {})
-        for number in range(len(answers)):
-            if first := self._opening(number):
-                yield event({**head, "choices": [first]})
-        try:
-            async with aclosing(pieces):
-                async for number, piece in pieces:
-                    sent = len(answers[number].calls)
-                    answers[number].add(piece)
-                    yield event({**head, "choices": [self._delta(number, piece, sent)]})
-        except Exception as error:
-            yield event(describe(error)[1])
-            return
+        async with aclosing(pieces):
+            for number in range(len(answers)):
+                if opening := self._opening(number):
+                    yield event({**head, "choices": [opening]})
+            try:
+                yield self._event(head, first, answers)
+                async for numbered in pieces:
+                    yield self._event(head, numbered, answers)
+            except Exception as error:
+                yield event(describe(error)[1])
+                return
         if self.usage:
             yield event({**head, "choices": [], "usage": self.counts(answers)})
         yield b"data: [DONE]\n\n"
+
+    def _event(self, head: dict[str, Any], numbered: Numbered, answers: list[Answer]) -> bytes:
+        number, piece = numbered
+        choice = self._delta(number, piece, len(answers[number].calls))
+        answers[number].add(piece)
+        return event({**head, "choices": [choice]})
 
     def _opening(self, number: int) -> dict[str, Any] | None:
         """A choice's first chunk: who speaks, or the prompt that is echoed."""

@@ -1,9 +1,9 @@
 """Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
 Every exception has one status: 400 for what is wrong with a request, 403 for a model that must not answer, 404 for a
-name that is not served, 413 for a body that is too large, 429 for an engine that is full, 503 for one that is gone, the
-last two with ``Retry-After``. All problems of a request are in one message, a line each. What nobody foresaw is a 500
-without details; they go to the log.
+name that is not served, 413 and 415 for a body that is too large or no JSON, 429 for an engine that is full, 503 for
+one that is gone, the last two with ``Retry-After``. All problems of a request are in one message, a line each. What
+nobody foresaw is a 500 without details; they go to the log.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ SHOWN = 20  # problems
 
 class BodyTooLarge(InputError):
     """A body of more bytes than are taken."""
+
+
+class NotJson(InputError):
+    """A body that says to be something else."""
 
 
 def line(problem: Problem) -> str:
@@ -64,6 +68,8 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 404, body(message, "invalid_request_error", param="lora_path", code="adapter_not_found"), {}
     if isinstance(error, BodyTooLarge):
         return 413, body(message, "invalid_request_error", code="body_too_large"), {}
+    if isinstance(error, NotJson):
+        return 415, body(message, "invalid_request_error", code="not_json"), {}
     if isinstance(error, InputError):
         param = next((problem.where for problem in error.problems if problem.where), None)
         return 400, body(message, "invalid_request_error", param=param, code="invalid_request"), {}

@@ -12,7 +12,6 @@ It renders no prompts: ``data.render`` does.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,7 +35,7 @@ class Words:
         vocabulary = tokenizer.get_vocab()
         self.size = max(vocabulary.values(), default=-1) + 1
         self.byte_ids = {i: int(m[1], 16) for t, i in vocabulary.items() if (m := _BYTE_TOKEN.fullmatch(t))}
-        self._alphabet = _byte_alphabet() if "ByteLevel" in json.dumps(_decoder_of(tokenizer)) else {}
+        self._alphabet = _byte_alphabet() if "ByteLevel" in _decoder_of(tokenizer) else {}
         self._context = next((i for t, i in vocabulary.items() if t == "a"), None)
         self._known: dict[int, tuple[str, bytes]] = {}
 
@@ -63,8 +62,10 @@ class Words:
         return text, text.encode()
 
 
-def _decoder_of(tokenizer: Any) -> Any:
-    return json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder")
+def _decoder_of(tokenizer: Any) -> str:
+    """The decoder as tokenizer.json holds it."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    return "" if decoder is None else decoder.__getstate__().decode()
 
 
 def _byte_alphabet() -> dict[str, int]:
