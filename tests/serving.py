@@ -152,6 +152,8 @@ class FakeCatalogue:
 
     async def unload(self, name: str) -> None:
         await self.resolve(name)
+        if name == self.base:
+            raise InputError("the base is not unloaded", where=name)
         del self._served[name]
 
 

@@ -82,26 +82,28 @@ class Front:
 
     async def chat(self, request: Request) -> Response:
         """A chat's next message."""
+        began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
         served = await self.catalogue.resolve(asked.model)
         plan = await self._on_thread(lambda: chat_plan(asked, served, self.engine.facts, self._known))
-        return await self._answer(request, plan, asked, chat=True)
+        return await self._answer(request, plan, asked, began)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text, or a list of token ids."""
+        began = time.monotonic()
         asked = await self._read(request, requests.CompletionRequest)
         served = await self.catalogue.resolve(asked.model)
         plan = await self._on_thread(lambda: completion_plan(asked, served, self.engine.facts, self._known))
-        return await self._answer(request, plan, asked, chat=False)
+        return await self._answer(request, plan, asked, began)
 
-    async def _answer(self, request: Request, plan: Plan, asked: requests.Sampling, chat: bool) -> Response:
+    async def _answer(self, request: Request, plan: Plan, asked: requests.Sampling, began: float) -> Response:
         if not self.engine.alive:
             raise EngineGone("the engine is not running; it is started again", fix="send the request again")
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        shape = Shape(plan, chat, usage)
+        shape = Shape(plan, isinstance(asked, requests.ChatRequest), usage)
         headers = {"X-Tunegate-Adapter": plan.served.fingerprint}
         found = [Answer() for _ in plan.jobs]
-        pieces = self._watched(plan, answers(self.engine, plan))
+        pieces = self._watched(plan, answers(self.engine, plan), began)
         if not asked.stream:
             await _unless_gone(request, _collect(pieces, found))
             return JSONResponse(shape.whole(found), headers=headers)
@@ -110,9 +112,11 @@ class Front:
         headers |= {"Cache-Control": "no-cache"}
         return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
-    async def _watched(self, plan: Plan, pieces: AsyncGenerator[Numbered, None]) -> AsyncGenerator[Numbered, None]:
-        """``pieces``, counted and timed."""
-        name, began, first = plan.served.name, time.monotonic(), 0.0
+    async def _watched(
+        self, plan: Plan, pieces: AsyncGenerator[Numbered, None], began: float
+    ) -> AsyncGenerator[Numbered, None]:
+        """``pieces``, counted, and timed from ``began``, when the request came."""
+        name, first = plan.served.name, 0.0
         self.metrics.prompt_tokens.labels(name).inc(plan.prompt_tokens)
         made, cached = [0] * len(plan.jobs), [0] * len(plan.jobs)
         try:
