@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,7 @@ def test_what_is_no_call_stays_as_it_was_written(form: CallFormat, text: str, cu
         (HERMES, '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>'),
         (HERMES, '<tool_call>{"name": ["weather"], "arguments": {}}</tool_call>'),
         (HERMES, '<tool_call>{"name": "weather", "arguments": {"x": NaN}}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "weather", "arguments": {"x": 1, "x": 2}}</tool_call>'),
         (HERMES, '{"name": "weather", "arguments": {}}'),  # JSON without its marks
         (LLAMA, '{"name": "Anna", "parameters": {}}'),
         (LLAMA, '{"name": "weather", "arguments": {}}'),
@@ -170,3 +172,26 @@ def test_schemas_of_calls() -> None:
     assert [schema["required"] for schema in both["anyOf"]] == [["name", "parameters"]] * 2
     listed = json.loads(call_schema(MISTRAL, tools[:1], several=False))
     assert (listed["type"], listed["minItems"], listed["maxItems"]) == ("array", 1, 1)
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA], ids=["hermes", "mistral", "llama"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_references_in_a_tools_schema_are_followed(form: CallFormat, alone: bool) -> None:
+    """As pydantic writes them, and to the schema itself; ``jsonschema`` is the judge, and the grammar's library."""
+    zone = {
+        "type": "object", "required": ["zone"], "additionalProperties": False,
+        "properties": {"zone": {"$ref": "#/$defs/Zone"}, "inner": {"$ref": "#"}},
+        "$defs": {"Zone": {"enum": ["utc", {"$ref": "#"}]}},
+    }  # fmt: skip
+    tools = [{"name": "time", "parameters": zone}] + ([] if alone else [{"name": "weather", "parameters": zone}])
+    schema = json.loads(call_schema(form, tools, several=True))
+
+    def fits(arguments: Any) -> bool:
+        call = {"name": tools[-1]["name"], form.arguments: arguments}
+        return bool(jsonschema.Draft202012Validator(schema).is_valid([call] if form.listed else call))
+
+    assert fits({"zone": "utc", "inner": {"zone": {"$ref": "#"}}})
+    assert not fits({"zone": "x"}) and not fits({"zone": "utc", "inner": {"zone": "x"}})
+    llguidance = pytest.importorskip("llguidance")
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    assert llguidance.LLMatcher.validate_grammar(grammar) == ""

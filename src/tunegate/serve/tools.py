@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunegate.data.render import Renderer
-from tunegate.data.rows import JsonError, check_value, parse_json
+from tunegate.data.rows import JsonError, parse_json
 from tunegate.errors import InputError
 from tunegate.serve.text import held_back
 
@@ -111,21 +111,37 @@ def _read_probe(text: str, renderer: Renderer) -> CallFormat | None:
 def call_schema(form: CallFormat, tools: Sequence[Mapping[str, Any]], several: bool) -> str:
     """The JSON schema of a call of one of ``tools``, as the template writes calls; ``several``: a list may hold more
     than one."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool["name"]}, form.arguments: tool.get("parameters") or _ANY_OBJECT},
-            "required": ["name", form.arguments],
-            "additionalProperties": False,
+    above = ("/items" if form.listed else "") + ("/anyOf/{}" if len(tools) > 1 else "")
+    calls = []
+    for number, tool in enumerate(tools):
+        place = f"{above.format(number)}/properties/{form.arguments}"
+        properties = {
+            "name": {"const": tool["name"]},
+            form.arguments: _moved(tool.get("parameters") or {"type": "object"}, place),
         }
-        for tool in tools
-    ]
+        calls.append(
+            {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", form.arguments],
+                "additionalProperties": False,
+            }
+        )
     one = calls[0] if len(calls) == 1 else {"anyOf": calls}
     listed = {"type": "array", "items": one, "minItems": 1, **({} if several else {"maxItems": 1})}
     return json.dumps(listed if form.listed else one)
 
 
-_ANY_OBJECT = {"type": "object"}
+def _moved(schema: Any, place: str) -> Any:
+    """``schema`` as it must be at ``place`` (a JSON pointer) of another: its references begin at the root."""
+    if isinstance(schema, list):
+        return [_moved(inner, place) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: inner if key in ("const", "enum") else _moved(inner, place) for key, inner in schema.items()}
+    if isinstance(schema.get("$ref"), str) and schema["$ref"].startswith("#"):
+        moved["$ref"] = f"#{place}{schema['$ref'][1:]}"
+    return moved
 
 
 class CallReader:
@@ -193,12 +209,12 @@ class CallReader:
         at = 0
         try:
             while at < len(text):
-                value, end = _DECODER.raw_decode(text, at)
+                end = _DECODER.raw_decode(text, at)[1]
+                value = parse_json(text[at:end])
                 values += value if isinstance(value, list) else [value]
                 while end < len(text) and text[end] in " \t\r\n;":
                     end += 1
                 at = end
-            check_value(values)
         except (ValueError, RecursionError):
             return []
         calls = [call for call in map(self._call, values) if call is not None]
