@@ -100,9 +100,11 @@ class Renderer:
         """The Jinja text that renders chats without tools; None where there is no template."""
         return self._template.source
 
-    def rendered(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+    def rendered(
+        self, messages: Sequence[Mapping[str, Any]], prompt: bool = False, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         """``messages`` as the template writes them, with the opening of an answer behind them if ``prompt``."""
-        return self._template.render([dict(m) for m in messages], (), prompt=prompt)[0]
+        return self._template.render([dict(m) for m in messages], tools, prompt=prompt)[0]
 
     @property
     def template_hash(self) -> str:
@@ -306,11 +308,12 @@ class Renderer:
         prompt that holds it.
         """
         context, answer = text[turn.context : turn.start], text[turn.start : turn.end]
-        if context not in self._contexts:
+        expected = self._contexts.get(context)
+        if expected is None:
             if len(self._contexts) >= 4096:
                 self._contexts.clear()
-            self._contexts[context] = self._encode([context])[0].ids
-        first, expected = bisect_left(tokens.starts, self._place(text, turn.start)), self._contexts[context]
+            expected = self._contexts[context] = self._encode([context])[0].ids
+        first = bisect_left(tokens.starts, self._place(text, turn.start))
         if first >= len(expected) and tokens.ids[first - len(expected) : first] == expected:
             return "kept"
         whole, parts = self._encode([context + answer, context + CUT + answer])
@@ -359,6 +362,11 @@ class Renderer:
                 fix="let either the template or the tokenizer write it, not both",
             )
         return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a plain text to go on from, as plain text rows begin: a BOS where the tokenizer adds one."""
+        bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        return bos + self._encode([self.control.shield(text)])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens, white space as it is."""
