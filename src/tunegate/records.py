@@ -388,14 +388,20 @@ def load(path: Path | str, kind: type[T]) -> T:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(Problem("cannot read the record", str(path), f"a {kind.__name__} in JSON", reason)) from None
+    return from_json(data, kind, str(path))
+
+
+def from_json(data: Any, kind: type[T], where: str) -> T:
+    """The record of ``kind`` that :func:`to_json` made ``data`` of; :class:`InputError` as :func:`load`."""
     expected = f"{kind.__name__}/{SCHEMA_VERSION}"
-    got = data.pop("schema", None) if isinstance(data, dict) else None
+    fields = dict(data) if isinstance(data, dict) else {}
+    got = fields.pop("schema", None)
     if got != expected:
-        raise InputError("not a record of this kind", where=str(path), expected=expected, got=str(got))
+        raise InputError("not a record of this kind", where=where, expected=expected, got=str(got))
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data))
+        return TypeAdapter(kind).validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise InputError([_problem(dict(item), str(path)) for item in error.errors(include_url=False)]) from None
+        raise InputError([_problem(dict(item), where) for item in error.errors(include_url=False)]) from None
 
 
 def _problem(item: dict[str, Any], where: str) -> Problem:

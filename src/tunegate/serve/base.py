@@ -1,0 +1,72 @@
+"""The base that a server runs, as its front sees it: hashed, rendered and described, never loaded.
+
+A renderer is made for each chat template that adapters were trained with, and shared by all of them; one that no
+adapter uses any more is forgotten. The model without its weights (meta device) says which modules an adapter may have.
+
+It loads no weights: the engine does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tunegate.adapter.card import AtHand, recipe_text
+from tunegate.data.render import Renderer
+from tunegate.errors import InputError
+from tunegate.model.bnb_files import stored_recipe
+from tunegate.model.fingerprint import fingerprint_base
+from tunegate.model.loading import empty_model, eos_ids, load_tokenizer
+from tunegate.model.resolve import ResolvedBase
+from tunegate.model.weights import tensors_of
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """``name`` is what clients write; ``at_hand`` what adapters are compared with; ``skeleton`` is on the meta device.
+    ``created``: Unix time in seconds."""
+
+    name: str
+    resolved: ResolvedBase
+    at_hand: AtHand
+    tokenizer: Any
+    skeleton: nn.Module
+    created: int = field(default_factory=lambda: int(time.time()))
+    _renderers: weakref.WeakValueDictionary[str | None, Renderer] = field(default_factory=weakref.WeakValueDictionary)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def renderer(self, template: str | None = None) -> Renderer:
+        """The renderer of a chat template (None: the base's own); :class:`InputError` if it is none. Safe from any
+        thread."""
+        with self._lock:
+            found = self._renderers.get(template)
+            if found is None:
+                found = Renderer(self.tokenizer, template=template, eos_ids=eos_ids(self.resolved.path))
+                self._renderers[template] = found
+            return found
+
+
+def open_base(
+    resolved: ResolvedBase, recipe: Mapping[str, Any] | None = None, *, name: str = "", trust_remote_code: bool = False
+) -> ServedBase:
+    """The base in ``resolved`` under ``name`` (default: the hub id, the packaged name, or the folder's own name).
+
+    ``recipe``: how its weights will be quantized, in a card's form; :class:`InputError` if they are stored otherwise.
+    """
+    stored = stored_recipe(e.name for entries in tensors_of(resolved.path).values() for e in entries)
+    if stored is not None and recipe not in (None, stored):
+        raise InputError(
+            "the base is stored in 4 bits already", where=str(resolved.path), expected=recipe_text(recipe),
+            got=recipe_text(stored), fix="serve it as it is stored, or name the 16-bit original",
+        )  # fmt: skip
+    short = resolved.path.name if resolved.source == "folder" else resolved.name
+    at_hand = AtHand(resolved.name, fingerprint_base(resolved.path), stored or recipe)
+    tokenizer = load_tokenizer(resolved.path, trust_remote_code=trust_remote_code)
+    skeleton = empty_model(resolved.path, trust_remote_code=trust_remote_code)
+    return ServedBase(name or short, resolved, at_hand, tokenizer, skeleton)
