@@ -7,6 +7,7 @@ values of another type, so that an old tool never half-understands a new file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -399,9 +400,16 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
     if got != expected:
         raise InputError("not a record of this kind", where=where, expected=expected, got=str(got))
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(fields))
+        record: T = _reader(kind).validate_json(json.dumps(fields))
+        return record
     except ValidationError as error:
         raise InputError([_problem(dict(item), where) for item in error.errors(include_url=False)]) from None
+
+
+@functools.cache
+def _reader(kind: type[Any]) -> TypeAdapter[Any]:
+    """Building one takes pydantic ten times as long as reading a record with it."""
+    return TypeAdapter(kind)
 
 
 def _problem(item: dict[str, Any], where: str) -> Problem:

@@ -103,7 +103,9 @@ def admit(folder: Path, house: House, version: Version | None = None) -> Admitte
     problems += module_problems(folder, house.base)
     if problems:
         raise InputError(list(dict.fromkeys(map(_with_way_out, problems))))
-    return Admitted(key, folder, template, standing, _created(card, folder), version and version.adapter, stamp)
+    return Admitted(
+        key, folder, template, standing, _created(card, folder), version.adapter if version else None, stamp
+    )
 
 
 def _read(folder: Path, problems: list[Problem]) -> tuple[AdapterCard | None, str]:
@@ -142,7 +144,7 @@ def _known(house: House, files: dict[str, Path], problems: list[Problem]) -> tup
         if version is None:
             with collecting(problems):
                 check_base(house.registry, house.base.at_hand.fingerprint.total, "served")
-        return version, version and version.override
+        return version, version.override if version else None
     try:
         said = read_json(files[PROVENANCE])
     except (OSError, ValueError, RecursionError):
