@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,12 @@ def test_a_whole_weight_beside_the_factors(tmp_path: Path, base: ServedBase) -> 
     assert "merge_and_unload" in only(folder, House(base, allow_ungated=True)).fix
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path, adapter: Path, house: House) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapter / "adapter_model.safetensors")
+    assert only(adapter, house).what == "not a regular file"
+
+
 def test_a_link_out_of_the_folder(tmp_path: Path, adapter: Path, house: House) -> None:
     (tmp_path / "outside.json").write_text("{}")
     (adapter / "extra.json").symlink_to(tmp_path / "outside.json")
@@ -283,8 +290,8 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path, base: ServedBa
     rewrite(folder, lambda tensors: tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"))
     told = [p.what for p in refused(folder, House(base))]
     expected = [
-        "another base", "another quantization", "the gate says hold", "golden prompt 1", "golden prompt 2",
-        "a tensor is missing",
+        "a tensor is missing", "another base", "another quantization", "the gate says hold", "golden prompt 1",
+        "golden prompt 2",
     ]  # fmt: skip
     assert len(told) == len(expected) and all(e in t for e, t in zip(expected, told, strict=True)), told
 

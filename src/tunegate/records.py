@@ -400,7 +400,7 @@ def from_json(data: Any, kind: type[T], where: str) -> T:
     if got != expected:
         raise InputError("not a record of this kind", where=where, expected=expected, got=str(got))
     try:
-        record: T = _reader(kind).validate_json(json.dumps(fields))
+        record: T = _reader(kind).validate_json(json.dumps(fields))  # type: ignore[arg-type]  # classes can be hashed
         return record
     except ValidationError as error:
         raise InputError([_problem(dict(item), where) for item in error.errors(include_url=False)]) from None

@@ -23,7 +23,6 @@ from tunegate.adapter.card import (
     load_card,
     manifest_problems,
     template_of,
-    template_problems,
 )
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, checked_header
 from tunegate.adapter.inject import head_paths
@@ -82,13 +81,12 @@ def stamp_of(folder: Path) -> Stamp | None:
 def admit(folder: Path, house: House, version: Version | None = None) -> Admitted:
     """The adapter in ``folder``; :class:`InputError` with everything that keeps it from answering. ``version``: what it
     is in the registry, where it came from there."""
-    problems: list[Problem] = []
-    stamp, files = stamp_of(folder), dict[str, Path]()
+    stamp = stamp_of(folder)
     if stamp is None:
         raise InputError(_not_an_adapter(folder))
-    with collecting(problems):
-        files = dict(regular_files(folder, ""))
-    card, key = _read(folder, problems)
+    files = dict(regular_files(folder, ""))  # nothing else is opened
+    problems = module_problems(folder, house.base)
+    card, key = _read(folder, files, problems)
     override = version.override if version else None
     if version is None:
         version, override = _known(house, files, problems)
@@ -99,21 +97,21 @@ def admit(folder: Path, house: House, version: Version | None = None) -> Admitte
     if card is not None:
         template = template_of(card)
         with collecting(problems):
-            problems += template_problems(card, house.base.renderer(template))
-    problems += module_problems(folder, house.base)
+            problems += house.base.golden_problems(card)
     if problems:
         raise InputError(list(dict.fromkeys(map(_with_way_out, problems))))
-    return Admitted(
-        key, folder, template, standing, _created(card, folder), version.adapter if version else None, stamp
-    )
+    id = version.adapter if version else None
+    return Admitted(key, folder, template, standing, _created(card, folder), id, stamp)
 
 
-def _read(folder: Path, problems: list[Problem]) -> tuple[AdapterCard | None, str]:
-    """The card, None without one, and the hash of the tensors and what the config means."""
+def _read(folder: Path, files: dict[str, Path], problems: list[Problem]) -> tuple[AdapterCard | None, str]:
+    """The card, None without one, and the hash of the tensors and what the config means. Tensors are read only where
+    nothing was found yet: they are of the base's size then."""
     card, key = None, ""
-    with collecting(problems):
-        key = adapter_hash(folder)
-    if (folder / CARD).exists():
+    if not problems:
+        with collecting(problems):
+            key = adapter_hash(folder)
+    if CARD in files:
         problems += manifest_problems(folder)
         with collecting(problems):
             card = load_card(folder)

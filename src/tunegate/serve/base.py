@@ -17,14 +17,17 @@ from typing import Any
 
 from torch import nn
 
-from tunegate.adapter.card import AtHand, recipe_text
+from tunegate.adapter.card import AtHand, recipe_text, template_of, template_problems
 from tunegate.data.render import Renderer
-from tunegate.errors import InputError
+from tunegate.errors import InputError, Problem
 from tunegate.model.bnb_files import stored_recipe
 from tunegate.model.fingerprint import fingerprint_base
 from tunegate.model.loading import empty_model, eos_ids, load_tokenizer
 from tunegate.model.resolve import ResolvedBase
 from tunegate.model.weights import tensors_of
+from tunegate.records import AdapterCard
+
+_MOST_CHECKERS = 8
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,32 @@ class ServedBase:
     skeleton: nn.Module
     created: int = field(default_factory=lambda: int(time.time()))
     _renderers: weakref.WeakValueDictionary[str | None, Renderer] = field(default_factory=weakref.WeakValueDictionary)
+    _checkers: dict[str | None, Renderer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _checking: threading.Lock = field(default_factory=threading.Lock)
 
     def renderer(self, template: str | None = None) -> Renderer:
-        """The renderer of a chat template (None: the base's own); :class:`InputError` if it is none. Safe from any
-        thread."""
+        """The renderer of a chat template (None: the base's own); :class:`InputError` if it is none. To be had from any
+        thread, to be used by one."""
         with self._lock:
             found = self._renderers.get(template)
             if found is None:
-                found = Renderer(self.tokenizer, template=template, eos_ids=eos_ids(self.resolved.path))
-                self._renderers[template] = found
+                found = self._renderers[template] = self._make(template)
             return found
+
+    def golden_problems(self, card: AdapterCard) -> list[Problem]:
+        """The golden prompts that give other tokens here with the template of the training; from any thread, while
+        :meth:`renderer`'s are in use. :class:`InputError` if there is no such template."""
+        template = template_of(card)
+        with self._checking:
+            if template not in self._checkers:
+                if len(self._checkers) >= _MOST_CHECKERS:
+                    self._checkers.clear()
+                self._checkers[template] = self._make(template)
+            return template_problems(card, self._checkers[template])
+
+    def _make(self, template: str | None) -> Renderer:
+        return Renderer(self.tokenizer, template=template, eos_ids=eos_ids(self.resolved.path))
 
 
 def open_base(

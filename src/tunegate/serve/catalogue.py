@@ -175,10 +175,11 @@ class Catalogue:
                 await self._put(entry)
             self._entries[name] = entry
 
-    def refuse(self, name: str, problems: Sequence[Problem]) -> bool:
-        """Requests for ``name`` are refused for these reasons from now on; none lifts that. True if that is news."""
+    def refuse(self, name: str, version: str | None, problems: Sequence[Problem]) -> bool:
+        """Requests for ``name``, as long as it means ``version``, are refused for these reasons; none lifts that. True
+        if that is news."""
         entry = self._entries.get(name)
-        if entry is None or entry.refused == tuple(problems):
+        if entry is None or entry.version != version or entry.refused == tuple(problems):
             return False
         self._entries[name] = replace(entry, refused=tuple(problems))
         return True
@@ -239,8 +240,8 @@ class Catalogue:
         try:
             found = await asyncio.to_thread(self._found_again, name, entry)
         except InputError as error:
-            if entry.folder is None and self._entries.get(name) is entry:  # only a change in the registry helps
-                self.refuse(name, error.problems)
+            if entry.folder is None:  # only a change in the registry helps
+                self.refuse(name, entry.version, error.problems)
             raise
         if found.served.key != entry.served.key:
             raise ModelRefused(

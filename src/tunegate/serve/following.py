@@ -89,7 +89,8 @@ class Follower:
         event, state = await asyncio.to_thread(self._read)
         if state is None:
             return
-        settled = [await self._settle(name, entry, state) for name, entry in self._catalogue.entries().items()]
+        entries = self._catalogue.entries().items()
+        settled = await asyncio.gather(*(self._settle(name, entry, state) for name, entry in entries))
         if self._everything:
             await self._add_production(state)
         if failed := [problem for error in settled if error for problem in error.problems]:
@@ -116,7 +117,7 @@ class Follower:
         """Bring one name up to date; what failed and may work later."""
         alias = entry.reference.partition("@") if entry.reference and "@" in entry.reference else None
         target = alias and aliased(state.by_name.get(alias[0], []), alias[2])
-        current = state.by_id.get(entry.version or "")
+        current, id = state.by_id.get(entry.version or ""), entry.version
         if target and target.adapter != entry.version:
             try:
                 await self._catalogue.move(name, target)
@@ -127,11 +128,11 @@ class Follower:
                 return error
             else:
                 log.info("%s moved from %s to %s %s", name, entry.served.root, target.ref, shown(target.adapter))
-                current = target
+                current, id = target, target.adapter
         problems = version_problems(current) if current else [Problem(_flag(flag), name) for flag in state.flags]
         if alias and target is None:
             problems.append(Problem(f"the registry has no {entry.reference} any more", name))
-        if self._catalogue.refuse(name, problems):
+        if self._catalogue.refuse(name, id, problems):
             if problems:
                 log.error("%s is refused from now on: %s", name, "; ".join(p.what for p in problems))
             else:
