@@ -248,8 +248,8 @@ def test_it_serves_what_it_says_until_it_is_told_to_stop(
 ) -> None:
     before, seen = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)), list[Any]()
     code, said = serve(
-        capsys, lambda url: seen.append(get(f"{url}/x")), "--adapter", f"a={adapter}", "--pin", "a", "--kv-cache", "64MB",
-        "--max-rows", "8", "--max-context", "100",
+        capsys, lambda url: seen.append(get(f"{url}/x")), "--adapter", f"a={adapter}", "--pin", "a",
+        "--kv-cache", "64MB", "--max-rows", "8", "--max-context", "100",
     )  # fmt: skip
     assert code == 0 and seen == [(200, "done")] and not stage.engine.alive and stage.admin
     key = adapter_hash(adapter)
