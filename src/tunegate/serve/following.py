@@ -64,7 +64,7 @@ class Follower:
         self._every = every
         self._seen: set[str] = set()  # production names that were added once: one that was unloaded stays away
         self._event = -1
-        self._told = ""  # the last error, told once
+        self._said: dict[str, str] = {}  # what was logged last of a name ("": of the registry), to say it once
 
     async def run(self) -> None:
         """Look for ever."""
@@ -72,16 +72,17 @@ class Follower:
             await asyncio.sleep(self._every * random.uniform(0.8, 1.2))
             try:
                 await self.look()
-            except Exception as error:  # whatever happened, what is served now goes on
-                self._tell(error)
+            except TunegateError as error:
+                self._say("", f"the registry cannot be followed, what is served goes on: {error}")
+            except Exception as error:  # a defect; what is served goes on all the same
+                self._say("", f"following the registry failed: {type(error).__name__}: {error}", error)
             else:
-                self._told = ""
+                self._said.pop("", None)
 
-    def _tell(self, error: Exception) -> None:
-        text = f"the registry cannot be followed, what is served goes on: {type(error).__name__}: {error}"
-        if text != self._told:
-            log.error("%s", text, exc_info=None if isinstance(error, TunegateError) else error)
-        self._told = text
+    def _say(self, name: str, text: str, error: Exception | None = None) -> None:
+        if self._said.get(name) != text:
+            log.error("%s", text, exc_info=error)
+        self._said[name] = text
 
     async def look(self) -> None:
         """Settle every name, if anything was written since the last look. :class:`TunegateError` if the registry cannot
@@ -114,7 +115,7 @@ class Follower:
         return event, state
 
     async def _settle(self, name: str, entry: Entry, state: _State) -> TunegateError | None:
-        """Bring one name up to date; what failed and may work later."""
+        """Bring one name up to date. What failed and may work at the next look is returned."""
         alias = entry.reference.partition("@") if entry.reference and "@" in entry.reference else None
         target = alias and aliased(state.by_name.get(alias[0], []), alias[2])
         current, id = state.by_id.get(entry.version or ""), entry.version
@@ -122,9 +123,8 @@ class Follower:
             try:
                 await self._catalogue.move(name, target)
             except InputError as error:
-                log.error("%s stays on %s: %s is not served: %s", name, entry.served.root, target.ref, error)
+                self._say(name, f"{name} stays on {entry.served.root}, {target.ref} is not served: {error}")
             except TunegateError as error:
-                log.error("%s stays on %s: %s cannot be fetched: %s", name, entry.served.root, target.ref, error)
                 return error
             else:
                 log.info("%s moved from %s to %s %s", name, entry.served.root, target.ref, shown(target.adapter))
@@ -148,10 +148,11 @@ class Follower:
         if not found:
             return
         for version, outcome in zip(found, await asyncio.to_thread(self._enrolments, found), strict=True):
-            self._seen.add(version.name)
             if isinstance(outcome, InputError):
-                log.error("%s is not served: %s", version.ref, outcome)
-            elif self._catalogue.enrol(version.name, outcome):
+                self._say(version.name, f"{version.ref} is not served: {outcome}")
+                continue
+            self._seen.add(version.name)
+            if self._catalogue.enrol(version.name, outcome):
                 log.info("%s is served: %s %s", version.name, version.ref, shown(version.adapter))
 
     def _enrolments(self, found: Sequence[Version]) -> list[Entry | InputError]:
