@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from registry_fixtures import Place
@@ -123,6 +125,7 @@ def test_a_template_that_is_none_is_told_and_not_raised(adapter: Path, house: Ho
         {"messages": [3], "ids": [1]},
         {"text": "x", "ids": [-1]},
         {"text": "x", "ids": ["1"]},
+        {"text": "x", "ids": [1 << 31]},
         {"messages": [{"role": "user"}], "tools": 3, "ids": [1]},
     ],
 )
@@ -130,6 +133,31 @@ def test_golden_prompts_that_are_none(adapter: Path, house: House, entry: dict[s
     golden = load_card(adapter).template["golden"]
     change_card(adapter, template={"hash": "b3:0", "golden": [*golden, entry]})
     assert "template.golden" in only(adapter, house).what
+
+
+def test_a_card_without_golden_prompts_proves_nothing(adapter: Path, house: House) -> None:
+    change_card(adapter, template={"hash": "b3:0", "golden": []})
+    assert "no golden prompts" in only(adapter, house).what
+
+
+@given(
+    content=st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
+    role=st.text(max_size=5) | st.integers(), tools=st.none() | st.lists(st.integers(), max_size=2),
+)  # fmt: skip
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_golden_prompt_holds_is_refused_in_words(
+    adapter: Path, house: House, content: Any, role: Any, tools: Any
+) -> None:
+    golden = [{"messages": [{"role": role, "content": content}], "tools": tools, "ids": [1]}]
+    change_card(adapter, template={"hash": "b3:0", "golden": golden})
+    assert refused(adapter, house)
+
+
+def test_a_card_may_hold_numbers_that_are_none(adapter: Path, house: House) -> None:
+    text = (adapter / "card.json").read_text().replace('"recipe": null', '"recipe": {"block": NaN}')
+    (adapter / "card.json").write_text(text)
+    write_json(adapter / MANIFEST, {name: hash_file(adapter / name) for name in FILES})
+    assert "another quantization" in only(adapter, house).what
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ does).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from tunegate import records
 from tunegate.adapter.files import CONFIG, TENSORS
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError, Problem, TunegateError
-from tunegate.files import canonical_json, hash_file, read_json
+from tunegate.files import hash_file, read_json
 from tunegate.model.fingerprint import BaseFingerprint
 from tunegate.records import AdapterCard
 
@@ -84,7 +85,9 @@ def _is_golden(entry: object) -> bool:
         return False
     messages, tools = entry.get("messages"), entry.get("tools") or []
     chat = isinstance(messages, list) and isinstance(tools, list) and all(isinstance(m, dict) for m in messages)
-    return (isinstance(entry.get("text"), str) or chat) and all(type(i) is int and i >= 0 for i in entry["ids"])
+    return (isinstance(entry.get("text"), str) or chat) and all(
+        type(i) is int and 0 <= i < 1 << 31 for i in entry["ids"]
+    )
 
 
 def template_of(card: AdapterCard) -> Any:
@@ -142,7 +145,7 @@ def base_problems(card: AdapterCard, base: AtHand, where: str, override: str = "
 
 
 def recipe_text(recipe: Any) -> str:
-    return "no quantization" if recipe is None else canonical_json(recipe)
+    return "no quantization" if recipe is None else json.dumps(recipe, sort_keys=True, separators=(",", ":"))
 
 
 def template_problems(card: AdapterCard, renderer: Renderer) -> list[Problem]:

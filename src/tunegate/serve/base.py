@@ -59,6 +59,9 @@ class ServedBase:
         """The golden prompts that give other tokens here with the template of the training; from any thread, while
         :meth:`renderer`'s are in use. :class:`InputError` if there is no such template."""
         template = template_of(card)
+        if not card.template["golden"]:
+            what = "the card has no golden prompts, so nothing shows that prompts are those of the training"
+            return [Problem(what, fix="train it again with `tunegate run`")]
         with self._checking:
             if template not in self._checkers:
                 if len(self._checkers) >= _MOST_CHECKERS:

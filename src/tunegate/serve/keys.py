@@ -39,9 +39,11 @@ class KeyGuard:
         self._wanted = _hash(key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._may(scope):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._may(scope)):
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            raise ValueError(f"a {scope['type']} connection, and this server has none")
         headers = [
             (b"content-type", b"application/json"), (b"content-length", str(len(_REFUSAL)).encode()),
             (b"www-authenticate", b"Bearer"),
