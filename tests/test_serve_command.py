@@ -290,6 +290,19 @@ def test_answers_under_way_have_a_while_to_end(
 
 
 @needs_uvicorn
+def test_a_server_that_is_told_to_stop_while_it_starts(
+    stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def start() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(stage.engine, "start", start)
+    assert main(["serve", str(tiny_llama), "--port", "0", "--json"]) == 0
+    assert not stage.engine.alive and capsys.readouterr().out == ""
+
+
+@needs_uvicorn
 def test_a_key_is_asked_for_and_other_machines_load_nothing(
     capsys: pytest.CaptureFixture[str], stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
