@@ -95,6 +95,14 @@ def find_targets(
     return targets, problems
 
 
+def servable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of the plain model that may carry an adapter, by path: all linear ones but the head, those that share
+    the embeddings' weight, and routers."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    head = _head_paths(model, modules)
+    return {p: m for p, m in modules.items() if features(m) and p not in head and not is_router(model, p)}
+
+
 def left_out(model: nn.Module, spec: AdapterSpec) -> str | None:
     """One line about what ``all-linear`` leaves as it is in a mixture of experts; None where that is nothing.
 

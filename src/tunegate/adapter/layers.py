@@ -247,20 +247,9 @@ class DoRALinear(nn.Module):
             self._kept_norm = key, self.row_norm()
         return self._kept_norm[1]
 
-    @torch.no_grad()
     def row_norm(self) -> Tensor:
-        """``||W + scale * B A||`` per output row, (out,) fp32, without forming the sum.
-
-        Where the update cancels a row of W, the difference is lost in rounding and may come out negative: n^2 is
-        kept above one fp32 rounding unit of ||W||^2, and above the smallest normal number for a row of zeros.
-        """
-        with torch.autocast(self.lora_A.device.type, enabled=False):  # the norm is fp32 even under autocast
-            a, b = self.lora_A.float(), self.lora_B.float()
-            added = (_cross(self.base, a, b, self.scale) * b).sum(1)
-            squared = self.squared_norm + self.scale * added
-            limits = torch.finfo(torch.float32)
-            floor = (self.squared_norm * limits.eps).clamp_min(limits.tiny)
-            return torch.maximum(squared, floor).sqrt()
+        """``||W + scale * B A||`` per output row, (out,) fp32, without forming the sum."""
+        return row_norm(self.base, self.squared_norm, self.lora_A, self.lora_B, self.scale)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -278,6 +267,21 @@ class DoRALinear(nn.Module):
 
 
 AdapterLayer = LoRALinear | DoRALinear
+
+
+@torch.no_grad()
+def row_norm(base: nn.Module, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``||W + scale * B A||`` per output row of ``base``, (out,) fp32; ``squared`` are the squared norms of W's rows.
+
+    Where the update cancels a row of W, the difference is lost in rounding and may come out negative: n^2 is kept
+    above one fp32 rounding unit of ||W||^2, and above the smallest normal number for a row of zeros.
+    """
+    with torch.autocast(a.device.type, enabled=False):  # the norm is fp32 even under autocast
+        a, b = a.float(), b.float()
+        added = (_cross(base, a, b, scale) * b).sum(1)
+        limits = torch.finfo(torch.float32)
+        floor = (squared * limits.eps).clamp_min(limits.tiny)
+        return torch.maximum(squared + scale * added, floor).sqrt()
 
 
 def _cross(layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -109,6 +109,11 @@ class FusedLayers:
 
     def run(self, layer: Any, hidden: Tensor, position_embeddings: Any, attention_pass: Any) -> Tensor | None:
         """The layer on hidden (1, T, H), or None if it cannot be computed here as it now is."""
+        recorded = getattr(attention_pass, "recorded", None)
+        if recorded is not None:
+            out = recorded.replay(self._order[layer], hidden, position_embeddings)
+            if out is not None:
+                return out
         projections = _projections(layer, self.shapes[layer])
         if projections is None:
             return None
@@ -128,6 +133,10 @@ class FusedLayers:
         if wants_grad:
             again = self._order[layer] < self.recompute
             return _Layer.apply(x, self, context, state.lease, again, *parameters)[None]
+        if recorded is not None:
+            out = recorded.record(self._order[layer], context, hidden, position_embeddings, index)
+            if out is not None:
+                return out
         out = torch.empty_like(x)
         with self._scratch.scope(), self.temporary.scope():
             fused_layer.forward(context, x, out, self.temporary, saving=False)

@@ -31,7 +31,9 @@ from tunegate.kernels.gain import gain_backward, partial_floats
 from tunegate.kernels.glu import gated, gated_backward
 from tunegate.kernels.linear import Product, Term, multiply
 from tunegate.kernels.norm import rms_norm, rms_norm_backward
+from tunegate.kernels.recording import also, hold
 from tunegate.kernels.rope import rope_
+from tunegate.kernels.segments import Segments, Target, add_segments
 
 _MODULES = 16  # room for a layer's projections between two layers' dropout seeds
 
@@ -126,10 +128,20 @@ def _project(
         terms = [Term(x, p.weight)]
         if small is not None:
             terms.append(Term(small, p.parameters[1].detach()))
-        bias = p.bias if p.bias is None or factor == 1.0 else p.bias * factor
+        bias = p.bias if p.bias is None or factor == 1.0 else hold(p.bias * factor)
         products.append(Product(out, terms, alpha=factor, add=add, bias=bias, column_scale=p.gain))
     multiply(*products)
+    segments = _segments(group)
+    if segments is not None:
+        targets = [Target(out, p.served.column, p.bias) for p, out in zip(group, outs, strict=True) if p.served]
+        add_segments(x, segments, targets)
     return low
+
+
+def _segments(group: Sequence[Projection]) -> Segments | None:
+    """Adapters that rows of this pass have of their own on ``group``."""
+    served = group[0].served
+    return None if served is None else served.served.segments
 
 
 def _project_backward(
@@ -242,6 +254,9 @@ def _branch(
     it, the norm's inverse RMS, and the low-rank activation. Without ``out`` only what is returned is computed."""
     factor = c.shape.residual
     adapted = group[0].gain is not None and saving
+    segments = _segments(group)
+    if segments is not None:  # what they scale must not hold the residual
+        adapted = factor != 1.0 or any(p.served and p.served.column in segments.gains for p in group)
     if after is None and not adapted:
         if out is None:
             return None, None, _low_rank(c, x, group, keep, first)
@@ -250,13 +265,13 @@ def _branch(
     low = _project(c, x, group, [own], keep, first)
     if after is None:
         if out is not None:
-            torch.add(residual, own, alpha=factor, out=out)
+            also(lambda: torch.add(residual, own, alpha=factor, out=out))
         return own, None, low
     inverse = keep.take(len(x))
     with c.scratch.scope():
         _norm(after, own, c.scratch.take(*own.shape, dtype=x.dtype) if out is None else out, inverse)
     if out is not None:
-        out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual)
+        also(lambda: out.mul_(factor).add_(residual) if factor != 1.0 else out.add_(residual))
     return own, inverse, low
 
 

@@ -12,7 +12,7 @@ their own forward, with a reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunegate.adapter.layers import DoRALinear, LoRALinear
+from tunegate.adapter.segmented import SegmentedLinear
 from tunegate.kernels.linear import QuantizedWeight
 from tunegate.kernels.stored import StoredLinear
 
@@ -74,7 +75,8 @@ class Shape:
 class Projection:
     """One linear layer as the kernels see it: ``gain * (x W^T + scale * drop(x) A^T B^T) + bias``.
 
-    ``parameters`` are the adapter's own, in the order of the gradients: (), (A, B) or (A, B, magnitude).
+    ``parameters`` are the adapter's own, in the order of the gradients: (), (A, B) or (A, B, magnitude). ``served``:
+    rows of the pass may have adapters of their own on top.
     """
 
     weight: Tensor | QuantizedWeight
@@ -84,6 +86,7 @@ class Projection:
     scale: float = 1.0
     dropout: float = 0.0
     gain: Tensor | None = None
+    served: SegmentedLinear | None = None
 
     @property
     def rank(self) -> int:
@@ -92,6 +95,9 @@ class Projection:
 
 def resolve(module: nn.Module) -> Projection | None:
     """The projection, or None if the fused layer cannot compute it as it now is."""
+    if isinstance(module, SegmentedLinear):
+        plain = resolve(module.base)
+        return None if plain is None else replace(plain, served=module)
     adapter = module if isinstance(module, (LoRALinear, DoRALinear)) else None
     base = adapter.base if adapter is not None else module
     weight: Tensor | QuantizedWeight
@@ -173,7 +179,7 @@ def _read(layer: Any) -> Shape:
 
 
 def _plain(parameter: str) -> str:
-    """The module a parameter belongs to, without an adapter's wrapper around it."""
+    """The module a parameter belongs to, without a wrapper around it."""
     module = parameter.rpartition(".")[0]
     return module.removesuffix(".base")
 

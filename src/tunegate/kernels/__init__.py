@@ -6,13 +6,20 @@ tensors at hand, and its twin otherwise.
 """
 
 from tunegate.kernels.attention import DecodeStore, Layout, Plan, attention, decode_attention, similar_lengths
-from tunegate.kernels.cross_entropy import Head, argmax_logits, linear_cross_entropy, target_log_probs
+from tunegate.kernels.cross_entropy import (
+    Head,
+    all_logits,
+    argmax_logits,
+    linear_cross_entropy,
+    target_log_probs,
+)
 
 __all__ = [
     "DecodeStore",
     "Head",
     "Layout",
     "Plan",
+    "all_logits",
     "argmax_logits",
     "attention",
     "decode_attention",

@@ -313,8 +313,9 @@ def decode_attention(
     if not wants_gradient and varlen.supports(query, store.key, store.value) and _dense(store):
         query = query if query.stride(-1) == 1 else query.contiguous()
         out = query.new_empty(*query.shape[:2], store.value.shape[-1])
+        places = varlen.Places(torch.arange(len(query))[:, None], lengths, store.key.shape[2])  # a row is a page
         prefix_parts, own_parts = (store.prefix_key, store.prefix_value), (store.key, store.value)
-        varlen.decode(query, prefix_parts, own_parts, lengths, varlen.Options(scale, window, softcap), out=out)
+        varlen.decode(query, prefix_parts, own_parts, places, varlen.Options(scale, window, softcap), out=out)
         return out
     rows, heads, dim = query.shape
     prefix, kv_heads = store.prefix_key.shape[0], store.key.shape[1]

@@ -279,6 +279,17 @@ def target_log_probs(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 @torch.no_grad()
+def all_logits(hidden: Tensor, head: Head) -> Tensor:
+    """(N, H) to (N, V) fp32. By the kernels where they take the head: a row's logits do not depend on the others."""
+    layer = _plain_head(hidden, head)
+    if native.library() is None or layer is None:
+        return head.logits(hidden)
+    logits = torch.empty(len(hidden), layer.weight.shape[0])
+    multiply(Product(logits, [Term(hidden, layer.weight)], bias=layer.bias))
+    return _mapped(logits, head.scale, head.softcap)
+
+
+@torch.no_grad()
 def argmax_logits(hidden: Tensor, head: Head) -> Tensor:
     """The id of each row's largest logit, (N,) int64; the lowest of equal ones.
 

@@ -150,48 +150,78 @@ def attention_backward(
     )
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where rows keep their keys: ``table`` (rows, most pages) int64 names each row's pages in order, a page holds
+    ``size`` keys, ``lengths`` (rows,) int64 counts each row's. Checked once, for all layers of a pass."""
+
+    table: Tensor
+    lengths: Tensor
+    size: int
+    pages: int = field(init=False)  # that exist at least
+
+    def __post_init__(self) -> None:
+        rows = len(self.lengths)
+        for name, tensor, dims in (("lengths", self.lengths, 1), ("table", self.table, 2)):
+            if len(tensor) != rows or tensor.dim() != dims or tensor.dtype != torch.int64 or not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected {rows} rows of contiguous int64, got {_told(tensor)}")
+        room = self.table.shape[1] * self.size
+        if rows and not 1 <= int(self.lengths.min()) <= int(self.lengths.max()) <= room:
+            raise ValueError(f"lengths: expected 1 to {room}, got {int(self.lengths.min())}, {int(self.lengths.max())}")
+        if rows and int(self.table.min()) < 0:
+            raise ValueError(f"table: expected pages from 0 on, got {int(self.table.min())}")
+        object.__setattr__(self, "pages", int(self.table.max()) + 1 if rows else 0)
+
+
 def decode(
     query: Tensor,
     prefix: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
-    lengths: Tensor,
+    places: Places,
     options: Options,
     *,
     out: Tensor,
+    new: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """One query a row, (B, H, D), over a shared prefix and the row's own keys, into ``out`` (B, H, Dv).
 
-    ``prefix``: (P, Hkv, D) and (P, Hkv, Dv), P may be 0. ``own``: (B, Hkv, capacity, D or Dv), the inner two
-    dimensions dense. ``lengths`` (B,) int64: own keys of each row, the query's own included.
+    ``prefix``: (P, Hkv, D) and (P, Hkv, Dv), P may be 0. ``own``: keys and values in pages, (pages, Hkv, size, D or
+    Dv), the inner two dimensions dense; ``places`` says where each row's are, the query's own key included. ``new``:
+    (B, Hkv, D) and (B, Hkv, Dv), that key and its value, written to the row's last place first; None: they lie there.
     """
     rows, heads, dim = query.shape
     (prefix_key, prefix_value), (key, value) = prefix, own
-    value_dim = value.shape[-1]
-    for name, tensor, shape in (
-        ("prefix key", prefix_key, (len(prefix_key), key.shape[1], dim)),
-        ("prefix value", prefix_value, (len(prefix_key), key.shape[1], value_dim)),
-        ("key", key, (rows, key.shape[1], key.shape[2], dim)),
-        ("value", value, (rows, key.shape[1], key.shape[2], value_dim)),
+    pages, kv_heads, size, value_dim = value.shape
+    checks = [
+        ("prefix key", prefix_key, (len(prefix_key), kv_heads, dim)),
+        ("prefix value", prefix_value, (len(prefix_key), kv_heads, value_dim)),
+        ("key", key, (pages, kv_heads, size, dim)),
         ("out", out, (rows, heads, value_dim)),
         ("query", query, (rows, heads, dim)),
-    ):
+    ]
+    if new is not None:
+        checks += [("new key", new[0], (rows, kv_heads, dim)), ("new value", new[1], (rows, kv_heads, value_dim))]
+    for name, tensor, shape in checks:
         if tuple(tensor.shape) != shape or tensor.dtype != query.dtype or tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected {shape} {query.dtype}, inner stride 1, got {_told(tensor)}")
-    if heads % key.shape[1] or key.stride(2) != dim or value.stride(2) != value_dim:
+    if heads % kv_heads or key.stride(2) != dim or value.stride(2) != value_dim or value.dtype != query.dtype:
         raise ValueError(f"{heads} heads over keys {_told(key)}, values {_told(value)}: places must lie densely")
-    if tuple(lengths.shape) != (rows,) or lengths.dtype != torch.int64 or not lengths.is_contiguous():
-        raise ValueError(f"lengths: expected ({rows},) int64, got {_told(lengths)}")
-    if rows and not 1 <= int(lengths.min()) <= int(lengths.max()) <= key.shape[2]:
-        raise ValueError(f"lengths: expected 1 to {key.shape[2]}, got {int(lengths.min())} to {int(lengths.max())}")
+    if len(places.lengths) != rows or places.size != size or places.pages > pages:
+        raise ValueError(f"places of {len(places.lengths)} rows on {places.pages} pages of {places.size}: {_told(key)}")
     half = query.dtype == torch.bfloat16
     window = min(options.window or UNBOUNDED, UNBOUNDED)
+    views = [_view(x) for x in (query, out, prefix_key, prefix_value)]
+    views += [(0, 0, 0)] * 2 if new is None else [_view(x) for x in new]
     _library().decode_attention(
-        [heads, key.shape[1], dim, value_dim, len(prefix_key), 0, window, half],
+        [heads, kv_heads, dim, value_dim, len(prefix_key), 0, window, half],
         options.scale,
         options.softcap or 0.0,
-        lengths.data_ptr(),
+        places.lengths.data_ptr(),
         rows,
-        *(_view(x) for x in (query, out, prefix_key, prefix_value, key, value)),
+        views,
+        _view(key),
+        _view(value),
+        (places.table.data_ptr(), places.table.shape[1], size),
     )
 
 

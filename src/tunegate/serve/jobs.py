@@ -11,9 +11,10 @@ data that JSON can carry; :func:`to_json` and the ``from_json`` beside each clas
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tunegate.engine.sampling import Picking
 from tunegate.errors import TunegateError
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -25,37 +26,6 @@ class EngineGone(TunegateError):
 
 class EngineFull(TunegateError):
     """No room for the job now: too many wait. It may be sent again later."""
-
-
-@dataclass(frozen=True)
-class Picking:
-    """How each next token is chosen.
-
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 take all tokens; ``min_p`` drops those below that share of
-    the likeliest one's probability. Penalties are OpenAI's (``presence``, ``frequency``: subtracted from the logits of
-    tokens of the answer) and transformers' ``repetition`` (divides; prompt included, 1 for none). ``logit_bias`` adds.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the likeliest token is taken as the model gives it."""
-        return (
-            self.temperature == 0.0
-            and self.presence == 0.0
-            and self.frequency == 0.0
-            and self.repetition == 1.0
-            and not self.logit_bias
-        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +42,7 @@ class Job:
     max_new_tokens: int
     stop_ids: tuple[int, ...] = ()
     adapter: str | None = None
-    picking: Picking = Picking()
+    picking: Picking = field(default_factory=Picking)
     form: tuple[str, str | tuple[str, ...], bool] | None = None
     logprobs: int | None = None
 

@@ -63,10 +63,13 @@ struct DecodeAttention {
   int64_t rows;
   TokenView q, out;                   // token = row
   TokenView prefix_key, prefix_value;  // (prefix, kv_heads, dim)
-  void *key, *value;                  // (rows, kv_heads, capacity, dim): strides below, inner two dense
-  int64_t key_row, key_head, value_row, value_head;
-  const int64_t* lengths;  // (rows,), own keys, the query's included
-  int64_t rows_each;       // rows of a task
+  void *key, *value;                  // (pages, kv_heads, page_places, dim): strides below, inner two dense
+  int64_t key_page, key_head, value_page, value_head;
+  const int64_t* pages;  // (rows, pages_each): the pages of a row's own keys, in order
+  int64_t pages_each, page_places;
+  TokenView new_key, new_value;  // token = row: written to the row's last place first; null data: they lie there
+  const int64_t* lengths;        // (rows,), own keys, the query's included
+  int64_t rows_each;             // rows of a task
 };
 
 }  // namespace tunegate

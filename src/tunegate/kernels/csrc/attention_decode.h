@@ -1,7 +1,7 @@
 // Part of attention.cpp: decode attention, one query a row.
 //
 // The shared prefix is attended by all rows of a task at once, in lanes, as in forward; a row's own keys are read
-// once, as they lie, for all heads that share them. The two partial softmaxes meet at the end.
+// once, as they lie in their pages, for all heads that share them. The two partial softmaxes meet at the end.
 #pragma once
 #include "attention_forward.h"
 
@@ -29,56 +29,61 @@ inline quad four_scores(const float* q, const T* keys, int64_t step, int64_t dim
   return (a + b) + (c + d);
 }
 
-struct OwnKeys {
-  int64_t count, dim, value_dim, key_step, value_step;
-};
-
-// out[g] = sum over keys of exp(score - maximum[g]) value, and the sum of the weights. scores: (group, stride).
-// Vectors of dim and value_dim are whole.
+// Scores of all heads of a group with keys that lie one after the other. scores: (group, stride).
 template <typename T>
-inline void own_attention(const AttentionShape& s, const float* q, const T* k, const T* v, const OwnKeys& own,
-                          int64_t group, float* scores, int64_t stride, float* maximum, float* total, float* out) {
-  for (int64_t n = 0; n < own.count; n += 4) {
-    int64_t from = max_of(0, min_of(n, own.count - 4));
-    if (own.count < 4) break;
-    for (int64_t g = 0; g < group; g++)
-      store4(scores + g * stride + from, four_scores(q + g * own.dim, k + from * own.key_step, own.key_step, own.dim));
-  }
-  for (int64_t g = 0; g < group; g++) {
-    float* row = scores + g * stride;
-    if (own.count < 4)
-      for (int64_t n = 0; n < own.count; n++) row[n] = four_scores(q + g * own.dim, k + n * own.key_step, 0, own.dim)[0];
-    int64_t padded = round_up(own.count, W);
-    for (int64_t n = own.count; n < padded; n++) row[n] = -INFINITY;
-    vfloat top = splat(kLowest), sum_of = vfloat{};
-    for (int64_t n = 0; n < padded; n += W) {
-      vfloat score = load(row + n);
-      if (s.softcap > 0) {
-        vint none = (vint)(score == splat(-INFINITY));
-        score = select(none, score, vtanh(score) * s.softcap);
-        store(row + n, score);
-      }
-      top = vmax(score, top);
-    }
-    maximum[g] = largest(top);
-    for (int64_t n = 0; n < padded; n += W) {
-      vfloat weight = exp_down(load(row + n) - maximum[g]);
-      store(row + n, weight);
-      sum_of += weight;
-    }
-    total[g] = sum(sum_of);
-  }
-  for (int64_t d = 0; d < own.value_dim;) {
-    int64_t vectors = min_of(kPanel, own.value_dim - d) / W;
+inline void run_scores(const float* q, const T* keys, int64_t dim, int64_t count, int64_t group, float* scores,
+                       int64_t stride) {
+  for (int64_t n = 0; n < count; n += 4) {
+    int64_t from = min_of(n, count - 4);
     for (int64_t g = 0; g < group; g++) {
-      Operand weights = {scores + g * stride, stride, 1};
-      float* to = out + g * own.value_dim + d;
-      if (vectors == 3) tile<1, 3, kFresh>(weights, v + d, own.value_step, own.count, to, own.value_dim, nullptr);
-      if (vectors == 2) tile<1, 2, kFresh>(weights, v + d, own.value_step, own.count, to, own.value_dim, nullptr);
-      if (vectors == 1) tile<1, 1, kFresh>(weights, v + d, own.value_step, own.count, to, own.value_dim, nullptr);
+      const float* query = q + g * dim;
+      float* to = scores + g * stride;
+      if (from >= 0)
+        store4(to + from, four_scores(query, keys + from * dim, dim, dim));
+      else
+        for (int64_t i = 0; i < count; i++) to[i] = four_scores(query, keys + i * dim, 0, dim)[0];
+    }
+  }
+}
+
+// out[g] = start + sum of weight * value over values that lie one after the other.
+template <Start S, typename T>
+inline void run_values(const float* weights, int64_t stride, const T* values, int64_t dim, int64_t count,
+                       int64_t group, float* out) {
+  for (int64_t d = 0; d < dim;) {
+    int64_t vectors = min_of(kPanel, dim - d) / W;
+    for (int64_t g = 0; g < group; g++) {
+      Operand left = {weights + g * stride, stride, 1};
+      float* to = out + g * dim + d;
+      if (vectors == 3) tile<1, 3, S>(left, values + d, dim, count, to, dim, nullptr);
+      if (vectors == 2) tile<1, 2, S>(left, values + d, dim, count, to, dim, nullptr);
+      if (vectors == 1) tile<1, 1, S>(left, values + d, dim, count, to, dim, nullptr);
     }
     d += vectors * W;
   }
+}
+
+// Scores of count keys become exp(score - maximum), and their sum the total.
+inline void own_softmax(const AttentionShape& s, float* row, int64_t count, float* maximum, float* total) {
+  int64_t padded = round_up(count, W);
+  for (int64_t n = count; n < padded; n++) row[n] = -INFINITY;
+  vfloat top = splat(kLowest), sum_of = vfloat{};
+  for (int64_t n = 0; n < padded; n += W) {
+    vfloat score = load(row + n);
+    if (s.softcap > 0) {
+      vint none = (vint)(score == splat(-INFINITY));
+      score = select(none, score, vtanh(score) * s.softcap);
+      store(row + n, score);
+    }
+    top = vmax(score, top);
+  }
+  *maximum = largest(top);
+  for (int64_t n = 0; n < padded; n += W) {
+    vfloat weight = exp_down(load(row + n) - *maximum);
+    store(row + n, weight);
+    sum_of += weight;
+  }
+  *total = sum(sum_of);
 }
 
 // Rows widened and padded to whole vectors, for dims that are not.
@@ -92,12 +97,13 @@ inline void pad_rows(const T* from, int64_t step, int64_t count, int64_t dim, fl
 }
 
 struct DecodeBuffers {
-  float *q, *scores, *maximum, *total, *out, *k, *v;
+  float *q, *scores, *maximum, *total, *out, *copy;
   int64_t stride;
-  DecodeBuffers(const AttentionShape& s, int64_t group, int64_t longest, bool copies) {
-    int64_t wide = round_up(s.dim, W), value_wide = round_up(s.value_dim, W), copied = copies ? longest : 0;
+  // copied: places of a page whose rows have to be padded to whole vectors, else 0
+  DecodeBuffers(const AttentionShape& s, int64_t group, int64_t longest, int64_t copied) {
+    int64_t wide = round_up(s.dim, W), value_wide = round_up(s.value_dim, W);
     stride = round_up(longest, W);
-    int64_t floats = group * (wide + value_wide + stride + 2) + copied * (wide + value_wide) + 16 * 8;
+    int64_t floats = group * (wide + value_wide + stride + 2) + copied * max_of(wide, value_wide) + 16 * 8;
     float* p = static_cast<float*>(scratch(floats * 4 + 512, 1));
     auto take = [&p](int64_t n) {
       float* at = p;
@@ -109,30 +115,60 @@ struct DecodeBuffers {
     maximum = take(group);
     total = take(group);
     out = take(group * value_wide);
-    k = take(copied * wide);
-    v = take(copied * value_wide);
+    copy = take(copied * max_of(wide, value_wide));
   }
 };
+
+// A row's own keys and values of one kv head, in runs that lie densely: body(key number, page, place, count).
+template <typename F>
+inline void each_run(const DecodeAttention& call, int64_t row, int64_t first, F&& body) {
+  int64_t length = call.lengths[row];
+  const int64_t* pages = call.pages + row * call.pages_each;
+  for (int64_t n = first; n < length;) {
+    int64_t place = n % call.page_places, count = min_of(call.page_places - place, length - n);
+    body(n - first, pages[n / call.page_places], place, count);
+    n += count;
+  }
+}
+
+template <typename T>
+inline void put_new(const DecodeAttention& call, int64_t row, int64_t kv) {
+  if (!call.new_key.data) return;
+  const AttentionShape& s = call.shape;
+  int64_t last = call.lengths[row] - 1, page = call.pages[row * call.pages_each + last / call.page_places];
+  int64_t place = last % call.page_places;
+  T* key = static_cast<T*>(call.key) + page * call.key_page + kv * call.key_head + place * s.dim;
+  T* value = static_cast<T*>(call.value) + page * call.value_page + kv * call.value_head + place * s.value_dim;
+  memcpy(key, View<const T>(call.new_key).at(row, kv), size_t(s.dim) * sizeof(T));
+  memcpy(value, View<const T>(call.new_value).at(row, kv), size_t(s.value_dim) * sizeof(T));
+}
 
 // One row's own keys: unnormalised output, maximum and sum into b.
 template <typename T>
 inline void own_part(const DecodeAttention& call, int64_t row, int64_t kv, int64_t group, DecodeBuffers& b,
                      bool copies) {
   const AttentionShape& s = call.shape;
-  int64_t length = call.lengths[row], first = max_of(0, length - s.window), count = length - first;
+  int64_t first = max_of(0, call.lengths[row] - s.window), count = call.lengths[row] - first;
   int64_t wide = round_up(s.dim, W), value_wide = round_up(s.value_dim, W);
   float factor = s.softcap > 0 ? s.scale / s.softcap : s.scale;
   View<const T> q(call.q);
   pad_rows(q.at(row, kv * group), q.head, group, s.dim, b.q);
   for (int64_t i = 0; i < group * wide; i++) b.q[i] *= factor;
-  const T* k = static_cast<const T*>(call.key) + row * call.key_row + kv * call.key_head + first * s.dim;
-  const T* v = static_cast<const T*>(call.value) + row * call.value_row + kv * call.value_head + first * s.value_dim;
-  OwnKeys own = {count, wide, value_wide, wide, value_wide};
-  if (!copies)
-    return own_attention(s, b.q, k, v, own, group, b.scores, b.stride, b.maximum, b.total, b.out);
-  pad_rows(k, s.dim, count, s.dim, b.k);
-  pad_rows(v, s.value_dim, count, s.value_dim, b.v);
-  own_attention<float>(s, b.q, b.k, b.v, own, group, b.scores, b.stride, b.maximum, b.total, b.out);
+  put_new<T>(call, row, kv);
+  each_run(call, row, first, [&](int64_t n, int64_t page, int64_t place, int64_t some) {
+    const T* k = static_cast<const T*>(call.key) + page * call.key_page + kv * call.key_head + place * s.dim;
+    if (!copies) return run_scores(b.q, k, wide, some, group, b.scores + n, b.stride);
+    pad_rows(k, s.dim, some, s.dim, b.copy);
+    run_scores(b.q, b.copy, wide, some, group, b.scores + n, b.stride);
+  });
+  for (int64_t g = 0; g < group; g++) own_softmax(s, b.scores + g * b.stride, count, b.maximum + g, b.total + g);
+  memset(b.out, 0, size_t(group * value_wide) * 4);
+  each_run(call, row, first, [&](int64_t n, int64_t page, int64_t place, int64_t some) {
+    const T* v = static_cast<const T*>(call.value) + page * call.value_page + kv * call.value_head + place * s.value_dim;
+    if (!copies) return run_values<kAdd>(b.scores + n, b.stride, v, value_wide, some, group, b.out);
+    pad_rows(v, s.value_dim, some, s.value_dim, b.copy);
+    run_values<kAdd>(b.scores + n, b.stride, b.copy, value_wide, some, group, b.out);
+  });
 }
 
 // The prefix's part for all lanes of the task: state in b.
@@ -167,7 +203,7 @@ void decode_rows(const DecodeAttention& call, int64_t begin, int64_t end, int64_
   for (int64_t row = begin; row < end; row++) longest = max_of(longest, min_of(call.lengths[row], s.window));
   Lanes lanes = {begin, (end - begin) * group, round_up((end - begin) * group, F::kLanes), kv, group};
   F shared(s, lanes.padded, key_block(s));
-  DecodeBuffers b(s, group, longest, copies);
+  DecodeBuffers b(s, group, longest, copies ? min_of(call.page_places, longest) : 0);
   if (s.prefix) prefix_part(call, lanes, shared);
   View<T> out(call.out);
   for (int64_t row = begin; row < end; row++) {

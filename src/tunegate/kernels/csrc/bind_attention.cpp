@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "recording.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -127,17 +128,28 @@ void backward(const Shape& numbers, float scale, float softcap, uintptr_t starts
   active().attention_backward(call);
 }
 
-// store: key and value as (address, row stride, head stride)
-void decode(const Shape& numbers, float scale, float softcap, uintptr_t lengths, int64_t rows, const View& q,
-            const View& out, const View& prefix_key, const View& prefix_value, const View& key, const View& value) {
+// views: q, out, prefix key, prefix value, new key, new value; key and value as (address, page stride, head stride);
+// pages: (address, pages of a row, places of a page)
+void decode(const Shape& numbers, float scale, float softcap, uintptr_t lengths, int64_t rows,
+            const std::vector<View>& views, const View& key, const View& value, const View& pages) {
   AttentionShape s = shape_of(numbers, scale, softcap);
+  DecodeAttention call = {};
+  call.shape = s;
+  call.rows = rows;
+  TokenView* places[] = {&call.q, &call.out, &call.prefix_key, &call.prefix_value, &call.new_key, &call.new_value};
+  for (size_t i = 0; i < 6; i++) *places[i] = view(views.at(i));
+  std::tie(call.key_page, call.key_head) = std::make_tuple(std::get<1>(key), std::get<2>(key));
+  std::tie(call.value_page, call.value_head) = std::make_tuple(std::get<1>(value), std::get<2>(value));
+  call.key = view(key).data;
+  call.value = view(value).data;
+  call.pages = integers(std::get<0>(pages));
+  call.pages_each = std::get<1>(pages);
+  call.page_places = std::get<2>(pages);
+  call.lengths = integers(lengths);
   // enough rows to share a pass over the prefix, few enough for every thread to have some
-  int64_t each = s.prefix ? std::max<int64_t>(1, 24 / (s.heads / s.kv_heads)) : 1;
-  DecodeAttention call = {s, rows, view(q), view(out), view(prefix_key), view(prefix_value), view(key).data,
-                          view(value).data, view(key).token, view(key).head, view(value).token, view(value).head,
-                          integers(lengths), each};
+  call.rows_each = s.prefix ? std::max<int64_t>(1, 24 / (s.heads / s.kv_heads)) : 1;
   nb::gil_scoped_release released;
-  active().decode_attention(call);
+  issue([call] { active().decode_attention(call); });
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "pool.h"
+#include "recording.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -29,7 +30,7 @@ void rms_norm(Shape shape, bool is_bf16, Rows x, Rows out, uintptr_t weight, boo
   call.weight = reinterpret_cast<const void*>(weight), call.weight_is_bf16 = weight_is_bf16;
   call.inverse_rms = reinterpret_cast<float*>(inverse_rms);
   call.eps = eps, call.offset = offset;
-  active().rms_norm(call);
+  issue([call] { active().rms_norm(call); });
 }
 
 void rms_norm_backward(Shape shape, bool is_bf16, Rows grad_out, Rows x, Rows out, Rows add, uintptr_t weight,
@@ -52,7 +53,7 @@ void rope(uintptr_t x, Shape shape, Shape strides, int64_t rotated, Rows cosine,
   call.rotated = rotated;
   call.cosine = strided(cosine), call.sine = strided(sine);
   call.is_bf16 = is_bf16, call.angles_are_bf16 = angles_are_bf16, call.inverse = inverse;
-  active().rope(call);
+  issue([call] { active().rope(call); });
 }
 
 void gated(Shape shape, bool is_bf16, Rows gate, Rows up, Rows out, int activation) {
@@ -60,7 +61,7 @@ void gated(Shape shape, bool is_bf16, Rows gate, Rows up, Rows out, int activati
   call.shape = shaped(shape, is_bf16);
   call.gate = strided(gate), call.up = strided(up), call.out = strided(out);
   call.activation = Activation(activation);
-  active().gated(call);
+  issue([call] { active().gated(call); });
 }
 
 void gated_backward(Shape shape, bool is_bf16, Rows grad_out, Rows gate, Rows up, Rows grad_gate, Rows grad_up,

@@ -4,8 +4,10 @@
 #include <nanobind/nanobind.h>
 
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
+#include "recording.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -84,7 +86,8 @@ void gemm(nb::list list) {
   products.reserve(list.size());
   for (nb::handle item : list) products.push_back(read_product(item.ptr()));
   nb::gil_scoped_release unlocked;
-  tunegate::active().gemm(products.data(), int64_t(products.size()));
+  tunegate::issue(
+      [products = std::move(products)] { tunegate::active().gemm(products.data(), int64_t(products.size())); });
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // Each product is cut into tiles of its output. A tile's accumulators are fp32 in the thread's second-level cache;
 // all terms add to them, one block of k after the other, and the epilogue rounds once. The weights of as many
 // columns as the shared buffer holds are packed first (by all threads), then the tiles are computed; a product of few
-// rows packs inside its tiles, and one of very few streams its weights unpacked (gemm_small.h). No sum is ever split
+// rows packs inside its tiles, and one of fewer packs x and streams its weights (gemm_small.h). No sum is ever split
 // between threads: the bytes do not depend on their number.
 #include "gemm.h"
 
@@ -47,7 +47,7 @@ inline void plan_blocks(Job& job) {
   job.packs = 0;
   for (int t = 0; t < job.product->terms; t++) {
     int64_t k = job.product->term[t].k;
-    bool pairs = takes_bf16(job.product->term[t]);
+    bool pairs = !job.small && takes_bf16(job.product->term[t]);
     int64_t count = pieces(k, pairs ? KC_BF16 : KC);
     int64_t length = count ? up(pieces(k, count), pairs ? STEP : 4) : 0;
     count = length ? pieces(k, length) : 0;
@@ -58,11 +58,16 @@ inline void plan_blocks(Job& job) {
   }
 }
 
+// Columns that a small product computes at a time.
+inline int64_t small_step(int64_t m) { return m <= FEWEST ? LINES : m <= W ? ONE : TWO; }
+
 inline void plan_tiles(Job& job, int64_t wanted_tiles) {
   int64_t m = job.product->m, units = pieces(job.columns, PACK);
   if (job.small) {
-    job.tile_columns = max_of(8, min_of(128, up(pieces(job.columns, wanted_tiles), 4)));
+    int64_t step = small_step(m), most = up(128, step);
+    job.tile_columns = max_of(step, min_of(most, up(pieces(job.columns, wanted_tiles), step)));
     job.row_tiles = 1;
+    job.packs = small_panels(m);
     job.tiles = pieces(job.columns, job.tile_columns);
     return;
   }
@@ -83,7 +88,30 @@ inline void pack(const GemmTerm& term, int64_t n, int64_t n0, int64_t k0, int64_
   pack_unit(term, n, n0, k0, kc, to);
 }
 
+// Floats of all of a small product's packed x: term by term, panel by panel.
+inline int64_t small_floats(const GemmProduct& p) {
+  int64_t k = 0;
+  for (int t = 0; t < p.terms; t++) k += p.term[t].k;
+  return k * up(p.m, W);
+}
+
+inline void pack_small(const Job& job, int64_t panel) {
+  const GemmProduct& p = *job.product;
+  int64_t width = small_width(p.m, panel), m0 = panel * NR, rows = min_of(width, p.m - m0);
+  float* to = job.packed;
+  for (int t = 0; t < p.terms; t++) {
+    const GemmTerm& term = p.term[t];
+    float* own = to + m0 * term.k;
+    if (term.x_type == kBf16)
+      pack_small_x<bf16>(term, m0, rows, width, own);
+    else
+      pack_small_x<float>(term, m0, rows, width, own);
+    to += term.k * up(p.m, W);
+  }
+}
+
 inline void pack_task(const Job& job, int64_t index) {
+  if (job.small) return pack_small(job, index);
   int64_t unit = index / job.packs, block = index % job.packs;
   int t = 0;
   for (; block >= job.blocks[t].count; t++) block -= job.blocks[t].count;
@@ -236,6 +264,95 @@ inline void tile_task(const Job& job, int64_t index) {
     epilogue<float>(tile);
 }
 
+// Every block of k of every term of a small product: body(term, first k, their number, x of that term from that k on in
+// a panel of one row more each k, whether it is the first).
+template <typename F>
+inline void small_blocks(const Job& job, F&& body) {
+  const GemmProduct& p = *job.product;
+  const float* x = job.packed;
+  bool first = true;
+  for (int t = 0; t < p.terms; t++) {
+    const Blocks& blocks = job.blocks[t];
+    for (int64_t b = 0; b < blocks.count; b++) {
+      int64_t k0 = b * blocks.length;
+      body(p.term[t], k0, min_of(blocks.length, p.term[t].k - k0), x, first);
+      first = false;
+    }
+    x += p.term[t].k * up(p.m, W);
+  }
+}
+
+// R rows of w from n0 on against all of x, to the tile's accumulators.
+template <int R>
+inline void small_columns(const Tile& tile, int64_t n0, float* buffer, float* c) {
+  const Job& job = *tile.job;
+  const GemmProduct& p = *job.product;
+  memset(c, 0, size_t(up(p.m, W) * R) * 4);
+  small_blocks(job, [&](const GemmTerm& term, int64_t k0, int64_t kc, const float* x, bool first) {
+    SmallRows rows = small_rows(term, p.n, n0, R, k0, kc, buffer);
+    for (int64_t panel = 0; panel < small_panels(p.m); panel++) {
+      int64_t m0 = panel * NR;
+      const float* own = x + m0 * term.k;
+      if (small_width(p.m, panel) == W)
+        small_block<R, 1>(rows, own + k0 * W, kc, c + m0 * R, first);
+      else
+        small_block<R < ONE ? R : 1, 2>(rows, own + k0 * NR, kc, c + m0 * R, first);  // ONE rows come with W lanes
+    }
+  });
+  for (int64_t m = 0; m < p.m; m++) {
+    int64_t panel = m / NR, width = small_width(p.m, panel);
+    const float* from = c + panel * NR * R + m % NR;
+    for (int64_t r = 0; r < min_of(R, tile.n0 + tile.columns - n0); r++) {
+      int64_t column = n0 + r - tile.n0;
+      tile.c[column / NR * tile.panel_floats + m * NR + column % NR] = from[r * width];
+    }
+  }
+}
+
+// LINES rows of w from n0 on against R rows of x.
+template <int R>
+inline void fewest_columns(const Tile& tile, int64_t n0, float* buffer, float* c) {
+  const GemmProduct& p = *tile.job->product;
+  memset(c, 0, size_t(R * LINES) * 4);
+  small_blocks(*tile.job, [&](const GemmTerm& term, int64_t k0, int64_t kc, const float* x, bool first) {
+    fewest_block<R>(term, p.n, n0, k0, kc, x + k0 * W, buffer, c, first);
+  });
+  for (int64_t i = 0; i < min_of(LINES, tile.n0 + tile.columns - n0); i++) {
+    int64_t column = n0 + i - tile.n0;
+    for (int64_t r = 0; r < R; r++)
+      tile.c[column / NR * tile.panel_floats + r * NR + column % NR] = c[r * LINES + i];
+  }
+}
+
+inline void small_task(const Job& job, int64_t index) {
+  const GemmProduct& p = *job.product;
+  Tile tile{};
+  tile.job = &job;
+  tile.rows = p.m;
+  tile.n0 = index * job.tile_columns;
+  tile.columns = min_of(job.tile_columns, p.n - tile.n0);
+  tile.panel_floats = p.m * NR;
+  int64_t floats = up(pieces(tile.columns, NR) * tile.panel_floats, 16), sums = max_of(up(p.m, W) * ONE, FEWEST * LINES);
+  tile.c = (float*)scratch((floats + sums + max_of(ONE, LINES) * KC) * 4, 1);
+  float *c = tile.c + floats, *buffer = c + sums;
+  for (int64_t n0 = tile.n0; n0 < tile.n0 + tile.columns; n0 += small_step(p.m)) {
+    if (p.m == 1)
+      fewest_columns<1>(tile, n0, buffer, c);
+    else if (p.m == 2)
+      fewest_columns<2>(tile, n0, buffer, c);
+    else if (p.m == 3)
+      fewest_columns<3>(tile, n0, buffer, c);
+    else if (p.m <= W)
+      small_columns<ONE>(tile, n0, buffer, c);
+    else
+      small_columns<TWO>(tile, n0, buffer, c);
+  }
+  if (p.out_type == kBf16)
+    epilogue<bf16>(tile);
+  else
+    epilogue<float>(tile);
+}
+
 // Jobs whose packed weights share the buffer: packed together, computed together.
 struct Batch {
   Job jobs[MOST_JOBS];
@@ -259,16 +376,15 @@ inline void run_batch(Batch& batch) {
   float* shared = (float*)scratch(batch.floats * 4, 3);
   for (int j = 0; j < batch.count; j++) {
     Job& job = batch.jobs[j];
-    if (job.small || job.packs_inside) continue;
     job.packed = shared;
-    shared += pieces(job.columns, PACK) * job.unit_floats;
+    shared += job.small ? small_floats(*job.product) : job.packs_inside ? 0 : pieces(job.columns, PACK) * job.unit_floats;
   }
   over_jobs(batch, [](const Job& job) {
-    return job.small || job.packs_inside ? 0 : pieces(job.columns, PACK) * job.packs;
+    return job.small ? job.packs : job.packs_inside ? 0 : pieces(job.columns, PACK) * job.packs;
   }, pack_task);
   over_jobs(batch, [](const Job& job) { return job.tiles; }, [](const Job& job, int64_t index) {
     if (job.small)
-      small_task(*job.product, index * job.tile_columns, min_of(job.product->n, (index + 1) * job.tile_columns));
+      small_task(job, index);
     else
       tile_task(job, index);
   });
@@ -280,13 +396,15 @@ inline void add_product(Batch& batch, const GemmProduct& p, int64_t wanted_tiles
   if (p.m == 0 || p.n == 0) return;
   Job job{};
   job.product = &p;
-  job.small = is_small(p);
+  bool units = false;
+  for (int t = 0; t < p.terms; t++) units |= takes_bf16(p.term[t]);
+  job.small = is_small(p, units);
   job.packs_inside = p.m <= TILE_ROWS;
   plan_blocks(job);
   for (int64_t column = 0; column < p.n;) {
     job.first_column = column;
     job.columns = p.n - column;
-    int64_t floats = 0;
+    int64_t floats = job.small ? small_floats(p) : 0;
     if (!job.small && !job.packs_inside) {
       int64_t units = (SHARED / 4 - batch.floats) / max_of(job.unit_floats, 1);
       int64_t least = min_of(pieces(job.columns, PACK), 4);

@@ -1,116 +1,162 @@
-// Products of very few rows (decoding): every weight is read once, in its own layout, and multiplied with all rows.
+// Products of few rows (decoding): every weight is read once, row by row as it lies, against all rows of x at a time.
 //
-// Four rows of w at a time, in pieces of k that fit the first-level cache (bf16 and NF4 are decoded there), against
-// three rows of x; each output keeps one vector of partial sums that is added up at the end. Only (n, k) weights.
+// x is packed in panels of up to NR rows, k by k, so that it fills the vector lanes; some rows of w are widened into a
+// buffer of the first-level cache (bf16 and 4-bit codes; fp32 is read in place) and broadcast. For the fewest rows it is
+// w that fills the lanes: four rows at a time are transposed in registers, bf16 by pairs. Every output is one sum over k
+// in order, cut into the same blocks as in the products of many rows: a row's result is the same bytes whatever shares
+// its product. Only (n, k) weights.
 #pragma once
-#include "gemm_weights.h"
-#include "pool.h"
+#include "gemm_fp32.h"
 
 namespace tunegate::TUNEGATE_LEVEL {
 namespace {
 
-constexpr int64_t SMALL_ROWS = 16;
-constexpr int64_t SMALL_CHUNK = 1024;
+constexpr int64_t SMALL_ROWS = 64;
+constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
+constexpr int64_t FEWEST = 3;     // with so few rows of x, most of its lanes would be empty
+constexpr int LINES = 16;         // rows of w then: four independent sums, which hides their latency
+constexpr int ONE = 2 * MR, TWO = MR;  // rows of w against one and two vectors of x: as many accumulators as MR by NR
 
-inline bool is_small(const GemmProduct& p) {
-  bool fits = p.m <= SMALL_ROWS;
+inline bool is_small(const GemmProduct& p, bool bf16_units) {
+  bool fits = p.m <= (bf16_units ? FEW_ROWS : SMALL_ROWS);
   for (int t = 0; t < p.terms; t++) fits = fits && !p.term[t].w_is_kn && !p.term[t].x_is_km;
   return fits;
 }
 
-// acc[4][SMALL_ROWS] += the products of 4 rows of w and ROWS of x over k, a multiple of W.
-template <int ROWS, typename T>
-inline void dots(const T* const* w, const float* x, int64_t x_stride, int64_t k, vfloat (*acc)[SMALL_ROWS]) {
-  vfloat sums[4][ROWS];
-  for (int j = 0; j < 4; j++)
-    for (int r = 0; r < ROWS; r++) sums[j][r] = acc[j][r];
-  for (int64_t i = 0; i < k; i += W)
-    for (int j = 0; j < 4; j++) {
-      vfloat values = load(w[j] + i);
-      for (int r = 0; r < ROWS; r++) sums[j][r] += values * load(x + r * x_stride + i);
-    }
-  for (int j = 0; j < 4; j++)
-    for (int r = 0; r < ROWS; r++) acc[j][r] = sums[j][r];
-}
+// x in panels of NR rows; the last one may be of W.
+inline int64_t small_panels(int64_t m) { return (m + NR - 1) / NR; }
+inline int64_t small_width(int64_t m, int64_t panel) { return m - panel * NR <= W ? W : NR; }
 
-// x (m, k) as fp32 rows of up(k, W) floats, zeros past k.
-inline void widen_x(const GemmTerm& t, int64_t m, float* to) {
-  int64_t padded = (t.k + W - 1) / W * W;
-  for (int64_t r = 0; r < m; r++, to += padded) {
-    if (t.x_type == kBf16)
-      widen((const bf16*)t.x + r * t.x_stride, t.k, to);
-    else if (t.k)  // an empty product's x may be null
-      memcpy(to, (const float*)t.x + r * t.x_stride, size_t(t.k) * 4);
-    for (int64_t k = t.k; k < padded; k++) to[k] = 0.0f;
-  }
-}
-
-// acc += all m rows against four rows of w over k, a multiple of W.
+// Rows m0 .. m0 + width - 1 of x, k0 .. k0 + kc, as [kc][width]; zeros past the last row.
 template <typename T>
-inline void all_dots(const T* const* w, const float* x, int64_t x_stride, int64_t m, int64_t k,
-                     vfloat (*acc)[SMALL_ROWS]) {
-  int64_t r = 0;
-  for (; r + 3 <= m; r += 3) dots<3>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
-  if (m - r == 2) dots<2>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
-  if (m - r == 1) dots<1>(w, x + r * x_stride, x_stride, k, (vfloat(*)[SMALL_ROWS])(&acc[0][r]));
-}
-
-inline void small_term(const GemmTerm& t, int64_t m, int64_t n0, int64_t some, const float* x,
-                       vfloat (*acc)[SMALL_ROWS]) {
-  alignas(64) float buffer[4][SMALL_CHUNK];
-  int64_t padded = (t.k + W - 1) / W * W, start = 0;
-  if (t.w_type == kBf16 && m <= 3) {  // widened in registers; a rest of k goes the general way
-    const bf16* w[4];
-    for (int64_t j = 0; j < 4; j++) w[j] = (const bf16*)t.w + (n0 + min_of(j, some - 1)) * t.w_stride;
-    start = t.k / W * W;
-    all_dots(w, x, padded, m, start, acc);
-  }
-  for (int64_t k0 = start; k0 < t.k; k0 += SMALL_CHUNK) {
-    int64_t kc = min_of(SMALL_CHUNK, t.k - k0), whole = (kc + W - 1) / W * W;
-    const float* w[4];
-    for (int64_t j = 0; j < 4; j++) {
-      w[j] = j < some ? read_row(t, n0 + j, k0, kc, buffer[j]) : w[0];
-      if (whole == kc || j >= some) continue;
-      if (w[j] != buffer[j]) memcpy(buffer[j], w[j], size_t(kc) * 4);
-      for (int64_t k = kc; k < whole; k++) buffer[j][k] = 0.0f;
-      w[j] = buffer[j];
+inline void pack_small_x(const GemmTerm& t, int64_t m0, int64_t rows, int64_t width, float* to) {
+  alignas(64) static const T zeros[CHUNK] = {};
+  for (int64_t c = 0; c < t.k; c += CHUNK) {
+    int64_t n = min_of(CHUNK, t.k - c);
+    for (int64_t r = 0; r < width; r += 4) {
+      const T* row[4];
+      for (int i = 0; i < 4; i++) row[i] = r + i < rows ? (const T*)t.x + (m0 + r + i) * t.x_stride + c : zeros;
+      float* out = to + c * width + r;
+      int64_t k = 0;
+      for (; k + 4 <= n; k += 4) {
+        quad a = load4(row[0] + k), b = load4(row[1] + k), d = load4(row[2] + k), e = load4(row[3] + k);
+        transpose4(a, b, d, e);
+        store4(out + k * width, a), store4(out + (k + 1) * width, b);
+        store4(out + (k + 2) * width, d), store4(out + (k + 3) * width, e);
+      }
+      for (; k < n; k++)
+        for (int i = 0; i < 4; i++) out[k * width + i] = to_float(row[i][k]);
     }
-    all_dots(w, x + k0, padded, m, whole, acc);
   }
 }
 
-inline void small_out(const GemmProduct& p, int64_t r, int64_t column, float value) {
-  value = value * p.alpha;
-  if (p.column_scale) value = value * p.column_scale[column];
-  if (p.bias)
-    value = value + (p.bias_type == kBf16 ? to_float(((const bf16*)p.bias)[column]) : ((const float*)p.bias)[column]);
-  int64_t at = r * p.out_stride + column, add_at = r * p.add_stride + column;
-  if (p.out_type == kBf16)
-    set((bf16*)p.out + at, p.add ? value + to_float(((const bf16*)p.add)[add_at]) : value);
+// c[r][lane] (= or +=) sum over k of w[r][k] x[k][lane] for R rows of w and V vectors of x.
+template <int R, int V>
+inline __attribute__((always_inline)) void small_micro(const float* w, int64_t w_stride, const float* x, int64_t kc,
+                                                       float* c, bool first) {
+  vfloat acc[R][V] = {};
+  for (int64_t k = 0; k < kc; k++) {
+    vfloat right[V];
+    for (int v = 0; v < V; v++) right[v] = load(x + (k * V + v) * W);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++) {
+      vfloat left = splat(w[r * w_stride + k]);
+      for (int v = 0; v < V; v++) acc[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) {
+      float* to = c + (r * V + v) * W;
+      store(to, first ? acc[r][v] : load(to) + acc[r][v]);
+    }
+}
+
+struct SmallRows {  // some rows of w over a block of k, as fp32
+  const float* data;
+  int64_t stride;
+};
+
+// Rows n0 .. n0 + count - 1 of w (those past n are zeros), k0 .. k0 + kc; buffer: count x KC.
+inline SmallRows small_rows(const GemmTerm& t, int64_t n, int64_t n0, int64_t count, int64_t k0, int64_t kc,
+                            float* buffer) {
+  if (t.w_type == kFp32 && n0 + count <= n) return {(const float*)t.w + n0 * t.w_stride + k0, t.w_stride};
+  for (int64_t r = 0; r < count; r++) {
+    float* to = buffer + r * KC;
+    if (n0 + r >= n) {
+      memset(to, 0, size_t(kc) * 4);
+      continue;
+    }
+    const float* row = read_row(t, n0 + r, k0, kc, to);
+    if (row != to) memcpy(to, row, size_t(kc) * 4);
+  }
+  return {buffer, KC};
+}
+
+template <int R, int V>
+inline void small_block(const SmallRows& w, const float* x, int64_t kc, float* c, bool first) {
+  if (w.stride == KC)
+    small_micro<R, V>(w.data, KC, x, kc, c, first);
   else
-    set((float*)p.out + at, p.add ? value + ((const float*)p.add)[add_at] : value);
+    small_micro<R, V>(w.data, w.stride, x, kc, c, first);
 }
 
-// Columns begin .. end of the product.
-inline void small_task(const GemmProduct& p, int64_t begin, int64_t end) {
-  int64_t floats = 0;
-  for (int t = 0; t < p.terms; t++) floats += (p.term[t].k + W - 1) / W * W * p.m;
-  float* x = (float*)scratch(floats * 4, 0);
-  float* each[kMostTerms];
-  for (int t = 0; t < p.terms; t++) {
-    each[t] = x;
-    widen_x(p.term[t], p.m, x);
-    x += (p.term[t].k + W - 1) / W * W * p.m;
+// Columns of four rows: 4 of fp32, 8 of bf16, each a quad of the rows' values.
+inline void columns_of(const float* const* rows, int64_t k, quad* to) {
+  for (int i = 0; i < 4; i++) to[i] = load4(rows[i] + k);
+  transpose4(to[0], to[1], to[2], to[3]);
+}
+inline void columns_of(const bf16* const* rows, int64_t k, quad* to) {
+  quad pairs[4];
+  for (int i = 0; i < 4; i++) memcpy(&pairs[i], rows[i] + k, 16);
+  transpose4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  for (int i = 0; i < 4; i++) {
+    quad_bits bits = (quad_bits)pairs[i];
+    to[2 * i] = (quad)(bits << 16);
+    to[2 * i + 1] = (quad)(bits & 0xffff0000u);
   }
-  for (int64_t n0 = begin; n0 < end; n0 += 4) {
-    vfloat acc[4][SMALL_ROWS];
-    for (int j = 0; j < 4; j++)
-      for (int64_t r = 0; r < p.m; r++) acc[j][r] = vfloat{};
-    int64_t some = min_of(4, end - n0);
-    for (int t = 0; t < p.terms; t++) small_term(p.term[t], p.m, n0, some, each[t], acc);
-    for (int64_t j = 0; j < some; j++)
-      for (int64_t r = 0; r < p.m; r++) small_out(p, r, n0 + j, sum(acc[j][r]));
+}
+
+// c[r][LINES] (= or +=) sum over k of x[k][r] w[line][k] for R rows of x, W to a k.
+template <int R, typename T>
+inline void fewest_micro(const T* const* rows, const float* x, int64_t kc, float* c, bool first) {
+  constexpr int STEP_K = 16 / sizeof(T);
+  quad acc[LINES / 4][R] = {};
+  int64_t k = 0;
+  for (; k + STEP_K <= kc; k += STEP_K)
+#pragma GCC unroll 4
+    for (int g = 0; g < LINES / 4; g++) {
+      quad columns[STEP_K];
+      columns_of(rows + 4 * g, k, columns);
+#pragma GCC unroll 8
+      for (int i = 0; i < STEP_K; i++)
+        for (int r = 0; r < R; r++) acc[g][r] += columns[i] * (x[(k + i) * W + r] - quad{});
+    }
+  for (; k < kc; k++)
+    for (int g = 0; g < LINES / 4; g++) {
+      quad column;
+      for (int i = 0; i < 4; i++) column[i] = to_float(rows[4 * g + i][k]);
+      for (int r = 0; r < R; r++) acc[g][r] += column * (x[k * W + r] - quad{});
+    }
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < LINES / 4; g++) {
+      float* to = c + r * LINES + 4 * g;
+      store4(to, first ? acc[g][r] : load4(to) + acc[g][r]);
+    }
+}
+
+// The same for LINES rows of any w from n0 on; buffer: LINES x KC. Rows past n repeat the last one.
+template <int R>
+inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, const float* x,
+                         float* buffer, float* c, bool first) {
+  if (t.w_type == kBf16) {
+    const bf16* rows[LINES];
+    for (int i = 0; i < LINES; i++) rows[i] = (const bf16*)t.w + min_of(n0 + i, n - 1) * t.w_stride + k0;
+    return fewest_micro<R>(rows, x, kc, c, first);
   }
+  const float* rows[LINES];
+  for (int i = 0; i < LINES; i++) rows[i] = read_row(t, min_of(n0 + i, n - 1), k0, kc, buffer + i * KC);
+  fewest_micro<R>(rows, x, kc, c, first);
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ void bind_elementwise(nb::module_&);
 void bind_gemm(nb::module_&);
 void bind_loss(nb::module_&);
 void bind_nf4(nb::module_&);
+void bind_recording(nb::module_&);
+void bind_segments(nb::module_&);
 
 NB_MODULE(_native, m) {
   tunegate::active();  // an impossible TUNEGATE_CPU_LEVEL is an error here, not in the first kernel
@@ -27,4 +29,6 @@ NB_MODULE(_native, m) {
   bind_gemm(m);
   bind_loss(m);
   bind_nf4(m);
+  bind_recording(m);
+  bind_segments(m);
 }

@@ -1,0 +1,107 @@
+"""Many adapters on one model: each linear layer is wrapped once, and what rows of a pass get is told beside it.
+
+:class:`Served` wraps every linear layer that can carry an adapter, keeps the adapters' factors in one
+:class:`~tunegate.kernels.segments.FactorTable`, and holds the segments of the pass under way. A layer computes the
+base's product for all rows at once and adds each row's own adapter. Adapters come and go between passes without
+touching the model.
+
+LoRA, rsLoRA and DoRA with any ranks. DoRA's gain, m over the norm of W + s B A, is computed once, when an adapter is
+read. No adapters on the head or on embeddings, no dropout, no gradients: this is for answering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tunegate.adapter.files import checked_state, module_paths, tensor_name
+from tunegate.adapter.inject import servable
+from tunegate.adapter.layers import base_weight, features, row_norm
+from tunegate.errors import TunegateError
+from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments
+
+
+class SegmentedLinear(nn.Module):
+    """``base`` with the adapters of the pass under way on top; shapes (..., in) -> (..., out)."""
+
+    def __init__(self, base: nn.Module, column: int, served: Served):
+        super().__init__()
+        self.base = base
+        self.column = column
+        self.served = served
+        sizes = features(base)
+        assert sizes is not None  # servable() gives layers that can carry an adapter
+        self.in_features, self.out_features = sizes
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        segments = self.served.segments
+        if segments is not None and self.column in segments.columns:
+            flat = x.reshape(-1, x.shape[-1])
+            if len(flat) != self.served.rows:
+                raise TunegateError(
+                    "a layer that sees some rows of a pass only cannot serve adapters", got=str(x.shape)
+                )
+            add_segments(flat, segments, [Target(out.view(len(flat), -1), self.column, self.bias)])
+        return out
+
+
+class Served:
+    """The adapters of ``model``, whose linear layers it wraps. ``skeleton``: the same architecture on the meta device,
+    unwrapped, against which adapters are checked. ``dtype``: what factors are kept in."""
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module, dtype: torch.dtype = torch.float32):
+        self.skeleton = skeleton
+        self.layers: dict[str, SegmentedLinear] = {}
+        self.segments: Segments | None = None
+        self.rows = 0
+        for column, (path, layer) in enumerate(servable(model).items()):
+            self.layers[path] = SegmentedLinear(layer, column, self)
+        for path, wrapper in self.layers.items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, wrapper)
+        self.table = FactorTable(len(self.layers), dtype)
+        self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
+
+    @contextlib.contextmanager
+    def using(self, segments: Segments | None, rows: int) -> Iterator[None]:
+        """A pass over ``rows`` rows that have the adapters of ``segments``."""
+        self.segments, self.rows = segments, rows
+        try:
+            yield
+        finally:
+            self.segments, self.rows = None, 0
+
+    def read(self, folder: Path) -> dict[int, Factors]:
+        """The adapter in a PEFT folder as factors by column. :class:`InputError` with everything that is wrong."""
+        spec, state = checked_state(self.skeleton, folder)
+        found = {}
+        for path in module_paths(state):
+            layer = self.layers[path]
+            a, b = state[tensor_name(path, "lora_A")], state[tensor_name(path, "lora_B")]
+            gain = None
+            if spec.use_dora:
+                norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
+                gain = (state[tensor_name(path, "lora_magnitude_vector")] / norm).contiguous()
+            a, b = (part.to(self.table.dtype).contiguous() for part in (a, b.t()))
+            found[layer.column] = Factors(a, b, spec.scale_for(path), gain)
+        return found
+
+    def _squared(self, layer: SegmentedLinear) -> Tensor:
+        if layer.column not in self._norms:
+            weight = base_weight(layer.base)
+            norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+            self._norms[layer.column] = norm.square()
+        return self._norms[layer.column]

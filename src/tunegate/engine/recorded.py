@@ -1,0 +1,135 @@
+"""Passes in which each row adds one token, recorded layer by layer and replayed.
+
+At a few rows a layer's kernels take less time than the Python around them. The first pass of so many rows records each
+fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters), all in memory that
+stays where it is, and replay. A recording is proven before it is used: its scratch memory is overwritten, it is run
+once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its usual path.
+
+Only on the CPU, with the C++ kernels, for layers that are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunegate.engine import fused_layer
+from tunegate.engine.fused_layer import Context
+from tunegate.engine.fused_shape import Shape
+from tunegate.engine.workspace import Workspace
+from tunegate.kernels import varlen
+from tunegate.kernels.recording import Recording, recording
+from tunegate.kernels.segments import Segments
+
+
+class RecordedSteps:
+    """Recordings for 1 to ``most_rows`` rows on the pages of ``layers`` (key and value by layer)."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]], most_rows: int, most_pages: int, size: int):
+        self.pages, self.size = layers, size
+        self.table = torch.zeros(most_rows * most_pages, dtype=torch.long)
+        self.most_pages = most_pages
+        self.lengths = torch.zeros(most_rows, dtype=torch.long)
+        self.most_rows = most_rows
+        self._hidden: list[Tensor] = []
+        self._angles: list[tuple[Tensor, Tensor]] = []
+        self._keep, self._scratch = Workspace(), Workspace()
+        self._programs: dict[Any, dict[int, Recording | None]] = {}
+        self._seen: dict[int, int] = {}
+
+    def begin(self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None) -> None:
+        """The next pass: every row's pages, its tokens with the new one, and the adapters (with the memory of their
+        numbers, which stays the same)."""
+        self.rows = len(pages)
+        table = self.table[: self.rows * self.most_pages].view(self.rows, self.most_pages)
+        most = max(len(row) for row in pages)
+        table[:, :most] = torch.tensor([[*row, *([row[0]] * (most - len(row)))] for row in pages])
+        self.lengths[: self.rows] = torch.tensor(lengths)
+        self.places = varlen.Places(table, self.lengths[: self.rows], self.size)
+        self.segments = segments
+        adapters = None
+        if segments is not None:
+            table_at = segments.table.numbers.data_ptr()
+            adapters = (bool(segments.gains), segments.most_rank, table_at, segments.numbers.data_ptr())
+        self._layers = self._programs.setdefault((self.rows, adapters), {})
+        self._seen.clear()
+
+    def replay(self, number: int, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """The fused layer ``number`` on hidden (1, rows, H) as recorded; None if it was not."""
+        program = self._layers.get(number)
+        if program is None:
+            return None
+        _, out = self._memory(number, hidden)
+        self._angles_of(angles)
+        program.run()
+        return out[None]
+
+    def record(
+        self, number: int, context: Context, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, index: int
+    ) -> Tensor | None:
+        """The same for its first time; None if it cannot be recorded. ``index``: the layer's in the pages."""
+        if number in self._layers:
+            return None
+        x, out = self._memory(number, hidden)
+        cos, sin = self._angles_of(angles) or (x, x)
+        own = replace(context, cos=cos, sin=sin, attention=_Decoding(self, index), scratch=self._scratch)
+        self._layers[number] = self._record(own, x, out)
+        return out[None]
+
+    def _memory(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's input, filled, and where its output goes: what one layer writes, the next one reads."""
+        if not self._hidden:
+            self._hidden = [hidden.new_empty(self.most_rows, hidden.shape[-1]) for _ in range(2)]
+        x, out = (self._hidden[(number + side) % 2][: self.rows] for side in (0, 1))
+        if hidden.data_ptr() != x.data_ptr():
+            x.copy_(hidden[0])
+        return x, out
+
+    def _angles_of(self, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """The pass's rotary tables, (1, rows, R) each, in memory that stays; a model has one or two kinds."""
+        if angles is None:
+            return None
+        kind = self._seen.get(id(angles[0]))
+        if kind is None:
+            kind = self._seen[id(angles[0])] = len(self._seen)
+            if kind == len(self._angles):
+                cos, sin = (part.new_empty(self.most_rows, part.shape[-1]) for part in angles)
+                self._angles.append((cos, sin))
+            for to, part in zip(self._angles[kind], angles, strict=True):
+                to[: self.rows] = part[0]
+        cos, sin = self._angles[kind]
+        return cos[: self.rows], sin[: self.rows]
+
+    def _record(self, context: Context, x: Tensor, out: Tensor) -> Recording | None:
+        """The recording, proven; None if a replay gives something else. ``out`` is right in any case."""
+        memory = (self._keep, self._scratch)
+        with self._keep.scope(), self._scratch.scope(), recording() as made:
+            fused_layer.forward(context, x, out, self._keep, saving=False)
+        wanted = out.clone()
+        for space in memory:
+            space.overwrite()
+        out.fill_(float("nan"))
+        made.run()
+        if torch.equal(out, wanted):
+            return made
+        out.copy_(wanted)
+        return None
+
+
+class _Decoding:
+    """Attention of the fused layer over the pages, written where the layer wants it."""
+
+    def __init__(self, owner: RecordedSteps, layer: int):
+        self.owner, self.layer = owner, layer
+
+    def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _lse: Tensor) -> None:
+        options = varlen.Options(shape.scale, shape.window, shape.softcap)
+        pages = self.owner.pages[self.layer]
+        varlen.decode(q, (k[:0], v[:0]), pages, self.owner.places, options, out=out, new=(k, v))
+
+    def backward(self, *args: Any) -> None:
+        raise NotImplementedError("no gradients on this path")

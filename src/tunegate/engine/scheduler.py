@@ -1,0 +1,324 @@
+"""Answers made side by side: who computes what in the next pass, on pages of keys and values.
+
+Every :meth:`Scheduler.step` is one pass. Each running row adds its next token; what is left of ``step_tokens`` goes to
+prompts, in pieces, the oldest first, so that a long prompt does not hold up the others. A prompt whose beginning lies
+in known pages (see ``paging``) does not compute it again. Where pages run out, the newest row gives its own back and
+is computed anew later: pages bound how much runs at a time, never what is answered.
+
+Rows with different adapters share a pass; its tokens are ordered so that each adapter's lie together. A base with two
+sets of rotary frequencies (LongRoPE) takes long and short rows in passes of their own; a row that grows long is
+computed anew.
+
+No beams, no speculative decoding; a row's place in the queue is its arrival.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from tunegate.adapter.segmented import Served
+from tunegate.engine.paged import PagedPass, PageStore, Piece, layer_shapes
+from tunegate.engine.paging import PagePool, page_keys
+from tunegate.engine.recorded import RecordedSteps
+from tunegate.engine.runner import Runner
+from tunegate.engine.sampling import Chooser, Chosen, choose
+from tunegate.errors import InputError, TunegateError
+from tunegate.kernels.segments import Segment, Segments
+
+PAGE_TOKENS = 16
+STEP_TOKENS = 256
+
+
+@dataclass(eq=False)
+class Row:
+    """A prompt and its answer so far. ``slot``: its adapter's in ``Served.table``, None for the base; ``salt`` names
+    that adapter for the pages. ``room``: tokens that the answer may have."""
+
+    tokens: list[int]
+    room: int
+    chooser: Chooser
+    stop_ids: frozenset[int]
+    slot: int | None = None
+    salt: bytes = b""
+    prompt: int = field(init=False)
+    arrived: float = field(init=False)
+    begun: float | None = None  # when its prompt was first computed
+    cached: int = 0  # tokens of the prompt that were not computed
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its full pages
+    computed: int = 0  # tokens whose keys lie in the pages
+    long: bool = False
+    over: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
+        self.arrived = time.monotonic()
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.prompt :]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A row's next token; with ``finish`` (``stop``: it stops the answer, ``length``) its last one. An error ends the
+    row without a token."""
+
+    row: Row
+    chosen: Chosen | TunegateError
+    finish: str | None
+
+
+@dataclass
+class Counters:
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preempted: int = 0
+
+
+class Scheduler:
+    """Rows on one model. ``pages`` of ``page_tokens`` tokens each; ``served`` holds the adapters, None: there are
+    none. Not for several threads."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        pages: int,
+        *,
+        served: Served | None = None,
+        page_tokens: int = PAGE_TOKENS,
+        most_rows: int = 64,
+        step_tokens: int = STEP_TOKENS,
+    ):
+        if runner.path != "packed":
+            raise InputError(
+                "this base cannot be served by tunegate's own engine",
+                where=type(runner.model).__name__,
+                expected="attention on flat batches",
+                got=runner.path_reason,
+            )
+        self.runner, self.served = runner, served
+        self.most_rows, self.step_tokens = most_rows, max(step_tokens, most_rows + 1)
+        self.pool = PagePool(pages, page_tokens)
+        self.store = PageStore(layer_shapes(runner), pages, page_tokens, runner.device)
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.counters = Counters()
+        self._recorded: RecordedSteps | None = None
+        if runner.fused is not None:
+            most_pages = -(-self.room(1, 2**31) // page_tokens)
+            self._recorded = RecordedSteps(self.store.layers, most_rows, most_pages, page_tokens)
+            self._numbers = torch.zeros(1 + 3 * most_rows, dtype=torch.long)
+        self._turn = False  # whether long rows go next, where there are both kinds
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def room(self, prompt: int, wanted: int) -> int:
+        """Tokens that an answer to a prompt of so many may have; the last one is never read. May be below 1."""
+        most = self.pool.pages * self.pool.size
+        if self.runner.context is not None:
+            most = min(most, self.runner.context)
+        return min(wanted, most - prompt + 1)
+
+    def add(self, row: Row) -> None:
+        """Queue a row; ``row.room`` must be what :meth:`room` allows, at least 1."""
+        if not row.tokens or row.room < 1 or row.room > self.room(row.prompt, row.room):
+            raise ValueError(f"a row of {row.prompt} tokens with room for {row.room}")
+        row.long = self.runner.is_long(row.prompt)
+        self.waiting.append(row)
+
+    def cancel(self, row: Row) -> None:
+        """Leave a row out from now on."""
+        if row in self.running:
+            self.running.remove(row)
+            self.pool.release(row.pages)
+        elif row in self.waiting:
+            self.waiting.remove(row)
+        row.over = True
+
+    def clear(self) -> None:
+        """Leave out all rows, and forget what pages hold: for after an error inside a step."""
+        for row in [*self.running, *self.waiting]:
+            self.cancel(row)
+        self.pool.forget()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One pass; the new tokens of the rows that got one."""
+        long = self._next_kind()
+        self._admit(long)
+        steps, pieces = self._plan(long)
+        if not steps and not pieces:
+            return []
+        self.counters.steps += 1
+        hidden = self._run(steps, pieces)
+        ready = []
+        for row, count in [*((row, 1) for row in steps), *pieces]:
+            row.computed += count
+            self._remember(row, row.computed - count)
+            ready.append(row.computed == len(row.tokens))
+        rows = [row for row, is_ready in zip([*steps, *(row for row, _ in pieces)], ready, strict=True) if is_ready]
+        if not rows:
+            return []
+        chosen = choose(self.runner.head, hidden[torch.tensor(ready)], [row.chooser for row in rows])
+        return [self._took(row, c) for row, c in zip(rows, chosen, strict=True)]
+
+    # --- what goes into a pass ------------------------------------------------------------------------------------
+
+    def _next_kind(self) -> bool:
+        kinds = {row.long for row in self.running} or {row.long for row in list(self.waiting)[:1]}
+        if len(kinds) == 2:
+            self._turn = not self._turn
+            return self._turn
+        return kinds.pop() if kinds else False
+
+    def _admit(self, long: bool) -> None:
+        """Waiting rows of this kind into the running ones, while there are places and pages for their prompts."""
+        tokens = sum(len(row.tokens) - row.computed for row in self.running if row.long == long)
+        while self.waiting and len(self.running) < self.most_rows and tokens < self.step_tokens:
+            row = self.waiting[0]
+            if row.long != long and self.running:
+                break
+            row.keys = page_keys(row.tokens, self.pool.size, self._salt(row))
+            usable = row.keys[: (len(row.tokens) - 1) // self.pool.size]  # the last token is computed in any case
+            needed = -(-len(row.tokens) // self.pool.size)
+            if self.running and needed > self.pool.available - len(self.running):  # each may need a page soon
+                break
+            self.waiting.popleft()
+            row.pages = self.pool.find(usable)
+            row.computed = len(row.pages) * self.pool.size
+            if row.begun is None:
+                row.begun, row.cached = time.monotonic(), row.computed
+                self.counters.cached_tokens += row.computed
+                self.counters.prompt_tokens += row.prompt
+            self.running.append(row)
+            tokens += len(row.tokens) - row.computed
+
+    def _salt(self, row: Row) -> bytes:
+        return row.salt + (b"long" if row.long else b"")
+
+    def _plan(self, long: bool) -> tuple[list[Row], list[tuple[Row, int]]]:
+        """Rows that add one token, and pieces of prompts, each with pages for it and in the order of their adapters."""
+        steps: list[Row] = []
+        pieces: list[tuple[Row, int]] = []
+        left = self.step_tokens - sum(1 for row in self.running if len(row.tokens) - row.computed == 1)
+        for row in list(self.running):
+            if row.long != long or row not in self.running:  # it gave its pages back meanwhile
+                continue
+            count = len(row.tokens) - row.computed
+            if count > 1:
+                # the model rotates a pass by its last position, so a long row's tokens go at once
+                count = count if long else min(count, left)
+                left -= count
+            if count < 1 or not self._get_pages(row, count):
+                continue
+            if len(row.tokens) - row.computed == 1:
+                steps.append(row)
+            else:
+                pieces.append((row, count))
+        steps.sort(key=_adapter)
+        pieces.sort(key=lambda piece: (_adapter(piece[0]), piece[0].computed, piece[0].pages))
+        return steps, pieces
+
+    def _get_pages(self, row: Row, count: int) -> bool:
+        """Pages for the next ``count`` tokens of a running row; False if it had to give back its own."""
+        while len(row.pages) * self.pool.size < row.computed + count:
+            page = self.pool.take()
+            if page is not None:
+                row.pages.append(page)
+                continue
+            victim = self.running[-1]
+            if victim is row and len(self.running) == 1:
+                raise TunegateError("a row needs more pages than there are", got=f"{self.pool.pages} pages")
+            self._put_back(victim)
+            if victim is row:
+                return False
+        return True
+
+    def _put_back(self, row: Row) -> None:
+        """A running row to the front of the queue; it is computed anew."""
+        self.running.remove(row)
+        self.pool.release(row.pages)
+        row.pages, row.computed = [], 0
+        self.waiting.appendleft(row)
+        self.counters.preempted += 1
+
+    # --- the pass -------------------------------------------------------------------------------------------------
+
+    def _run(self, steps: Sequence[Row], pieces: Sequence[tuple[Row, int]]) -> Tensor:
+        """The last hidden state of every row in the pass."""
+        parts = [(row, 1) for row in steps] + list(pieces)
+        segments = self._segments(parts, recorded=not pieces)
+        recorded = None
+        if self._recorded is not None and not pieces:
+            recorded = self._recorded
+            recorded.begin([row.pages for row in steps], [row.computed + 1 for row in steps], segments)
+        paged = PagedPass(
+            self.store,
+            [Piece(row.pages, row.computed, 1) for row in steps],
+            [Piece(row.pages, row.computed, count) for row, count in pieces],
+            self.runner.device,
+            recorded,
+        )
+        ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
+        ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
+        if self.served is None:
+            return self.runner.run(ids, paged.positions, paged)[ends]
+        with self.served.using(segments, len(ids)):
+            return self.runner.run(ids, paged.positions, paged)[ends]
+
+    def _segments(self, parts: Iterable[tuple[Row, int]], *, recorded: bool) -> Segments | None:
+        """The pass's adapters, where a recording looks for them if it is ``recorded``."""
+        if self.served is None:
+            return None
+        found, begin = [], 0
+        for slot, group in groupby(parts, key=lambda part: part[0].slot):
+            end = begin + sum(count for _, count in group)
+            if slot is not None:
+                found.append(Segment(begin, end, slot))
+            begin = end
+        if recorded and self._recorded is not None:
+            return Segments(self.served.table, found, self._numbers)
+        return Segments(self.served.table, found) if found else None
+
+    def _remember(self, row: Row, before: int) -> None:
+        """Tell the pool what the row's newly full pages hold."""
+        full = row.computed // self.pool.size
+        if full > len(row.keys):
+            row.keys = page_keys(row.tokens[: row.computed], self.pool.size, self._salt(row), after=row.keys)
+        for number in range(before // self.pool.size, full):
+            self.pool.remember(row.pages[number], row.keys[number])
+
+    def _took(self, row: Row, chosen: Chosen | TunegateError) -> Event:
+        if isinstance(chosen, TunegateError):
+            self.cancel(row)
+            return Event(row, chosen, None)
+        token = chosen.token
+        stops = token in row.stop_ids
+        row.chooser.took(token, stops=stops)
+        finish = "stop" if stops else None
+        if not stops:
+            row.tokens.append(token)
+            self.counters.generated_tokens += 1
+            finish = "length" if len(row.tokens) - row.prompt >= row.room else None
+        if finish is not None:
+            self.cancel(row)
+        elif row.long != self.runner.is_long(len(row.tokens)):
+            self._put_back(row)
+            row.long = True
+        return Event(row, chosen, finish)
+
+
+def _adapter(row: Row) -> int:
+    return -1 if row.slot is None else row.slot

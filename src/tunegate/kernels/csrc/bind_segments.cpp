@@ -1,0 +1,55 @@
+// add_segments(x, table, segments, targets, work): addresses and sizes, checked by tunegate.kernels.segments.
+#include "segments.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "recording.h"
+#include "table.h"
+
+namespace nb = nanobind;
+using namespace tunegate;
+
+namespace {
+
+using Matrix = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int32_t>;  // address, stride, rows, columns, type
+using Table = std::tuple<uintptr_t, int64_t, int64_t, int32_t>;            // address, columns, largest rank, type
+using Target = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int32_t, int64_t>;
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void add(const Matrix& x, const Table& table, uintptr_t segments, const std::vector<Target>& targets, uintptr_t work) {
+  if (targets.size() > kMostTargets) throw std::invalid_argument("add_segments: at most 4 projections of one input");
+  SegmentsCall call{};
+  int32_t type = 0;
+  uintptr_t x_at = 0, table_at = 0;
+  std::tie(x_at, call.x_stride, call.rows, call.k, type) = x;
+  std::tie(table_at, call.columns, call.most_rank, call.factor_type) = table;
+  call.x = at<const void>(x_at);
+  call.type = type;
+  call.table = at<const Factors>(table_at);
+  call.segments = at<const int64_t>(segments);
+  call.targets = int(targets.size());
+  for (size_t i = 0; i < targets.size(); i++) {
+    SegmentTarget& t = call.target[i];
+    uintptr_t out = 0, bias = 0;
+    std::tie(out, t.stride, t.n, bias, t.bias_type, t.column) = targets[i];
+    t.out = at<void>(out);
+    t.bias = at<const void>(bias);
+  }
+  call.work = at<float>(work);
+  nb::gil_scoped_release released;
+  issue([call] { active().add_segments(call); });
+}
+
+}  // namespace
+
+void bind_segments(nb::module_& m) { m.def("add_segments", &add); }

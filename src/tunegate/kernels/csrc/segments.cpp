@@ -1,0 +1,174 @@
+// Two passes: all low-rank activations, then all outputs. A block of rows streams its adapter's factors once, and only
+// those. A row's sums are the same bytes whatever else is in the batch, and no sum is split between threads.
+#include "segments.h"
+
+#include "gemm.h"
+#include "level.h"
+#include "pool.h"
+
+namespace tunegate::TUNEGATE_LEVEL {
+namespace {
+
+constexpr int64_t kRows = 16;         // of a segment that a task takes
+constexpr int64_t kDowns = 4;         // rows of A that it multiplies with
+constexpr int64_t kColumns = 16 * W;  // of the output that it adds to
+
+struct Block {  // some rows of a segment, and one projection
+  int64_t begin, end;
+  int target;
+  const Factors* factors;
+};
+
+inline const Segment* segments_of(const SegmentsCall& c) { return (const Segment*)(c.segments + 1); }
+
+inline float* low_rank(const SegmentsCall& c, int target, int64_t row) {
+  return c.work + (target * c.rows + row) * c.most_rank;
+}
+
+// sums[j][r] += a[j] . x[r] over k, a multiple of W, for four rows of A and ROWS of x.
+template <int ROWS, typename T>
+inline void dots(const T* const* a, const float* x, int64_t x_stride, int64_t k, vfloat (*sums)[kRows]) {
+  vfloat acc[kDowns][ROWS] = {};
+  for (int64_t i = 0; i < k; i += W)
+    for (int j = 0; j < kDowns; j++) {
+      vfloat values = load(a[j] + i);
+      for (int r = 0; r < ROWS; r++) acc[j][r] += values * load(x + r * x_stride + i);
+    }
+  for (int j = 0; j < kDowns; j++)
+    for (int r = 0; r < ROWS; r++) sums[j][r] = acc[j][r];
+}
+
+// work[row][r] = scale * x[row] . a[r] for some r.
+template <typename T>
+inline void downs(const SegmentsCall& c, const Block& b, int64_t r0, const float* x, int64_t x_stride) {
+  const Factors& f = *b.factors;
+  int64_t rows = b.end - b.begin, some = min_of(kDowns, f.rank - r0), whole = c.k / W * W, r = 0;
+  const T* a[kDowns];
+  for (int64_t j = 0; j < kDowns; j++) a[j] = (const T*)f.a + (r0 + min_of(j, some - 1)) * c.k;
+  vfloat sums[kDowns][kRows];
+  for (; r + 3 <= rows; r += 3) dots<3>(a, x + r * x_stride, x_stride, whole, (vfloat(*)[kRows])(&sums[0][r]));
+  if (rows - r == 2) dots<2>(a, x + r * x_stride, x_stride, whole, (vfloat(*)[kRows])(&sums[0][r]));
+  if (rows - r == 1) dots<1>(a, x + r * x_stride, x_stride, whole, (vfloat(*)[kRows])(&sums[0][r]));
+  for (int64_t row = 0; row < rows; row++) {
+    float* to = low_rank(c, b.target, b.begin + row) + r0;
+    for (int64_t j = 0; j < some; j++) {
+      float total = sum(sums[j][row]);
+      for (int64_t k = whole; k < c.k; k++) total += x[row * x_stride + k] * to_float(a[j][k]);
+      to[j] = total * float(f.scale);
+    }
+  }
+}
+
+inline vfloat part(const void* p, int32_t type, int64_t at, int64_t n) {
+  if (type == kBf16) return n == W ? load((const bf16*)p + at) : load_part((const bf16*)p + at, n);
+  return n == W ? load((const float*)p + at) : load_part((const float*)p + at, n);
+}
+
+inline void put(void* p, int32_t type, int64_t at, vfloat v, int64_t n) {
+  if (type == kBf16)
+    n == W ? store((bf16*)p + at, v) : store_part((bf16*)p + at, v, n);
+  else
+    n == W ? store((float*)p + at, v) : store_part((float*)p + at, v, n);
+}
+
+inline void finish(const SegmentsCall& c, const Block& b, int64_t row, int64_t j, vfloat low, int64_t n) {
+  const SegmentTarget& t = c.target[b.target];
+  vfloat out = part(t.out, c.type, row * t.stride + j, n);
+  if (b.factors->gain) {
+    vfloat bias = t.bias ? part(t.bias, t.bias_type, j, n) : vfloat{};
+    out = (out - bias + low) * part(b.factors->gain, kFp32, j, n) + bias;
+  } else {
+    out = out + low;
+  }
+  put(t.out, c.type, row * t.stride + j, out, n);
+}
+
+template <int ROWS, typename T>
+inline void some_ups(const SegmentsCall& c, const Block& b, int64_t row, int64_t j0, int64_t end) {
+  int64_t columns = c.target[b.target].n, rank = b.factors->rank;
+  const T* up = (const T*)b.factors->b;
+  for (int64_t j = j0; j < end; j += W) {
+    int64_t n = min_of(W, columns - j);
+    vfloat sums[ROWS] = {};
+    for (int64_t r = 0; r < rank; r++) {
+      vfloat values = n == W ? load(up + r * columns + j) : load_part(up + r * columns + j, n);
+      for (int i = 0; i < ROWS; i++) sums[i] += splat(low_rank(c, b.target, row + i)[r]) * values;
+    }
+    for (int i = 0; i < ROWS; i++) finish(c, b, row + i, j, sums[i], n);
+  }
+}
+
+// Columns j0 .. of the block's outputs.
+template <typename T>
+inline void ups(const SegmentsCall& c, const Block& b, int64_t j0) {
+  int64_t end = min_of(j0 + kColumns, c.target[b.target].n), row = b.begin;
+  for (; row + 4 <= b.end; row += 4) some_ups<4, T>(c, b, row, j0, end);
+  for (; row + 2 <= b.end; row += 2) some_ups<2, T>(c, b, row, j0, end);
+  for (; row < b.end; row++) some_ups<1, T>(c, b, row, j0, end);
+}
+
+// Tasks of all blocks: size(block) of them each.
+template <typename S, typename F>
+inline void over_blocks(const Block* blocks, int64_t* starts, int64_t count, S&& size,
+                        F&& body) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; i++) starts[i] = total, total += size(blocks[i]);
+  parallel(total, [&](int64_t index) {
+    int64_t low = 0, high = count;  // the last block that starts at or before index
+    while (high - low > 1) {
+      int64_t middle = (low + high) / 2;
+      (starts[middle] <= index ? low : high) = middle;
+    }
+    body(blocks[low], index - starts[low]);
+  });
+}
+
+}  // namespace
+
+void add_segments(const SegmentsCall& call) {
+  const SegmentsCall& c = call;
+  const Segment* segments = segments_of(c);
+  int64_t most = 0;
+  for (int64_t i = 0; i < c.segments[0]; i++) most += (segments[i].end - segments[i].begin + kRows - 1) / kRows;
+  if (!most) return;
+  most *= c.targets;
+  Block* blocks = (Block*)scratch(most * int64_t(sizeof(Block) + 8), 2);
+  int64_t* starts = (int64_t*)(blocks + most);
+  int64_t count = 0;
+  for (int64_t i = 0; i < c.segments[0]; i++)
+    for (int t = 0; t < c.targets; t++) {
+      const Factors* f = c.table + segments[i].slot * c.columns + c.target[t].column;
+      for (int64_t row = segments[i].begin; f->rank && row < segments[i].end; row += kRows)
+        blocks[count++] = {row, min_of(row + kRows, segments[i].end), t, f};
+    }
+  const float* x = (const float*)c.x;
+  int64_t stride = c.x_stride;
+  if (c.type == kBf16) {
+    float* wide = c.work + c.targets * c.rows * c.most_rank;
+    parallel(c.rows, [&](int64_t row) {
+      const bf16* from = (const bf16*)c.x + row * c.x_stride;
+      int64_t k = 0;
+      for (; k + W <= c.k; k += W) store(wide + row * c.k + k, load(from + k));
+      for (; k < c.k; k++) wide[row * c.k + k] = to_float(from[k]);
+    });
+    x = wide, stride = c.k;
+  }
+  over_blocks(
+      blocks, starts, count, [](const Block& b) { return (b.factors->rank + kDowns - 1) / kDowns; },
+      [&](const Block& b, int64_t index) {
+        if (c.factor_type == kBf16)
+          downs<bf16>(c, b, index * kDowns, x + b.begin * stride, stride);
+        else
+          downs<float>(c, b, index * kDowns, x + b.begin * stride, stride);
+      });
+  over_blocks(
+      blocks, starts, count, [&](const Block& b) { return (c.target[b.target].n + kColumns - 1) / kColumns; },
+      [&](const Block& b, int64_t index) {
+        if (c.factor_type == kBf16)
+          ups<bf16>(c, b, index * kColumns);
+        else
+          ups<float>(c, b, index * kColumns);
+      });
+}
+
+}  // namespace tunegate::TUNEGATE_LEVEL

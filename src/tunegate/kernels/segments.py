@@ -1,0 +1,173 @@
+"""Low-rank updates of different adapters on different rows of one batch.
+
+For every :class:`Segment`, a run of rows with one adapter, ``out = gain * (out - bias + scale * (x A^T) B^T) + bias``:
+the base's product has been made for all rows at once, and each row gets its own adapter on top (Punica,
+arXiv:2310.18547; S-LoRA, arXiv:2311.03285). ``gain`` is DoRA's magnitude over its norm, 1 for LoRA. Projections that
+share an input are one call. A row's result does not depend on the other rows.
+
+Factors live in a :class:`FactorTable`: a line for each adapter, a column for each projection of the model, entries as
+the kernels read them. It adds no dropout and has no gradients.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tunegate.kernels import native
+from tunegate.kernels.linear import _TYPES, _matrix
+from tunegate.kernels.recording import hold
+
+MOST_TARGETS = 4
+_FIELDS = 5  # a, b, gain, rank, scale
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One adapter on one projection: ``a`` (r, in), ``b`` (r, out), which is B transposed, both fp32 or both bf16 and
+    contiguous; ``gain`` (out,) fp32 or None."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    gain: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.a, self.b, self.gain) if t is not None)
+
+
+class FactorTable:
+    """Adapters by slot. ``columns``: projections of the model. ``dtype``: fp32 or bf16, of all factors."""
+
+    def __init__(self, columns: int, dtype: torch.dtype = torch.float32):
+        self.columns, self.dtype = columns, dtype
+        self.slots: list[dict[int, Factors] | None] = []
+        self.numbers = torch.zeros(0, columns, _FIELDS, dtype=torch.int64)
+
+    def add(self, factors: dict[int, Factors]) -> int:
+        """Put an adapter, by column, in a free slot and return it."""
+        for column, f in factors.items():
+            shapes = f.a.dim() == f.b.dim() == 2 and f.a.shape[0] == f.b.shape[0]
+            dense = f.a.is_contiguous() and f.b.is_contiguous() and f.a.dtype == f.b.dtype == self.dtype
+            if not 0 <= column < self.columns or not shapes or not dense:
+                raise ValueError(f"column {column}: a {tuple(f.a.shape)} {f.a.dtype}, b {tuple(f.b.shape)} {f.b.dtype}")
+            if f.gain is not None and (f.gain.shape != f.b.shape[1:] or f.gain.dtype != torch.float32):
+                raise ValueError(f"column {column}: gain {tuple(f.gain.shape)} {f.gain.dtype}")
+        slot = next((n for n, taken in enumerate(self.slots) if taken is None), len(self.slots))
+        if slot == len(self.slots):
+            self.slots.append(None)
+        if slot >= len(self.numbers):
+            grown = torch.zeros(max(8, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
+            grown[: len(self.numbers)] = self.numbers
+            self.numbers = grown
+        for column, f in factors.items():
+            scale = struct.unpack("<q", struct.pack("<d", f.scale))[0]
+            entry = (f.a.data_ptr(), f.b.data_ptr(), native.address(f.gain), f.rank, scale)
+            self.numbers[slot, column] = torch.tensor(entry, dtype=torch.int64)
+        self.slots[slot] = factors
+        return slot
+
+    def remove(self, slot: int) -> None:
+        self.numbers[slot] = 0
+        self.slots[slot] = None
+
+    def largest_rank(self, slots: Sequence[int]) -> int:
+        return max((f.rank for slot in slots for f in (self.slots[slot] or {}).values()), default=0)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``begin`` up to ``end`` have the adapter in ``slot``."""
+
+    begin: int
+    end: int
+    slot: int
+
+
+class Segments:
+    """The rows of one pass that have adapters; rows in no segment are the base's own.
+
+    With ``memory`` (1 + 3 * rows,) int64, where the kernels will read the segments, any adapter of the table may take
+    part: a recorded pass is for all that come. ``columns`` that may be adapted, ``gains`` those of DoRA.
+    """
+
+    def __init__(self, table: FactorTable, segments: Sequence[Segment], memory: Tensor | None = None):
+        self.table, self.segments = table, tuple(segments)
+        flat = [number for s in segments for number in (s.begin, s.end, s.slot)]
+        self.numbers = torch.tensor([len(segments), *flat], dtype=torch.int64)
+        used = {s.slot for s in segments}
+        adapters = [table.slots[slot] or {} for slot in used]
+        self.columns = {column for factors in adapters for column in factors}
+        self.gains = {column for factors in adapters for column, f in factors.items() if f.gain is not None}
+        self.most_rank = table.largest_rank(sorted(used))
+        if memory is not None:
+            memory[: len(self.numbers)] = self.numbers
+            self.numbers, self.columns = memory, set(range(table.columns))
+            self.gains = self.columns if self.gains else set()
+            self.most_rank = table.largest_rank(range(len(table.slots)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A projection's output (rows, n) over all rows of the pass, its bias and its column of the table."""
+
+    out: Tensor
+    column: int
+    bias: Tensor | None = None
+
+
+def add_segments(x: Tensor, segments: Segments, targets: Sequence[Target]) -> None:
+    """Update the ``targets`` of the input ``x`` (rows, k), fp32 or bf16, in place."""
+    targets = [t for t in targets if t.column in segments.columns]
+    if not targets:
+        return
+    if len(targets) > MOST_TARGETS:
+        raise ValueError(f"{len(targets)} projections of one input; expected at most {MOST_TARGETS}")
+    outs = [t.out for t in targets]
+    library = native.library_for(x, *outs)
+    if library is None:
+        _twin(x, segments, targets)
+        return
+    rows, k, stride, kind = _matrix(x, "x")
+    table = segments.table
+    flat = []
+    for t in targets:
+        out_rows, n, out_stride, out_kind = _matrix(t.out, "out")
+        if out_rows != rows or out_kind != kind:
+            raise ValueError(f"out is {t.out.dtype} {tuple(t.out.shape)}; expected {rows} rows of {x.dtype}")
+        bias_kind = 0 if t.bias is None else _TYPES[t.bias.dtype]
+        flat.append((t.out.data_ptr(), out_stride, n, native.address(t.bias), bias_kind, t.column))
+    wide = rows * k if kind else 0
+    work = hold(torch.empty(len(targets) * rows * segments.most_rank + wide))
+    library.add_segments(
+        (x.data_ptr(), stride, rows, k, kind),
+        (table.numbers.data_ptr(), table.columns, segments.most_rank, _TYPES[table.dtype]),
+        segments.numbers.data_ptr(),
+        flat,
+        work.data_ptr(),
+    )
+
+
+def _twin(x: Tensor, segments: Segments, targets: Sequence[Target]) -> None:
+    for s in segments.segments:
+        factors = segments.table.slots[s.slot] or {}
+        rows = slice(s.begin, s.end)
+        for t in targets:
+            f = factors.get(t.column)
+            if f is None:
+                continue
+            low = f.scale * (x[rows].float() @ f.a.to(x.device).float().t()) @ f.b.to(x.device).float()
+            out = t.out[rows].float() + low
+            if f.gain is not None:
+                bias = 0.0 if t.bias is None else t.bias.float()
+                out = (out - bias) * f.gain.to(x.device) + bias
+            t.out[rows] = out.to(t.out.dtype)

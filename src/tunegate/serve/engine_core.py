@@ -1,0 +1,383 @@
+"""The engine itself: a base, adapters in a fixed number of bytes, and a scheduler, driven by jobs.
+
+Adapters are kept by key, least recently used pushed out first; one that running rows use, or that is pinned, stays. A
+job whose adapter was pushed out waits until it is read again. Reading and checking happen in a thread of their own,
+while passes go on; what takes a place in a pass is only the probe, a few tokens with and without the adapter as two
+rows like all others. An adapter that moves no logit is refused.
+
+It speaks no protocol (``engine_worker`` does), and is for one thread but for :meth:`EngineCore.read`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunegate.adapter.segmented import Served
+from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
+from tunegate.engine.paged import layer_shapes
+from tunegate.engine.runner import Runner, evaluating
+from tunegate.engine.sampling import Chooser
+from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
+from tunegate.errors import InputError, TunegateError
+from tunegate.kernels import native
+from tunegate.kernels.segments import Factors, Segment, Segments
+from tunegate.model.loading import choose_dtype, empty_model, load_model, load_tokenizer
+from tunegate.model.resolve import resolve_base
+from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
+
+_PROBE_TOKENS = 8
+_MOST_FORMS = 256  # compiled ones kept
+
+
+@dataclass
+class _Adapter:
+    """``slot`` None: known, but not in memory."""
+
+    key: str
+    folder: Path
+    pinned: bool
+    slot: int | None = None
+    bytes: int = 0
+    rank: int = 0
+    moved: float = 0.0
+    users: int = 0  # rows that run or wait with it
+    reading: Future[dict[int, Factors]] | None = None
+    begun: float = 0.0
+    asked: list[Callable[[Loaded | TunegateError], None]] = field(default_factory=list)
+    waiting: list[tuple[int, Job]] = field(default_factory=list)
+
+
+class EngineCore:
+    """``send(id, tokens or error)`` is called with what each job gets."""
+
+    def __init__(self, options: EngineOptions, send: Callable[[int, Tokens | TunegateError], None]):
+        started = time.monotonic()
+        self.options, self.send = options, send
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        resolved = resolve_base(options.base, offline=True, trust_remote_code=options.trust_remote_code)
+        dtype, _ = choose_dtype(options.compute_dtype, device=_device_type(options.device))
+        narrow = native.library() is not None and _device_type(options.device) != "cuda"
+        model: Any = load_model(
+            resolved.path, dtype=dtype, recipe=options.recipe, narrow=narrow,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        model.to(torch.device(_device_type(options.device)))
+        self.tokenizer = load_tokenizer(resolved.path, trust_remote_code=options.trust_remote_code)
+        self.runner = Runner(model)
+        skeleton = empty_model(resolved.path, trust_remote_code=options.trust_remote_code)
+        self.served = Served(model, skeleton)
+        shapes = layer_shapes(self.runner)
+        page_bytes = PAGE_TOKENS * sum(shape.token_bytes for shape in shapes.values())
+        pages = options.cache_bytes // page_bytes
+        if pages < 4:
+            raise InputError(
+                "the cache is too small for a page of every layer", where="--kv-cache",
+                expected=f"at least {4 * page_bytes:,} bytes", got=f"{options.cache_bytes:,}",
+            )  # fmt: skip
+        self.scheduler = Scheduler(
+            self.runner, pages, served=self.served, most_rows=options.most_rows,
+            step_tokens=options.step_tokens or STEP_TOKENS,
+        )  # fmt: skip
+        self.adapters: OrderedDict[str, _Adapter] = OrderedDict()  # the least recently used first
+        self._jobs: dict[int, tuple[Row, Job, _Adapter | None]] = {}
+        self._rows: dict[Row, int] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._forms: OrderedDict[Any, Constraint] = OrderedDict()
+        self._plain_probe: torch.Tensor | None = None
+        self._leaving: list[_Adapter] = []
+        self.facts = EngineFacts(
+            context=min(options.context or 2**31, self.scheduler.room(1, 2**31)),
+            vocabulary=int(model.config.get_text_config().vocab_size),
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            path=self.runner.path_reason,
+            pages=pages,
+            page_tokens=PAGE_TOKENS,
+            base_bytes=sum(t.numel() * t.element_size() for t in _tensors(model)),
+            load_seconds=time.monotonic() - started,
+        )
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether :meth:`step` has something to do now."""
+        return self.scheduler.busy or any(a.reading is not None and a.reading.done() for a in self.adapters.values())
+
+    @property
+    def reading(self) -> bool:
+        """Whether adapters are being read."""
+        return any(a.reading is not None for a in self.adapters.values())
+
+    def submit(self, number: int, job: Job, folder: Path | None = None) -> None:
+        """Take a job; what is wrong with it goes to ``send`` as an error. ``folder``: where its adapter is."""
+        try:
+            self._check(job)
+            adapter = None
+            if job.adapter is not None:
+                adapter = self.adapters.get(job.adapter)
+                if adapter is None:
+                    if folder is None:
+                        raise InputError("the engine knows no adapter with this hash", got=job.adapter)
+                    adapter = self.adapters[job.adapter] = _Adapter(job.adapter, folder, pinned=False)
+            if adapter is not None and adapter.slot is None:
+                adapter.waiting.append((number, job))
+                self._read(adapter)
+            else:
+                self._start(number, job, adapter)
+        except TunegateError as error:
+            self.send(number, error)
+
+    def _check(self, job: Job) -> None:
+        vocabulary = self.facts.vocabulary
+        bad = next((t for t in (*job.tokens, *(i for i, _ in job.picking.logit_bias)) if not 0 <= t < vocabulary), None)
+        if bad is not None:
+            raise InputError("a token id is outside of the vocabulary", expected=f"0 to {vocabulary - 1}", got=str(bad))
+        if not job.tokens or job.max_new_tokens < 1:
+            raise InputError("nothing to continue", got=f"{len(job.tokens)} tokens, {job.max_new_tokens} to make")
+        if len(job.tokens) + 1 > self.facts.context:
+            raise InputError(
+                "the prompt is longer than what can be read", expected=f"at most {self.facts.context - 1} tokens",
+                got=f"{len(job.tokens)}",
+            )  # fmt: skip
+        if len(self._jobs) >= self.options.most_rows + self.options.most_waiting:
+            raise EngineFull("too many answers are waiting", got=f"{len(self._jobs)}", fix="send it again later")
+
+    def _start(self, number: int, job: Job, adapter: _Adapter | None) -> None:
+        state = None if job.form is None else self._form(job).start()
+        room = min(job.max_new_tokens, self.facts.context - len(job.tokens))
+        row = Row(
+            list(job.tokens),
+            self.scheduler.room(len(job.tokens), room),
+            Chooser(job.picking, job.tokens, state, job.logprobs),
+            frozenset(job.stop_ids),
+            None if adapter is None else adapter.slot,
+            b"" if adapter is None else adapter.key.encode()[-48:],
+        )
+        self.scheduler.add(row)
+        self._jobs[number], self._rows[row] = (row, job, adapter), number
+        if adapter is not None:
+            adapter.users += 1
+            self.adapters.move_to_end(adapter.key)
+
+    def _form(self, job: Job) -> Constraint:
+        key = (job.form, job.stop_ids)
+        if key not in self._forms:
+            assert job.form is not None
+            kind, value, compact = job.form
+            self._forms[key] = build_constraint(AnswerForm(kind, value, compact), self.tokenizer, job.stop_ids)  # type: ignore[arg-type]
+            while len(self._forms) > _MOST_FORMS:
+                self._forms.popitem(last=False)
+        self._forms.move_to_end(key)
+        return self._forms[key]
+
+    def cancel(self, number: int) -> None:
+        if number in self._jobs:
+            self.scheduler.cancel(self._jobs[number][0])
+            self._end(number)
+        for adapter in self.adapters.values():
+            adapter.waiting = [(n, job) for n, job in adapter.waiting if n != number]
+
+    def _end(self, number: int) -> None:
+        row, _, adapter = self._jobs.pop(number)
+        del self._rows[row]
+        if adapter is not None:
+            adapter.users -= 1
+            self._let_go()
+
+    def step(self) -> None:
+        """Take adapters that were read, then one pass."""
+        for adapter in [a for a in self.adapters.values() if a.reading is not None and a.reading.done()]:
+            self._take(adapter)
+        try:
+            with evaluating(self.runner.model):
+                events = self.scheduler.step()
+        except TunegateError as error:
+            self._fail_all(error)
+            return
+        for event in events:
+            self._tell(event)
+
+    def _fail_all(self, error: TunegateError) -> None:
+        self.scheduler.clear()
+        for number in list(self._jobs):
+            self.send(number, error)
+            self._end(number)
+
+    def _tell(self, event: Event) -> None:
+        number, row = self._rows[event.row], event.row
+        if isinstance(event.chosen, TunegateError):
+            self.send(number, event.chosen)
+            self._end(number)
+            return
+        chosen, stopped = event.chosen, event.finish == "stop"
+        logprobs = None
+        if chosen.logprob is not None and not stopped:
+            logprobs = (TokenLogprob(chosen.token, chosen.logprob, chosen.top),)
+        waited = (row.begun or row.arrived) - row.arrived
+        self.send(
+            number,
+            Tokens(
+                () if stopped else (chosen.token,),
+                event.finish,  # type: ignore[arg-type]
+                logprobs,
+                row.cached,
+                waited,
+                chosen.token if stopped else None,
+            ),
+        )
+        if event.finish is not None:
+            self._end(number)
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def load(self, key: str, folder: Path, pinned: bool, tell: Callable[[Loaded | TunegateError], None]) -> None:
+        """Read an adapter and keep it; ``tell`` is called when it can answer, or with why it cannot."""
+        adapter = self.adapters.get(key)
+        if adapter is None:
+            adapter = self.adapters[key] = _Adapter(key, folder, pinned)
+        adapter.folder, adapter.pinned = folder, pinned
+        if adapter.slot is not None:
+            tell(Loaded(key, adapter.bytes, adapter.rank, 0.0, adapter.moved))
+            return
+        adapter.asked.append(tell)
+        self._read(adapter)
+
+    def unload(self, key: str) -> None:
+        """Forget an adapter; rows that run with it finish first."""
+        adapter = self.adapters.pop(key, None)
+        if adapter is None:
+            return
+        self._refuse(adapter, InputError("the adapter was unloaded", got=key))
+        if adapter.slot is not None:
+            self._leaving.append(adapter)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Unloaded adapters whose last row is done."""
+        for adapter in [a for a in self._leaving if not a.users]:
+            self._leaving.remove(adapter)
+            self._push_out(adapter)
+
+    def _push_out(self, adapter: _Adapter) -> None:
+        assert adapter.slot is not None
+        self.served.table.remove(adapter.slot)
+        adapter.slot = None
+
+    def _read(self, adapter: _Adapter) -> None:
+        if adapter.reading is None:
+            adapter.begun = time.monotonic()
+            adapter.reading = self._reader.submit(self.served.read, adapter.folder)
+
+    def _take(self, adapter: _Adapter) -> None:
+        """An adapter that was read into the table, if there is room; then what waited for it."""
+        assert adapter.reading is not None
+        reading, adapter.reading = adapter.reading, None
+        try:
+            factors = reading.result()
+            adapter.bytes = sum(f.nbytes for f in factors.values())
+            adapter.rank = max(f.rank for f in factors.values())
+            self._make_room(adapter)
+            adapter.slot = self.served.table.add(factors)
+            adapter.moved = self._probe(adapter.slot)
+            if not adapter.moved > 0.0:
+                raise InputError("the adapter changes no logit of a probe", where=str(adapter.folder))
+        except Exception as error:  # a file that changed under us, a full memory: this adapter's fault alone
+            if adapter.slot is not None:
+                self._push_out(adapter)
+            told = error if isinstance(error, TunegateError) else _unreadable(adapter.folder, error)
+            self._refuse(adapter, told)
+            return
+        loaded = Loaded(adapter.key, adapter.bytes, adapter.rank, time.monotonic() - adapter.begun, adapter.moved)
+        asked, adapter.asked = adapter.asked, []
+        for tell in asked:
+            tell(loaded)
+        waiting, adapter.waiting = adapter.waiting, []
+        for number, job in waiting:
+            try:
+                self._start(number, job, adapter)
+            except TunegateError as error:
+                self.send(number, error)
+
+    def _refuse(self, adapter: _Adapter, error: TunegateError) -> None:
+        """Forget an adapter, and tell everybody who waits for it."""
+        self.adapters.pop(adapter.key, None)
+        for tell in adapter.asked:
+            tell(error)
+        for number, _ in adapter.waiting:
+            self.send(number, error)
+        adapter.asked, adapter.waiting = [], []
+
+    def _make_room(self, adapter: _Adapter) -> None:
+        """Push out adapters that nobody uses until this one fits."""
+        budget = self.options.adapter_bytes
+        for other in list(self.adapters.values()):
+            if self.bytes_held + adapter.bytes <= budget:
+                return
+            if other.slot is not None and not other.users and not other.pinned:
+                self._push_out(other)
+        if self.bytes_held + adapter.bytes > budget:
+            raise EngineFull(
+                "no room for the adapter: all others are pinned or in use", where="--adapter-cache",
+                expected=f"{adapter.bytes:,} bytes beside {self.bytes_held:,}", got=f"{budget:,}",
+            )  # fmt: skip
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(a.bytes for a in (*self.adapters.values(), *self._leaving) if a.slot is not None)
+
+    @torch.inference_mode()
+    def _probe(self, slot: int) -> float:
+        """The largest change of a logit that the adapter makes on a few tokens."""
+        from tunegate.engine.runner import PackedPass
+        from tunegate.kernels import Layout, Plan
+
+        def logits(segments: Segments | None) -> torch.Tensor:
+            ids = torch.arange(_PROBE_TOKENS) * 7919 % self.facts.vocabulary
+            attention = PackedPass(Plan(Layout((_PROBE_TOKENS,)), self.runner.device))
+            with evaluating(self.runner.model), self.served.using(segments, _PROBE_TOKENS):
+                return self.runner.head.logits(self.runner.run(ids, torch.arange(_PROBE_TOKENS), attention)[-1:])
+
+        if self._plain_probe is None:
+            self._plain_probe = logits(None)
+        moved = logits(Segments(self.served.table, [Segment(0, _PROBE_TOKENS, slot)])) - self._plain_probe
+        if not bool(torch.isfinite(moved).all()):
+            raise InputError("the adapter gives NaN or infinite logits")
+        return float(moved.abs().max())
+
+    def stats(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting) + sum(len(a.waiting) for a in self.adapters.values()),
+            "pages": scheduler.pool.pages,
+            "pages_used": scheduler.pool.used,
+            **vars(scheduler.counters),
+            "adapters": sum(a.slot is not None for a in self.adapters.values()),
+            "adapter_bytes": self.bytes_held,
+        }
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError("the adapter cannot be read", where=str(folder), got=f"{type(error).__name__}: {error}")
+
+
+def _device_type(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _tensors(model: Any) -> list[torch.Tensor]:
+    seen: dict[int, torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen.setdefault(tensor.data_ptr(), tensor)
+    return list(seen.values())

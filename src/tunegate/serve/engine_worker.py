@@ -1,0 +1,130 @@
+"""The engine's process: messages in, passes, tokens out (``wire`` says how they look).
+
+A thread reads the socket; the main thread takes what came, makes one pass, and sends what it gave as one write. Nothing
+to do means waiting for a message. When the front is gone, so is this process.
+
+``python -m tunegate.serve.engine_worker FD`` is for ``engine_process``, not for people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tunegate.errors import TunegateError
+from tunegate.serve.engine_core import EngineCore
+from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
+from tunegate.serve.wire import error_json, line
+
+_LOOK_AGAIN = 0.002  # seconds, while an adapter is being read
+
+
+class Worker:
+    """One engine on one socket."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.lines = connection.makefile("rb")
+        self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.out: list[bytes] = []
+
+    def run(self) -> int:
+        options = EngineOptions(**json.loads(self.lines.readline()))
+        try:
+            self.core = EngineCore(options, self._send_tokens)
+        except TunegateError as error:
+            self.connection.sendall(line({"failed": error_json(error)}))
+            return 1
+        self.connection.sendall(line({"started": to_json(self.core.facts)}))
+        threading.Thread(target=self._listen, daemon=True).start()
+        while self._take_messages():
+            if self.core.busy:
+                self.core.step()
+            if self.out:
+                self.connection.sendall(b"".join(self.out))
+                self.out.clear()
+        return 0
+
+    def _listen(self) -> None:
+        try:
+            for text in self.lines:
+                self.inbox.put(json.loads(text))
+        except OSError:
+            pass
+        self.inbox.put(None)
+
+    def _take_messages(self) -> bool:
+        """Do what has been asked; False once it is over. Waits where there is nothing else to do."""
+        wait = not self.core.busy and not self.out
+        while True:
+            try:
+                message = self.inbox.get(wait, _LOOK_AGAIN if self.core.reading else None)
+            except queue.Empty:
+                return True
+            if message is None or "stop" in message:
+                return False
+            self._do(message)
+            wait = False
+
+    def _do(self, message: dict[str, Any]) -> None:
+        if "job" in message:
+            folder = None if message["folder"] is None else Path(message["folder"])
+            self.core.submit(message["job"], Job.from_json(message["data"]), folder)
+        elif "cancel" in message:
+            self.core.cancel(message["cancel"])
+        elif "load" in message:
+            number = message["load"]
+            self.core.load(
+                message["key"], Path(message["folder"]), message["pinned"], lambda found: self._answer(number, found)
+            )
+        elif "unload" in message:
+            self.core.unload(message["unload"])
+        elif "stats" in message:
+            self.out.append(line({"answer": message["stats"], "data": {**self.core.stats(), "rss": _rss()}}))
+
+    def _answer(self, number: int, found: Loaded | TunegateError) -> None:
+        if isinstance(found, TunegateError):
+            self.out.append(line({"error": number, "data": error_json(found)}))
+        else:
+            self.out.append(line({"answer": number, "data": to_json(found)}))
+
+    def _send_tokens(self, number: int, found: Tokens | TunegateError) -> None:
+        if isinstance(found, TunegateError):
+            self.out.append(line({"error": number, "data": error_json(found)}))
+        else:
+            self.out.append(line({"tokens": number, "data": to_json(found)}))
+
+
+def _rss() -> int:
+    """Resident bytes of this process; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+    try:
+        return Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+    except (BrokenPipeError, ConnectionResetError):
+        return 0  # the front is gone
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that reads an adapter does not hold up the end
