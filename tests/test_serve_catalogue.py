@@ -200,6 +200,7 @@ async def test_many_who_ask_at_once_load_it_once(
     engine.gate.set()
     found = await asyncio.gather(*asking, return_exceptions=True)
     assert isinstance(found[0], asyncio.CancelledError) and len(set(map(id, found[1:]))) == 1
+    await catalogue.resolve("support")
     assert engine.loads == [adapter_hash(adapters[0])]
 
 

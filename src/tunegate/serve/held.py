@@ -33,7 +33,7 @@ class Held:
     def __init__(self, engine: EngineClient):
         self._engine = engine
         self._users: Counter[str] = Counter()  # objects alive, by key
-        self._there: set[str] = set()
+        self._there: dict[str, tuple[Path, bool]] = {}  # folder and pinned, as the engine was told
         self._pinned: set[str] = set()
         self._forgetting: set[asyncio.Task[None]] = set()
         self._once = Once()
@@ -49,17 +49,18 @@ class Held:
         return key in self._there
 
     async def put(self, key: str, folder: Path, pinned: bool) -> None:
-        """Have the engine hold ``key``. Asked each time a request begins: the engine may have been started again, and
-        for a key that it has this costs nothing."""
+        """Have the engine hold ``key``. Asked each time a request begins, so a key that it was told of costs nothing;
+        one that starts again knows its keys."""
         if pinned:
             self._pinned.add(key)
         pinned = key in self._pinned  # by another name, perhaps
-        await self._once((key, pinned), lambda: self._put(key, folder, pinned))
+        if self._there.get(key) != (folder, pinned):
+            await self._once((key, folder, pinned), lambda: self._put(key, folder, pinned))
 
     async def _put(self, key: str, folder: Path, pinned: bool) -> None:
         async with self._locks[key]:
             await self._engine.load(key, folder, pinned=pinned)
-            self._there.add(key)
+            self._there[key] = (folder, pinned)
 
     def _from_anywhere(self, loop: asyncio.AbstractEventLoop, key: str) -> None:
         """An object may die in any thread."""
@@ -79,9 +80,8 @@ class Held:
             if key in self._users:  # named again meanwhile
                 return
             self._pinned.discard(key)
-            if key not in self._there:
+            if self._there.pop(key, None) is None:
                 return
-            self._there.discard(key)
             try:
                 await self._engine.unload(key)
             except TunegateError as error:
