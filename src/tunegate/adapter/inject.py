@@ -99,7 +99,7 @@ def servable(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the plain model that may carry an adapter, by path: all linear ones but the head, those that share
     the embeddings' weight, and routers."""
     modules = {path: module for path, module in model.named_modules() if path}
-    head = _head_paths(model, modules)
+    head = head_paths(model)
     return {p: m for p, m in modules.items() if features(m) and p not in head and not is_router(model, p)}
 
 
