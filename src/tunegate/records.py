@@ -7,6 +7,7 @@ values of another type, so that an old tool never half-understands a new file.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,14 +389,27 @@ def load(path: Path | str, kind: type[T]) -> T:
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(Problem("cannot read the record", str(path), f"a {kind.__name__} in JSON", reason)) from None
+    return from_json(data, kind, str(path))
+
+
+def from_json(data: Any, kind: type[T], where: str) -> T:
+    """The record of ``kind`` that :func:`to_json` made ``data`` of; :class:`InputError` as :func:`load`."""
     expected = f"{kind.__name__}/{SCHEMA_VERSION}"
-    got = data.pop("schema", None) if isinstance(data, dict) else None
+    fields = dict(data) if isinstance(data, dict) else {}
+    got = fields.pop("schema", None)
     if got != expected:
-        raise InputError("not a record of this kind", where=str(path), expected=expected, got=str(got))
+        raise InputError("not a record of this kind", where=where, expected=expected, got=str(got))
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(data))
+        record: T = _reader(kind).validate_json(json.dumps(fields))  # type: ignore[arg-type]  # classes can be hashed
+        return record
     except ValidationError as error:
-        raise InputError([_problem(dict(item), str(path)) for item in error.errors(include_url=False)]) from None
+        raise InputError([_problem(dict(item), where) for item in error.errors(include_url=False)]) from None
+
+
+@functools.cache
+def _reader(kind: type[Any]) -> TypeAdapter[Any]:
+    """Building one takes pydantic ten times as long as reading a record with it."""
+    return TypeAdapter(kind)
 
 
 def _problem(item: dict[str, Any], where: str) -> Problem:

@@ -129,6 +129,21 @@ def checked_state(
     """The adapter in ``folder`` as spec and fp32 tensors by file name, checked against the plain ``model``, which may
     be on the meta device. :class:`InputError` names everything that is wrong."""
     folder = Path(folder)
+    where = str(folder / TENSORS)
+    spec, _ = checked_header(model, folder)
+    state = _read_tensors(folder)
+    problems = _non_finite(state, where)
+    if not allow_untrained:
+        problems += _untrained(state, where)
+    if problems:
+        raise InputError(problems)
+    return spec, state
+
+
+def checked_header(model: nn.Module, folder: Path | str) -> tuple[AdapterSpec, tuple[str, ...]]:
+    """The spec of the adapter in ``folder`` and the modules it adapts, from the config and the header of the tensors'
+    file alone; :class:`InputError` if the tensors are not exactly those of the modules that the config selects."""
+    folder = Path(folder)
     spec = read_spec(folder)
     targets, problems = find_targets(model, spec, strict=False)
     where = str(folder / TENSORS)
@@ -138,13 +153,7 @@ def checked_state(
     problems += _wrong_types(header, where)
     if problems:
         raise InputError(problems)
-    state = _read_tensors(folder)
-    problems = _non_finite(state, where)
-    if not allow_untrained:
-        problems += _untrained(state, where)
-    if problems:
-        raise InputError(problems)
-    return spec, state
+    return spec, tuple(targets)
 
 
 def read_spec(folder: Path | str) -> AdapterSpec:

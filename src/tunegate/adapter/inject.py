@@ -64,7 +64,7 @@ def find_targets(
             "the model already carries an adapter", fix="remove it first: tunegate.adapter.inject.remove(model)"
         )
     linear = {path: sizes for path, module in modules.items() if (sizes := features(module))}
-    head = _head_paths(model, modules)
+    head = head_paths(model)
     chosen = [
         path
         for path in modules
@@ -99,7 +99,7 @@ def servable(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the plain model that may carry an adapter, by path: all linear ones but the head, those that share
     the embeddings' weight, and routers."""
     modules = {path: module for path, module in model.named_modules() if path}
-    head = _head_paths(model, modules)
+    head = head_paths(model)
     return {p: m for p, m in modules.items() if features(m) and p not in head and not is_router(model, p)}
 
 
@@ -182,14 +182,14 @@ def _generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _head_paths(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+def head_paths(model: nn.Module) -> set[str]:
     """The output head, and every layer that shares its weight with the input embeddings."""
     get_head, get_embeddings = (getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("output", "input"))
     head, embeddings = get_head(), get_embeddings()
     shared = getattr(embeddings, "weight", None)
     return {
         path
-        for path, module in modules.items()
+        for path, module in model.named_modules()
         if module is head or (shared is not None and getattr(module, "weight", None) is shared)
     }
 

@@ -20,6 +20,7 @@ from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.cli.registry import registry
 from tunegate.cli.review import review
+from tunegate.cli.serve import serve
 from tunegate.cli.sweep import sweep
 from tunegate.config import Config, describe_defaults, load_config
 from tunegate.errors import InputError
@@ -31,7 +32,7 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 # the commands, by the name that is typed
 __all__ = [
     "advise", "check", "doctor", "eval", "export", "gate", "init", "merge", "plan", "quantize", "registry", "review",
-    "run", "show", "sweep", "train",
+    "run", "serve", "show", "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 

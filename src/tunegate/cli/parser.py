@@ -13,6 +13,7 @@ from tunegate.cli.export import add_parser as add_export
 from tunegate.cli.quantize import size
 from tunegate.cli.registry import add_parser as add_registry
 from tunegate.cli.review import add_parser as add_review
+from tunegate.cli.serve import add_parser as add_serve
 
 # Nothing heavy is imported here: what OpenMP reads when torch is loaded is set after the arguments are known.
 SIZES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
@@ -129,6 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_sweep(commands, task)
     _add_merge(commands, common)
     add_export(commands, common)
+    add_serve(commands, common)
     _add_quantize(commands, common)
     add_registry(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")

@@ -88,6 +88,14 @@ def quantized_names(names: Iterable[str]) -> dict[str, StoredWeight]:
     return found
 
 
+def stored_recipe(names: Iterable[str]) -> dict[str, Any] | None:
+    """How a checkpoint with tensors of these names is stored in 4 bits, as a card tells it; None if it is not."""
+    first = next(iter(quantized_names(names).values()), None)
+    if first is None:
+        return None
+    return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
+
+
 def pack(name: str, weight: QuantizedWeight, *, state_bytes: int = 0) -> dict[str, Tensor]:
     """Tensor name -> tensor of a weight as bitsandbytes writes it, in its order.
 

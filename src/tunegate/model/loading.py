@@ -169,6 +169,22 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
+def eos_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-text ids of the base's generation config."""
+    path = folder / "generation_config.json"
+    found = load_object(path).get("eos_token_id") if path.exists() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in ids):
+        raise InputError(
+            "not token ids",
+            where=f"{path}: eos_token_id",
+            expected="a number or a list of numbers",
+            got=repr(found)[:120],
+            fix="mend the file, or fetch the base again",
+        )
+    return tuple(ids)
+
+
 def _own_tokenizer(path: Path) -> bool:
     config = path / "tokenizer_config.json"
     return config.is_file() and bool(load_object(config).get("auto_map"))

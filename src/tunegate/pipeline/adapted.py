@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunegate.adapter.card import template_of, template_problems
 from tunegate.adapter.files import load_adapter
 from tunegate.adapter.inject import Injection, disabled
 from tunegate.data.render import Renderer
 from tunegate.engine.runner import Runner
-from tunegate.errors import InputError, Problem, TunegateError
+from tunegate.errors import InputError, Problem
 from tunegate.export import parity
 from tunegate.export.deltas import merged_rows
 from tunegate.export.parity import InRunner, Questions, Reading
@@ -29,10 +30,9 @@ from tunegate.files import links_out
 from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import dequantize, quantize
 from tunegate.model.fingerprint import fingerprint_base
-from tunegate.model.loading import choose_dtype, load_model, load_tokenizer
+from tunegate.model.loading import choose_dtype, eos_ids, load_model, load_tokenizer
 from tunegate.model.resolve import resolve_base
 from tunegate.model.shards import DTYPES
-from tunegate.pipeline.base import eos_ids
 from tunegate.pipeline.card import CARD, check_complete, load_card
 from tunegate.pipeline.reporter import Reporter
 from tunegate.records import AdapterCard
@@ -111,11 +111,9 @@ def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch:
     if not verified:
         reporter.line("warning: an adapter without a card: nothing proves that this is its base")
     renderer = _renderer(resolved.path, cards)
-    try:
-        for card in () if allow_base_mismatch else cards:
-            renderer.check_golden(card.template["golden"])
-    except TunegateError as error:
-        raise InputError(error.problems) from None
+    problems = [p for card in cards if not allow_base_mismatch for p in template_problems(card, renderer)]
+    if problems:
+        raise InputError(problems)
     recipe = recipes[0] if recipes else None
     asked = _questions(renderer, cards)
     return Source(resolved.path, name, fingerprint, recipe, renderer, asked, tuple(cards), verified)
@@ -123,7 +121,7 @@ def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch:
 
 def _renderer(folder: Path, cards: Sequence[AdapterCard]) -> Renderer:
     """Of the template that the adapters were trained with; :class:`InputError` if they differ in it."""
-    templates = {(card.config.get("base") or {}).get("template") for card in cards}
+    templates = {template_of(card) for card in cards}
     if len(templates) > 1:
         raise InputError("the adapters were trained with different chat templates", got=", ".join(map(repr, templates)))
     return Renderer(load_tokenizer(folder), template=next(iter(templates), None), eos_ids=eos_ids(folder))

@@ -15,9 +15,9 @@ from tunegate.data.render import Renderer
 from tunegate.errors import InputError
 from tunegate.kernels import native
 from tunegate.kernels.formats import Recipe
-from tunegate.model.bnb_files import quantized_names
+from tunegate.model.bnb_files import quantized_names, stored_recipe
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
-from tunegate.model.loading import choose_dtype, load_tokenizer
+from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer
 from tunegate.model.resolve import ResolvedBase, resolve_base
 from tunegate.model.weights import TensorEntry, load_object, tensors_of
 from tunegate.pipeline.reporter import Reporter
@@ -73,15 +73,11 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
 
 def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[str, Any] | None:
     """How the base's weights are quantized: as the task says, or as they are stored. :class:`InputError` if both."""
-    stored = quantized_names(names)
-    wanted = section.quantization != "none"
-    if stored and wanted:
-        raise quantized_already(folder, f"{len(stored)} quantized weights")
+    stored = stored_recipe(names)
+    if section.quantization == "none":
+        return stored
     if stored:
-        first = next(iter(stored.values()))
-        return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
-    if not wanted:
-        return None
+        raise quantized_already(folder, f"weights stored in {stored['format']}")
     recipe = Recipe(section.quantization, section.quantization_block, section.double_quantization)
     return {**recipe.to_json(), "keep": sorted(set(section.keep_unquantized)), "stored": False}
 
@@ -118,22 +114,6 @@ def _elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def eos_ids(folder: Path) -> tuple[int, ...]:
-    """The end-of-text ids of the base's generation config."""
-    path = folder / "generation_config.json"
-    found = load_object(path).get("eos_token_id") if path.exists() else None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(i) is int for i in ids):
-        raise InputError(
-            "not token ids",
-            where=f"{path}: eos_token_id",
-            expected="a number or a list of numbers",
-            got=repr(found)[:120],
-            fix="mend the file, or fetch the base again",
-        )
-    return tuple(ids)
 
 
 def is_local(config: Config) -> bool:

@@ -15,10 +15,22 @@ from typing import Any
 
 import tunegate
 from tunegate import records
-from tunegate.adapter.card import CARD, CHANGED, FILES, MANIFEST, README, check_complete, load_card, manifest_problems
+from tunegate.adapter.card import (
+    CARD,
+    CHANGED,
+    FILES,
+    MANIFEST,
+    README,
+    AtHand,
+    base_problems,
+    check_complete,
+    load_card,
+    manifest_problems,
+    template_problems,
+)
 from tunegate.adapter.files import adapter_hash
-from tunegate.errors import InputError, TunegateError
-from tunegate.files import canonical_json, explain_os_error, hash_file, read_json, write_json, write_text
+from tunegate.errors import InputError, Problem
+from tunegate.files import explain_os_error, hash_file, read_json, write_json, write_text
 from tunegate.pipeline.base import Base
 from tunegate.pipeline.folders import now, short
 from tunegate.pipeline.prepare import Prepared
@@ -114,36 +126,14 @@ def check_adapter(folder: Path, base: Base, *, allow_base_mismatch: bool = False
     """
     check_complete(folder)
     card = load_card(folder)
-    made_for, here = card.base["fingerprint"]["total"], base.fingerprint.total
     if card.adapter["hash"] != adapter_hash(folder):
         raise InputError("the card is of another adapter", where=str(folder), fix=CHANGED)
-    if made_for != here and not allow_base_mismatch:
-        raise InputError(
-            "the adapter was trained on another base",
-            where=str(folder),
-            expected=f"{card.base['name']} with fingerprint {made_for}",
-            got=f"{base.resolved.name} with fingerprint {here} ({_which(card.base['fingerprint'], base)} differ)",
-            fix="use the base it was trained on; --allow-base-mismatch overrides this and is recorded",
-        )
-    if card.base.get("recipe") != base.recipe and not allow_base_mismatch:
-        raise InputError(
-            "the adapter was trained on another quantization of this base",
-            where=str(folder),
-            expected=_recipe_text(card.base.get("recipe")),
-            got=_recipe_text(base.recipe),
-            fix="set `base.quantization` as it was trained; --allow-base-mismatch overrides this and is recorded",
-        )
-    try:
-        base.renderer.check_golden(card.template["golden"])
-    except TunegateError as error:
-        raise InputError(error.problems) from None
+    problems: list[Problem] = []
+    if not allow_base_mismatch:
+        at_hand = AtHand(base.resolved.name, base.fingerprint, base.recipe)
+        override = "; --allow-base-mismatch overrides this and is recorded"
+        problems = base_problems(card, at_hand, str(folder), override)
+    problems = problems or template_problems(card, base.renderer)
+    if problems:
+        raise InputError(problems)
     return card
-
-
-def _recipe_text(recipe: Any) -> str:
-    return "no quantization" if recipe is None else canonical_json(recipe)
-
-
-def _which(fingerprint: dict[str, str], base: Base) -> str:
-    parts = ("weights", "config", "tokenizer", "template")
-    return ", ".join(p for p in parts if fingerprint.get(p) != getattr(base.fingerprint, p)) or "parts"

@@ -149,6 +149,18 @@ def resolve(connection: Connection, reference: str) -> Version:
     )  # fmt: skip
 
 
+def aliased(found: Iterable[Version], alias: str) -> Version | None:
+    """What ``NAME@alias`` means, as :func:`resolve` reads it, among all versions of that name."""
+    if alias == LATEST:
+        return max((v for v in found if v.state != RETIRED), key=lambda v: v.number, default=None)
+    return next((v for v in found if alias in v.aliases), None)
+
+
+def last_event(connection: Connection) -> int:
+    """The number of the last change; as long as it stays, nothing in the registry has another meaning."""
+    return connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
+
+
 def is_reference(text: str) -> bool:
     """Whether ``text`` has the form of a reference to a version."""
     name, at, alias = text.partition("@")

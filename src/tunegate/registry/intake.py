@@ -53,7 +53,7 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
     that its base has in the registry, where that is not the card's. :class:`InputError` with what is wrong."""
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder))
-    found = dict(_regular_files(folder, ""))
+    found = dict(regular_files(folder, ""))
     if not {CONFIG, TENSORS} <= found.keys():
         missing = ", ".join(sorted({CONFIG, TENSORS} - found.keys()))
         pickled = "adapter_model.bin" in found
@@ -133,7 +133,7 @@ def checked_name(name: str) -> str:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _regular_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+def regular_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
     """The files that lie directly in ``folder``, which may be a link itself. A link in it must not lead out of it."""
     root = folder.resolve()
     problems: list[Problem] = []
@@ -162,7 +162,7 @@ def _evidence(folder: Path, card: AdapterCard) -> Iterator[tuple[str, tuple[Path
         return
     for part in ("", "test/", "regression/", "safety/", "train/"):
         if (run / part).is_dir():
-            for path, file in _regular_files(run / part, EVIDENCE + part):
+            for path, file in regular_files(run / part, EVIDENCE + part):
                 if file.suffix in (".json", ".jsonl"):
                     yield path, (file, hash_file(file))
 
