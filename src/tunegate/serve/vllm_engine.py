@@ -30,7 +30,7 @@ from typing import Any
 from tunegate.adapter.files import TENSORS
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve import vllm
-from tunegate.serve.child import Child, Pace
+from tunegate.serve.child import USUAL, Child, Pace
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineGone, Finish, Job, Loaded, TokenLogprob, Tokens
 from tunegate.serve.vllm import BASE_NAME, MOST_LOGPROBS, VllmOptions
 
@@ -51,7 +51,7 @@ _GAUGES = {
 class VllmEngine:
     """All calls on one event loop. ``most_waiting``: jobs beyond the rows of a batch that are taken."""
 
-    def __init__(self, options: VllmOptions, *, most_waiting: int = 1024, pace: Pace = Pace()):
+    def __init__(self, options: VllmOptions, *, most_waiting: int = 1024, pace: Pace = USUAL):
         self.options, self._most, self._pace = options, options.rows + most_waiting, pace
         self._adapters: dict[str, tuple[Path, int]] = {}  # key: folder that vLLM reads, rank
         self._known: dict[str, int] = {}  # key: number of the process that has it
