@@ -7,6 +7,7 @@ JSON before an answer is complete. Every load is bounded: so many requests, so m
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _answer(raw: bytes, streamed: bool, began: float, seconds: float, times: Seq
         json.loads(line[5:]) for line in content.split(b"\n") if line.startswith(b"data:") and b"[DONE]" not in line
     ]
     tokens = max((_tokens(event) for event in events), default=0)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     first = times[0] - began if times else None
     return Answer(status, seconds, tokens, "".join(map(_text, events)), began, first, max(gaps, default=None))
 

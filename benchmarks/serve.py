@@ -3,10 +3,10 @@
     python benchmarks/serve.py --quick --vllm-python /path/to/venv/bin/python
 
 Every server is alone on the machine while it is measured: started, warmed, measured, stopped; rounds go through all of
-them in turn. A scenario is so many requests of chat messages at a time, each with exactly 16 new tokens (``ignore_eos``),
-greedy; no prompt is sent twice to a server. Latency and time to first token are of single streamed requests with nothing
-beside them. The last line is one JSON object of ratios. vLLM is measured twice: with room for adapters, and on the base
-alone without, which is its faster way; ratios for the base are against the faster of the two.
+them in turn. A scenario is so many requests of chat messages at a time, greedy, each with exactly 16 new tokens
+(``ignore_eos``); no prompt is sent twice to a server. Latency and time to first token are of single streamed requests
+with nothing beside them. vLLM is measured twice: with room for adapters, and on the base alone without, which is its
+faster way; ratios for the base are against the faster of the two. The last line is one JSON object of ratios.
 """
 
 from __future__ import annotations
@@ -126,13 +126,13 @@ class Bench:
     async def loading(self, folders: dict[str, Path]) -> None:
         """Milliseconds to load an adapter while an answer streams, and that stream's longest pause meanwhile; beside
         it the longest pause of a stream that nothing disturbs."""
-        calm = checked(
-            [await load.ask(self.port, chat(self.models["base"], next(self.prompts.take(1)), 192, stream=True))]
-        )
+
+        def streamed() -> dict[str, Any]:
+            return chat(self.models["base"], next(self.prompts.take(1)), 192, stream=True)
+
+        calm = checked([await load.ask(self.port, streamed())])
         self.add("calm pause ms", 1000 * (calm[0].gap or 0.0))
-        stream = asyncio.create_task(
-            load.ask(self.port, chat(self.models["base"], next(self.prompts.take(1)), 192, stream=True))
-        )
+        stream = asyncio.create_task(load.ask(self.port, streamed()))
         await asyncio.sleep(0.3)
         for name, folder in folders.items():
             body = {"lora_name": name, "lora_path": str(folder)}

@@ -40,7 +40,7 @@ def adapter(model: torch.nn.Module, folder: Path, spec: AdapterSpec, seed: int) 
     with torch.no_grad():
         for name, parameter in injection.parameters().items():
             if "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
     save_adapter(folder, injection, base_name="smollm2-135m-instruct")
     remove(model)
     return folder
@@ -103,7 +103,7 @@ async def use_it(
             first = parts[0].logprobs
             assert first is not None and len(ids) == 12 and parts[-1].finish == "length"
             for token, value in first[0].top:  # bf16 against fp32
-                assert abs(value - float(wanted[name][token])) < 0.25, name
+                assert abs(value - float(wanted[name][token])) < 0.4, name
         assert len({ids for ids, _ in answers.values()}) == 3
         at_once = await asyncio.gather(*(answer(engine, replace(job, adapter=key)) for key in keys.values()))
         for (alone, _), (mixed, _) in zip(answers.values(), at_once, strict=True):
