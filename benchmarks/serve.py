@@ -198,7 +198,9 @@ def contestants(args: argparse.Namespace, base: Path, made: dict[str, Path]) -> 
 
 async def compare(args: argparse.Namespace, base: Path, folder: Path) -> tuple[dict[str, Figures], dict[str, str]]:
     """Figures by contestant, and why one has none."""
-    made = servers.make_adapters(base, folder / "adapters", MANY)
+    from tunegate.serve.probing import random_adapters
+
+    made = random_adapters(base, folder / "adapters", MANY, servers.RANK)
     figures: dict[str, Figures] = {}
     skipped: dict[str, str] = {}
     makers = contestants(args, base, made)

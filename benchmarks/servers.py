@@ -1,7 +1,7 @@
-"""The servers of ``serve.py``: how each is started, waited for and ended, and adapters with random weights for them.
+"""The servers of ``serve.py``: how each is started, waited for and ended.
 
 A server is a process group of its own; nothing else runs beside it. The adapters are rank 16 on every linear layer with
-random A and B, so that they cost what trained ones cost and every answer differs from the base's.
+random A and B (:func:`~tunegate.serve.probing.random_adapters`): they cost what trained ones cost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import load
 from common import Skipped
@@ -39,11 +38,12 @@ class Server:
 def ours(base: Path, adapters: dict[str, Path], port: int, *, nf4: bool = False, more: tuple[str, ...] = ()) -> Server:
     """``tunegate serve`` on ``base``. The adapters have no card, so nothing was decided about them."""
     command = [sys.executable, "-m", "tunegate.cli", "serve", str(base), "--host", load.HOST, "--port", str(port)]
+    command += ["--base-name", "base", "--quantization", "nf4" if nf4 else "none"]
     for name, folder in adapters.items():
-        command += ["--adapter", f"{name}={folder}"]
-    command += ["--allow-ungated"] if adapters else []
-    command += ["--quantization", "nf4"] if nf4 else []
-    models = {"base": str(base), **{name: name for name in adapters}}
+        command += ["--adapter", f"{name}={folder}", "--preload", name]
+    if adapters:  # one folder holds them all, and those that are loaded later
+        command += ["--allow-ungated", "--adapter-root", str(next(iter(adapters.values())).parent)]
+    models = {"base": "base", **{name: name for name in adapters}}
     return Server("tunegate nf4" if nf4 else "tunegate", (*command, *more), models)
 
 
@@ -109,39 +109,3 @@ def _stats() -> Iterator[list[str]]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             yield stat.read_text().rpartition(")")[2].split()
-
-
-def make_adapters(base: Path, folder: Path, count: int, *, rank: int = RANK) -> dict[str, Path]:
-    """``count`` adapters on every linear layer, named a0, a1, ..."""
-    import torch
-    from safetensors.torch import save_file
-
-    from tunegate.adapter.files import CONFIG, TENSORS, tensor_name
-    from tunegate.adapter.inject import inject, remove
-    from tunegate.adapter.peft_config import config_from
-    from tunegate.adapter.spec import AdapterSpec
-    from tunegate.files import write_json
-    from tunegate.model.loading import empty_model
-
-    model = empty_model(base)
-    injection = inject(model, AdapterSpec(rank, 2.0 * rank), seed=0)
-    config = config_from(injection, base.name, None)
-    shapes = {
-        tensor_name(path, name): tuple(parameter.shape)
-        for path, layer in injection.modules.items()
-        for name, parameter in layer.adapter_parameters().items()
-    }
-    remove(model)
-    made = {}
-    for number in range(count):
-        generator = torch.Generator().manual_seed(number)
-        state: dict[str, Any] = {}
-        for name, shape in shapes.items():
-            scale = 0.02 if "lora_B" in name else shape[1] ** -0.5
-            state[name] = torch.randn(shape, generator=generator) * scale
-        place = folder / f"a{number}"
-        place.mkdir(parents=True)
-        save_file(state, place / TENSORS, metadata={"format": "pt"})
-        write_json(place / CONFIG, config)
-        made[f"a{number}"] = place
-    return made
