@@ -15,7 +15,9 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -238,6 +240,7 @@ async def one_server(args: argparse.Namespace, base: Path) -> dict[str, Figures]
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are ended on the way out
     from tunegate.model.resolve import resolve_base
 
     base = resolve_base(args.base).path

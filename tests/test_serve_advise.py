@@ -59,8 +59,8 @@ def test_servers_that_share_the_cores() -> None:
 
 
 def test_multi_by_hand() -> None:
-    """12 requests/s x 20 tokens = 240 tokens/s: that is made at 4 at a time, so an answer takes 4 / 12 s. Capacity 480 /
-    20 = 24 requests/s, half of it asked. Memory 2 GB and two adapters of 0.1."""
+    """12 requests/s x 20 tokens = 240 tokens/s: that is made at 4 at a time, so an answer takes 4 / 12 s. Capacity
+    480 / 20 = 24 requests/s, half of it asked. Memory 2 GB and two adapters of 0.1."""
     found = advise(wanted({"a": 8.0, "b": 4.0}), MEASURED)
     multi = kinds(found)["multi"]
     assert found.kind == "multi" and multi.fits
@@ -111,8 +111,8 @@ def test_a_hot_adapter_is_mentioned() -> None:
     st.floats(10, 500), st.floats(1.0, 4.0), st.floats(1.0, 4.0),
 )  # fmt: skip
 def test_laws(traffic: list[float], alone: float, gain4: float, gain16: float) -> None:
-    """A batch of all is never slower than batches of each; more traffic never makes an answer shorter; what is under way
-    makes what is asked."""
+    """A batch of all is never slower than batches of each; more traffic never makes an answer shorter; what is under
+    way makes what is asked."""
     rates = ((1, alone), (4, alone * gain4), (16, alone * gain4 * gain16))
     total = sum(traffic)
     shares = [rate / total for rate in traffic]

@@ -195,8 +195,8 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def test_the_dockerfile_keeps_the_usual_rules(multi: Deployment) -> None:
-    """hadolint's: DL3006/7 pinned bases, DL3002 not root at the end, DL3013 pinned packages, DL3042 no pip cache, DL3025
-    JSON forms, DL3020 COPY not ADD, one HEALTHCHECK, and no secret as ENV or ARG."""
+    """hadolint's: DL3006/7 pinned bases, DL3002 not root at the end, DL3013 pinned packages, DL3042 no pip cache,
+    DL3025 JSON forms, DL3020 COPY not ADD, one HEALTHCHECK, and no secret as ENV or ARG."""
     files = files_for(multi, "docker")
     found = instructions(files["Dockerfile"])
     names = [name for name, _ in found]
@@ -386,8 +386,8 @@ def test_pins_are_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {
         "tunegate": Fake("0.1", "Torch>=2", "x[fast]>1; python_version >= '3.0'", "never; python_version < '3.0'",
                          "fastapi; extra == 'serve'", "pytest; extra == 'dev'"),
-        "Torch": Fake("2.8.0+cpu", "nvidia-cublas-cu12", "triton"), "x": Fake("1.5", "y_z; extra == 'fast'", "tunegate"),
-        "y_z": Fake("3"), "fastapi": Fake("0.9"),
+        "Torch": Fake("2.8.0+cpu", "nvidia-cublas-cu12", "triton"), "y_z": Fake("3"), "fastapi": Fake("0.9"),
+        "x": Fake("1.5", "y_z; extra == 'fast'", "tunegate"),
     }  # fmt: skip
 
     def distribution(name: str) -> Fake:

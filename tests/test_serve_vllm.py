@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -352,9 +353,39 @@ def test_stopping_ends_what_vllm_forked(options: VllmOptions, tmp_path: Path, mo
         await until((tmp_path / "forked").exists)
 
     run(options, use)
-    forked = int((tmp_path / "forked").read_text())
-    state = Path(f"/proc/{forked}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert gone(int((tmp_path / "forked").read_text()))
+
+
+def gone(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from tunegate.serve.child import Child
+
+async def ready():
+    return Path(sys.argv[1]).exists()
+
+async def main():
+    code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    child = Child([sys.executable, "-c", code, sys.argv[1]], {}, Path(sys.argv[1] + ".log"), ready)
+    await child.start()
+    os.kill(os.getpid(), 9)
+
+import os
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs prctl")
+def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    done = subprocess.run([sys.executable, "-c", PARENT, str(mark)], timeout=30, check=False)
+    assert done.returncode == -signal.SIGKILL
+    asyncio.run(until(lambda: gone(int(mark.read_text()))))
 
 
 def test_a_start_that_fails_says_why(options: VllmOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ async def use_it(
             first = parts[0].logprobs
             assert first is not None and len(ids) == 12 and parts[-1].finish == "length"
             far = {other: max(abs(v - float(w[t])) for t, v in first[0].top) for other, w in wanted.items()}
-            assert far[name] < 0.2 and min(far, key=lambda other: far[other]) == name, far  # bf16 against fp32
+            assert far[name] < 0.3 and min(far, key=lambda other: far[other]) == name, far  # bf16 against fp32
         at_once = await asyncio.gather(*(answer(engine, replace(job, adapter=key)) for key in keys.values()))
         for (alone, _), (mixed, _) in zip(answers.values(), at_once, strict=True):
             assert mixed[:3] == alone[:3]  # who shares a batch may change a rounding, not a model

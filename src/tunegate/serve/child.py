@@ -1,6 +1,7 @@
 """A server as a child process: started, waited for, watched, started again, ended with everything it began.
 
-The child leads a process group of its own, so that what it forks ends with it. Its output goes to a log file. It counts
+The child leads a process group of its own, so that what it forks ends with it; on Linux it also ends when its parent
+does, however that ends (``leash``). Its output goes to a log file. It counts
 as up once ``ready`` says so; until then an exit or the end of ``patience`` is a :class:`TunegateError` with the log's
 last lines. A child that ends later is started again after a pause that doubles up to a minute and is short again once
 one has run for a while.
@@ -14,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ class Child:
         with self._log.open("ab") as log:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self._command, env={**os.environ, **self._environment}, stdin=asyncio.subprocess.DEVNULL,
+                    *_leashed(self._command), env={**os.environ, **self._environment}, stdin=asyncio.subprocess.DEVNULL,
                     stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
@@ -147,6 +149,13 @@ def tail(log: Path, lines: int = LAST_LINES) -> str:
         text = handle.read().decode("utf-8", errors="replace")
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
     return ""
+
+
+def _leashed(command: Sequence[str]) -> list[str]:
+    """The command behind one that ties it to this process."""
+    if not sys.platform.startswith("linux"):
+        return list(command)
+    return [sys.executable, "-I", str(Path(__file__).with_name("leash.py")), str(os.getpid()), *command]
 
 
 def _signal(group: int, number: int) -> bool:

@@ -120,11 +120,11 @@ def plan_deployment(
     if problems:
         raise InputError(problems)
     sources = [Source(n, where) for n, where in adapters]
+    parts: list[tuple[str, str | None, tuple[Source, ...]]] = [(name, base, tuple(sources))]
     if kind == "separate":
         names = [f"{name}-{unit_name(s.name)}" for s in sources]
-        parts = [(n, b, (s,)) for n, b, s in zip(names, bases or [base] * len(sources), sources, strict=True)]
-    else:
-        parts = [(name, base, tuple(sources))]
+        each = list(bases) or [base] * len(sources)
+        parts = [(n, b, (s,)) for n, b, s in zip(names, each, sources, strict=True)]
     every = list(shapes) * len(parts) if len(shapes) == 1 else list(shapes)
     servers = []
     for number, ((unit, model, own), shape) in enumerate(zip(parts, every, strict=True)):

@@ -240,7 +240,7 @@ def _run_script(deployment: Deployment) -> str:
 
 def compose(deployment: Deployment) -> Files:
     services = {server.name: _service(deployment, server) for server in deployment.servers}
-    volumes = {f"{server.name}-cache": {} for server in deployment.servers}
+    volumes: dict[str, Any] = {f"{server.name}-cache": {} for server in deployment.servers}
     text = "# docker compose up --build --wait; " + ", ".join(deployment.secrets) + " in the environment or in .env\n"
     return {**image(), "compose.yaml": text + _yaml({"services": services, "volumes": volumes})}
 

@@ -40,12 +40,12 @@ async def probe(engine: EngineClient, base: Path, prompt_tokens: int, *, rank: i
             made = await asyncio.to_thread(random_adapters, base, Path(folder), ADAPTERS, rank)
             loaded = [await engine.load(adapter_hash(place), place) for place in made.values()]
             prompts = _Prompts(prompt_tokens, facts.vocabulary)
-            keys = [one.key for one in loaded]
+            keys: list[str | None] = [one.key for one in loaded]
             await _rate(engine, prompts, [None, *keys], 2)  # warm
             rates: dict[bool, list[tuple[int, float]]] = {False: [], True: []}
             for at_once in AT_ONCE:  # in turn, so that a disturbance does not meet one of them alone
                 for adapted in (False, True):
-                    rate = await _rate(engine, prompts, list(keys) if adapted else [None], at_once)
+                    rate = await _rate(engine, prompts, keys if adapted else [None], at_once)
                     rates[adapted].append((at_once, rate))
             held = await engine.stats()
     finally:
@@ -67,7 +67,7 @@ class _Prompts:
         return tuple(self.random.randrange(self.vocabulary) for _ in range(self.length))
 
 
-async def _rate(engine: EngineClient, prompts: _Prompts, keys: list[str | None] | list[str], at_once: int) -> float:
+async def _rate(engine: EngineClient, prompts: _Prompts, keys: list[str | None], at_once: int) -> float:
     """New tokens a second, ``at_once`` jobs at a time, the keys in turn."""
     jobs = iter(
         [
