@@ -3,6 +3,7 @@ stand-in takes vLLM's place (``fake_vllm.py``); the last test runs a real one wh
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 import fake_vllm
 from tiny import tiny_base
-from tunegate.adapter.files import adapter_hash, read_spec, save_adapter
+from tunegate.adapter.files import adapter_hash, load_adapter, read_spec, save_adapter
 from tunegate.adapter.inject import inject, remove
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
@@ -170,6 +171,49 @@ def test_what_vllm_would_reject_or_drop_is_refused(tiny_llama: Path, adapters: d
     with pytest.raises(InputError, match="drops this"):  # a base that lacks the second layer
         vllm.convert(adapters["plain"], "b3:3", tmp_path, other, 8)
     assert not (tmp_path / "adapters").exists()
+
+
+def started_with(tiny_llama: Path, adapters: dict[str, Path], *line: str) -> VllmOptions:
+    from tunegate.cli.console import Console
+    from tunegate.cli.vllm import add_vllm_options, vllm_options
+
+    parser = argparse.ArgumentParser()
+    add_vllm_options(parser)
+    arguments = parser.parse_args(line)
+    vars(arguments).update(
+        vllm_python="py", compute_dtype="float32", max_context=None, max_rows=8, trust_remote_code=False
+    )
+    return vllm_options(arguments, tiny_llama, str(tiny_llama), "b3:0123", adapters, Console(json_only=True))
+
+
+def test_what_vllm_may_meet_follows_from_the_adapters(tiny_llama: Path, adapters: dict[str, Path]) -> None:
+    two = {name: adapters[name] for name in ("plain", "odd")}
+    found = started_with(tiny_llama, two)
+    assert (found.max_rank, found.loras, found.cpu_loras, found.merged) == (16, 2, 64, None)
+    assert (started_with(tiny_llama, {}).max_rank, started_with(tiny_llama, {}).loras) == (64, 4)
+    given = started_with(
+        tiny_llama, two, "--max-lora-rank", "128", "--max-loras", "3", "--tensor-parallel", "2",
+        "--vllm-option=--enforce-eager",
+    )  # fmt: skip
+    assert (given.max_rank, given.loras, given.tensor_parallel, given.more) == (128, 3, 2, ("--enforce-eager",))
+    assert given.problems({}) == []
+
+
+def test_a_dora_adapter_is_merged_first(
+    tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path))
+    found = started_with(tiny_llama, {"d": adapters["dora"]})
+    assert found.merged == adapter_hash(adapters["dora"]) and found.loras == 0 and found.problems({}) == []
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    model = load_model(tiny_llama, dtype=torch.float32)
+    load_adapter(model, adapters["dora"])
+    merged = load_model(found.base, dtype=torch.float32)
+    torch.testing.assert_close(merged(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert started_with(tiny_llama, {"d": adapters["dora"]}) == found  # not merged again
+    with pytest.raises(InputError, match="no DoRA") as error:
+        started_with(tiny_llama, adapters)
+    assert "--engine native" in str(error.value)
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
