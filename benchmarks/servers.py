@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,14 +98,6 @@ async def running(server: Server, port: int, log: Path) -> AsyncIterator[subproc
 
 def group_rss(group: int) -> int:
     """Resident bytes of all processes of a group; pages that several share count in each."""
-    total = 0
-    for fields in _stats():
-        if int(fields[2]) == group:
-            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    return total
+    from tunegate.serve.child import group_processes
 
-
-def _stats() -> Iterator[list[str]]:
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            yield stat.read_text().rpartition(")")[2].split()
+    return sum(size for _, size in group_processes(group))

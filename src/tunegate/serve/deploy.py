@@ -123,7 +123,7 @@ def plan_deployment(
     parts: list[tuple[str, str | None, tuple[Source, ...]]] = [(name, base, tuple(sources))]
     if kind == "separate":
         names = [f"{name}-{unit_name(s.name)}" for s in sources]
-        each = list(bases) or [base] * len(sources)
+        each: list[str | None] = [*bases] or [base] * len(sources)
         parts = [(n, b, (s,)) for n, b, s in zip(names, each, sources, strict=True)]
     every = list(shapes) * len(parts) if len(shapes) == 1 else list(shapes)
     servers = []

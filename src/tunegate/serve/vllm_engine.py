@@ -30,7 +30,7 @@ from typing import Any
 from tunegate.adapter.files import TENSORS
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve import vllm
-from tunegate.serve.child import USUAL, Child, Pace
+from tunegate.serve.child import USUAL, Child, Pace, group_processes
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineGone, Finish, Job, Loaded, TokenLogprob, Tokens
 from tunegate.serve.vllm import BASE_NAME, MOST_LOGPROBS, VllmOptions
 
@@ -183,7 +183,7 @@ class VllmEngine:
             "pages_used": round(found["usage"] * pages),
             "adapters": len(self._adapters),
             "adapter_bytes": sum((f / TENSORS).stat().st_size for f, _ in self._adapters.values()),
-            "rss": group_bytes(self.pid) if self.pid else 0,
+            "rss": sum(size for _, size in group_processes(self.pid)) if self.pid else 0,
             "restarts": max(0, self._starts - 1),
         }
 
@@ -335,19 +335,6 @@ def _change(a: dict[str, float], b: dict[str, float]) -> float:
 def metric(text: str, name: str) -> list[float]:
     """The values of one metric in Prometheus' text form, one for each set of labels."""
     return [float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{[^\n]*\}})? (\S+)$", text, re.MULTILINE)]
-
-
-def group_bytes(group: int) -> int:
-    """Resident bytes of all processes of a group (Linux; 0 elsewhere)."""
-    total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        if int(fields[2]) == group:
-            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    return total
 
 
 def _refusal(status: int, content: bytes) -> TunegateError:
