@@ -162,7 +162,7 @@ async def measure(server: Server, bench: Bench, args: argparse.Namespace, spare:
     singles = 5 if args.quick else 15
     adapters = [name for name in server.models if name != "base"]
     every = list(server.models)
-    await bench.throughput("warm-up", every, 2 * len(every), 4)
+    await bench.throughput("warm-up", every, 2 * AT_ONCE, AT_ONCE)
     await bench.throughput("base", ["base"], n)
     await bench.single("base", "base", singles)
     if adapters:
