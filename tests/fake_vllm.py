@@ -157,9 +157,9 @@ def main() -> None:
     child = os.fork() if os.environ.get("FAKE_VLLM_FORKS") else 1
     if child == 0:  # one that a worker of vLLM stands for
         Path("forked").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(240)
         os._exit(0)
-    threading.Timer(60, lambda: os._exit(0)).start()  # a forgotten one ends
+    threading.Timer(240, lambda: os._exit(0)).start()  # a forgotten one ends
     server = Server((options.host, options.port), Handler)
     server.adapters, server.options = {}, options
     server.serve_forever()
