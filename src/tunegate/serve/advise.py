@@ -5,10 +5,11 @@ With lambda requests a second of N new tokens each, a server settles where it ma
 number c of requests under way with rate(c) >= lambda N. By Little's law an answer then takes c / lambda seconds in the
 mean; below rate(1) a request is alone and takes N / rate(1). Between measured points rates are interpolated linearly.
 
-Separate servers on one machine share its cores and no batch: of c requests under way, adapter i has c p_i, and a round
-of steps takes the sum of their times, so their common rate is 1 / sum(p_i / rate(max(1, c p_i))).
+Separate servers on one machine, each with its base and its adapter, share the cores and no batch: of c requests under
+way, adapter i has c p_i, and a round of steps takes the sum of their times, so their common rate is
+1 / sum(p_i / rate(max(1, c p_i))).
 
-A means is no tail: room is left by asking for at most 70 % of what is possible at the most. It measures nothing
+A mean is no tail: room is left by asking for at most 70 % of what is possible at the most. It measures nothing
 (``probing`` does) and looks at one machine.
 """
 
@@ -143,7 +144,7 @@ def _check(wanted: Wanted, measured: Measured) -> None:
 
 def _option(kind: Kind, wanted: Wanted, measured: Measured) -> Option:
     count, asked, new = len(wanted.traffic), wanted.requests, wanted.new_tokens
-    rates = measured.adapter_rates if kind == "multi" else measured.base_rates
+    rates = measured.base_rates if kind == "merged" else measured.adapter_rates
     most = float(max(n for n, _ in rates))
     shares = [r / asked for _, r in wanted.traffic]
 

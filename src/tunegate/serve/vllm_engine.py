@@ -56,6 +56,7 @@ class VllmEngine:
         self._adapters: dict[str, tuple[Path, int]] = {}  # key: folder that vLLM reads, rank
         self._known: dict[str, int] = {}  # key: number of the process that has it
         self._locks: dict[str, asyncio.Lock] = {}
+        self._converting = asyncio.Lock()
         self._under_way = 0
         self._child: Child | None = None
         self._client: Any = None
@@ -148,9 +149,10 @@ class VllmEngine:
             what = "the merged model" if self.options.merged else "the base alone"
             fix = "merge it and serve it by a server of its own, or start the base with room for adapters"
             raise InputError(f"this vLLM serves {what}", where=str(folder), fix=fix)
-        converted, rank = await asyncio.to_thread(
-            vllm.convert, folder, key, self.options.work, self._model, self.options.max_rank
-        )
+        async with self._converting:  # it borrows the model on the meta device
+            converted, rank = await asyncio.to_thread(
+                vllm.convert, folder, key, self.options.work, self._model, self.options.max_rank
+            )
         self._adapters[key] = (converted, rank)
         try:
             name = await self._name(key)
@@ -174,7 +176,7 @@ class VllmEngine:
             await self._client.post("/v1/unload_lora_adapter", json={"lora_name": key})
 
     async def stats(self) -> dict[str, Any]:
-        text = (await self._client.get("/metrics")).text if self.alive else ""
+        text = await self._metrics()
         found = {name: sum(metric(text, label)) for name, label in _GAUGES.items()}
         pages = self._facts.pages if self._facts else 0
         return {
@@ -201,10 +203,19 @@ class VllmEngine:
         except httpx2.TransportError:
             return False
 
+    async def _metrics(self) -> str:
+        """vLLM's figures; none while it is being started again."""
+        import httpx2
+
+        try:
+            return str((await self._client.get("/metrics", timeout=5.0)).text) if self.alive else ""
+        except httpx2.TransportError:
+            return ""
+
     async def _ask_facts(self, version: str, seconds: float) -> EngineFacts:
         listed = (await self._client.get("/v1/models")).json()["data"]
         context = next(one["max_model_len"] for one in listed if one["id"] == BASE_NAME)
-        text = (await self._client.get("/metrics")).text
+        text = await self._metrics()
         cache = next((line for line in text.splitlines() if line.startswith("vllm:cache_config_info{")), "")
         labels = dict(re.findall(r'(\w+)="([^"]*)"', cache))
         dtype = self.options.dtype if self.options.dtype != "auto" else str(self._model.config.dtype)
@@ -338,7 +349,9 @@ def metric(text: str, name: str) -> list[float]:
 
 
 def _refusal(status: int, content: bytes) -> TunegateError:
-    return (InputError if status < 500 else TunegateError)("vLLM refuses the job", got=_message(content))
+    kinds: dict[int, type[TunegateError]] = {429: EngineFull, 503: EngineGone}
+    usual = InputError if status < 500 else TunegateError
+    return kinds.get(status, usual)("vLLM refuses the job", got=_message(content))
 
 
 def _message(content: bytes) -> str:
