@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("model", "served-model-name", "host", "dtype", "generation-config", "logprobs-mode",
+    for name in ("model", "served-model-name", "host", "dtype", "generation-config", "logprobs-mode", "structured-outputs-config",
                  "chat-template"):  # fmt: skip
         parser.add_argument(f"--{name}")
     for name in ("port", "max-num-seqs", "max-logprobs", "tensor-parallel-size", "pipeline-parallel-size",

@@ -226,10 +226,11 @@ def test_a_job_is_said_in_full() -> None:
     names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
     assert [body[name] for name in names] == [0.5, 0.9, 40, 0.05, 0.1, 0.2, 1.1]
     assert body["seed"] == 7 and body["logit_bias"] == {"5": -2.0} and body["logprobs"] == 2
-    assert body["structured_outputs"]["json"] == {"type": "object"}
-    assert request_body(Job((1,), 1, form=("choices", ("a", "b"), False)), "x")["structured_outputs"]["choice"] == [
-        "a", "b",
-    ]  # fmt: skip
+    style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    assert body["structured_outputs"] == {"json": {"type": "object", "x-guidance": style}}
+    forms = {("choices", ("a", "b"), False): {"choice": ["a", "b"]}, ("regex", "^a+$", False): {"regex": "a+"}}
+    for form, asked in forms.items():
+        assert request_body(Job((1,), 1, form=form), "x")["structured_outputs"] == asked
     assert "logprobs" not in request_body(Job((1,), 1), "base")
     with pytest.raises(InputError, match="too many"):
         request_body(Job((1,), 1, logprobs=21), "base")

@@ -17,7 +17,7 @@ import torch
 from tunegate.adapter.files import adapter_hash, load_adapter, save_adapter
 from tunegate.adapter.inject import inject, remove
 from tunegate.adapter.spec import AdapterSpec
-from tunegate.model.loading import load_model
+from tunegate.model.loading import load_model, load_tokenizer
 from tunegate.model.resolve import resolve_base
 from tunegate.serve.child import Pace
 from tunegate.serve.jobs import EngineGone, Job, Picking, Tokens
@@ -114,6 +114,8 @@ async def use_it(
                 '"additionalProperties": false}', False)  # fmt: skip
         ids, parts = await answer(engine, replace(job, form=form, stop_ids=(2,), max_new_tokens=20, logprobs=None))
         assert parts[-1].finish == "stop" and parts[-1].stop_id == 2
+        text = load_tokenizer(engine.options.base).decode(ids)
+        assert text in ('{"a": 1}', '{"a": 2}')  # the spaces of our engine's grammar
         await cancel_and_kill(engine, replace(job, adapter=keys["plain"]), answers["plain"][0])
     finally:
         await engine.stop()

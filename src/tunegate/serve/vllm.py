@@ -99,6 +99,7 @@ def command(options: VllmOptions) -> list[str]:
         # the job says everything; vLLM would fill in what the base's generation config says
         "--generation-config", "vllm",
         "--max-logprobs", str(MOST_LOGPROBS), "--logprobs-mode", "raw_logprobs",
+        "--structured-outputs-config", '{"backend": "guidance"}',  # llguidance, as our engine has it
         "--enable-prefix-caching", "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
         "--tensor-parallel-size", str(o.tensor_parallel), "--pipeline-parallel-size", str(o.pipeline_parallel),

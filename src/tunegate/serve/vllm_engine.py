@@ -7,8 +7,8 @@ their content hash, from a converted folder of that name, and each load is prove
 tokens are must differ from the base's. A vLLM that ends is started again, and adapters are loaded again as jobs name
 them.
 
-Two things are vLLM's own. Which adapters it keeps in RAM it decides by last use; a pin cannot be passed on, and one
-that was pushed out is read again from its folder. And the spaces of constrained JSON are those of its grammar.
+One thing is vLLM's own: which adapters it keeps in RAM it decides by last use. A pin cannot be passed on; one that was
+pushed out is read again from its folder.
 
 It parses no text and keeps no queue: vLLM schedules.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.adapter.files import TENSORS
+from tunegate.engine.constrain import without_anchors
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve import vllm
 from tunegate.serve.child import USUAL, Child, Pace, group_processes
@@ -276,11 +277,21 @@ def request_body(job: Job, name: str) -> dict[str, Any]:
     if job.logprobs is not None:
         body |= {"logprobs": job.logprobs, "return_tokens_as_token_ids": True}
     if job.form is not None:
-        kind, value, _ = job.form
-        name_of = {"choices": "choice", "regex": "regex", "json_schema": "json"}[kind]
-        asked = list(value) if kind == "choices" else json.loads(value) if kind == "json_schema" else value  # type: ignore[arg-type]
-        body["structured_outputs"] = {name_of: asked, "disable_any_whitespace": kind == "json_schema"}
+        body["structured_outputs"] = _form(*job.form)
     return body
+
+
+def _form(kind: str, value: str | tuple[str, ...], compact: bool) -> dict[str, Any]:
+    """An answer's form for llguidance in vLLM, with the spaces that ``engine.constrain`` writes."""
+    if kind == "choices":
+        return {"choice": list(value)}
+    assert isinstance(value, str)
+    if kind == "regex":
+        return {"regex": without_anchors(value)}
+    schema = json.loads(value)
+    comma, colon = (",", ":") if compact else (", ", ": ")
+    style = {"whitespace_flexible": False, "item_separator": comma, "key_separator": colon}
+    return {"json": {**({} if schema is True else schema), "x-guidance": style}}
 
 
 async def read_stream(lines: AsyncIterator[str], top: int = 0) -> AsyncIterator[Tokens]:
