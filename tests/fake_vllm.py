@@ -143,8 +143,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("model", "served-model-name", "host", "dtype", "generation-config", "logprobs-mode", "structured-outputs-config",
-                 "chat-template"):  # fmt: skip
+    for name in ("model", "served-model-name", "host", "dtype", "generation-config", "logprobs-mode",
+                 "structured-outputs-config", "chat-template"):  # fmt: skip
         parser.add_argument(f"--{name}")
     for name in ("port", "max-num-seqs", "max-logprobs", "tensor-parallel-size", "pipeline-parallel-size",
                  "max-lora-rank", "max-loras", "max-cpu-loras", "max-model-len", "kv-cache-memory-bytes"):  # fmt: skip
