@@ -13,6 +13,7 @@ from tunegate import records
 from tunegate.cli.advise import advise
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
+from tunegate.cli.deploy import deploy
 from tunegate.cli.doctor import doctor
 from tunegate.cli.export import export, limits_of, parity_line
 from tunegate.cli.kept import tell_kept
@@ -31,8 +32,8 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
 __all__ = [
-    "advise", "check", "doctor", "eval", "export", "gate", "init", "merge", "plan", "quantize", "registry", "review",
-    "run", "serve", "show", "sweep", "train",
+    "advise", "check", "deploy", "doctor", "eval", "export", "gate", "init", "merge", "plan", "quantize", "registry",
+    "review", "run", "serve", "show", "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 

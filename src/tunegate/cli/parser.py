@@ -8,6 +8,7 @@ from typing import Any
 
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
+from tunegate.cli.deploy import add_parser as add_deploy
 from tunegate.cli.export import add_limits
 from tunegate.cli.export import add_parser as add_export
 from tunegate.cli.quantize import size
@@ -131,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_merge(commands, common)
     add_export(commands, common)
     add_serve(commands, common)
+    add_deploy(commands, common)
     _add_quantize(commands, common)
     add_registry(commands, common)
     commands.add_parser("doctor", parents=[common], help="which kernels, numbers and libraries run here, and why")

@@ -109,7 +109,7 @@ class Grammar:
         assert isinstance(form.value, str)
         if form.kind == "regex":
             # \d as ASCII: Python's re and the library know digits of different versions of Unicode.
-            grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(_without_anchors(form.value), 'd')}/")
+            grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(without_anchors(form.value), 'd')}/")
         else:
             separators = (",", ":") if form.compact else (", ", ": ")
             style: Any = {
@@ -159,7 +159,7 @@ class _GrammarState:
             )
 
 
-def _without_anchors(pattern: str) -> str:
+def without_anchors(pattern: str) -> str:
     """The whole answer is matched anyway, and ``^`` and ``$`` are not in llguidance's language."""
     pattern = pattern.removeprefix("^")
     return pattern[:-1] if pattern.endswith("$") and not pattern.endswith(r"\$") else pattern
