@@ -98,7 +98,7 @@ def test_slots_are_used_again() -> None:
     assert slots == list(range(20))
     table.remove(3)
     assert table.add({0: factors(5, 8, 8, torch.float32, dora=False, seed=99)}) == 3
-    assert table.largest_rank([0, 3]) == 5
+    assert table.facts([0, 3]) == (5, {0}, set()) and table.largest_rank == 5
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "rank", "gain", "column", "layout"])

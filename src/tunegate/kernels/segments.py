@@ -12,7 +12,7 @@ the kernels read them. It adds no dropout and has no gradients.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ from tunegate.kernels.recording import hold
 
 MOST_TARGETS = 4
 _FIELDS = 5  # a, b, gain, rank, scale
+
+
+_NOTHING: tuple[int, frozenset[int], frozenset[int]] = (0, frozenset(), frozenset())
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class FactorTable:
     def __init__(self, columns: int, dtype: torch.dtype = torch.float32):
         self.columns, self.dtype = columns, dtype
         self.slots: list[dict[int, Factors] | None] = []
+        self._facts: list[tuple[int, frozenset[int], frozenset[int]]] = []  # rank, columns, those with gains, by slot
         self.numbers = torch.zeros(0, columns, _FIELDS, dtype=torch.int64)
 
     def add(self, factors: dict[int, Factors]) -> int:
@@ -65,6 +69,7 @@ class FactorTable:
         slot = next((n for n, taken in enumerate(self.slots) if taken is None), len(self.slots))
         if slot == len(self.slots):
             self.slots.append(None)
+            self._facts.append(_NOTHING)
         if slot >= len(self.numbers):
             grown = torch.zeros(max(8, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
             grown[: len(self.numbers)] = self.numbers
@@ -74,14 +79,23 @@ class FactorTable:
             entry = (f.a.data_ptr(), f.b.data_ptr(), native.address(f.gain), f.rank, scale)
             self.numbers[slot, column] = torch.tensor(entry, dtype=torch.int64)
         self.slots[slot] = factors
+        gains = frozenset(column for column, f in factors.items() if f.gain is not None)
+        self._facts[slot] = max((f.rank for f in factors.values()), default=0), frozenset(factors), gains
         return slot
 
     def remove(self, slot: int) -> None:
         self.numbers[slot] = 0
-        self.slots[slot] = None
+        self.slots[slot], self._facts[slot] = None, _NOTHING
 
-    def largest_rank(self, slots: Sequence[int]) -> int:
-        return max((f.rank for slot in slots for f in (self.slots[slot] or {}).values()), default=0)
+    def facts(self, slots: Iterable[int]) -> tuple[int, frozenset[int], frozenset[int]]:
+        """The largest rank among these adapters, the columns that any of them has, and those with DoRA's gain."""
+        found = {self._facts[slot] for slot in slots}
+        ranks, columns, gains = zip(*found, strict=True) if found else ((0,), (), ())
+        return max(ranks), frozenset().union(*columns), frozenset().union(*gains)
+
+    @property
+    def largest_rank(self) -> int:
+        return max((rank for rank, _, _ in self._facts), default=0)
 
 
 @dataclass(frozen=True)
@@ -104,16 +118,12 @@ class Segments:
         self.table, self.segments = table, tuple(segments)
         flat = [number for s in segments for number in (s.begin, s.end, s.slot)]
         self.numbers = torch.tensor([len(segments), *flat], dtype=torch.int64)
-        used = {s.slot for s in segments}
-        adapters = [table.slots[slot] or {} for slot in used]
-        self.columns = {column for factors in adapters for column in factors}
-        self.gains = {column for factors in adapters for column, f in factors.items() if f.gain is not None}
-        self.most_rank = table.largest_rank(sorted(used))
+        self.most_rank, self.columns, self.gains = table.facts({s.slot for s in segments})
         if memory is not None:
             memory[: len(self.numbers)] = self.numbers
-            self.numbers, self.columns = memory, set(range(table.columns))
-            self.gains = self.columns if self.gains else set()
-            self.most_rank = table.largest_rank(range(len(table.slots)))
+            self.numbers, self.columns = memory, frozenset(range(table.columns))
+            self.gains = self.columns if self.gains else frozenset()
+            self.most_rank = table.largest_rank
 
 
 @dataclass(frozen=True)
