@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from tunegate.cli.console import Console
 from tunegate.cli.quantize import size
+from tunegate.cli.vllm import add_vllm_options
 from tunegate.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--preload", action="append", default=[], metavar="NAME", help="load now")
     _add_network(parser)
     _add_engine(parser)
+    add_vllm_options(parser)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--quantization", choices=("nf4", "none"), help="of the base; default: as the adapters were trained"
     )
     parser.add_argument("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--adapter-dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="what adapters are kept in; default: what the base computes in",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=_whole(0, 1024), default=0, metavar="N", help="default: all")
     parser.add_argument("--kv-cache", type=size, default="1GiB", metavar="SIZE", help="default: 1GiB")
@@ -152,7 +158,7 @@ async def _run(
     from tunegate.serve.start import find_base, house_of, serve, url_of
 
     base = find_base(wanted, console.line)
-    engine = _engine(arguments, base)
+    engine = _engine(arguments, base, wanted, console)
     catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots)
     app: Any = create_app(engine, catalogue, admin=admin)
     if key is not None:
@@ -164,7 +170,7 @@ async def _run(
 
 
 def _check_installed() -> None:
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
             f"the server's packages are not installed: {', '.join(missing)}", fix="pip install 'tunegate[serve]'"
@@ -207,42 +213,45 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
     )  # fmt: skip
 
 
-def _engine(arguments: argparse.Namespace, base: ServedBase) -> EngineClient:
+def _engine(arguments: argparse.Namespace, base: ServedBase, wanted: Wanted, console: Console) -> EngineClient:
     recipe = base.at_hand.recipe
     if arguments.engine == "vllm":
-        return _vllm(arguments, base)
+        return _vllm(arguments, base, wanted, console)
     from tunegate.serve.engine_process import EngineProcess
     from tunegate.serve.jobs import EngineOptions
 
-    return EngineProcess(
-        EngineOptions(
-            base=str(base.resolved.path), recipe=None if recipe is None else dict(recipe),
-            compute_dtype=arguments.compute_dtype, device=arguments.device, threads=arguments.threads,
-            cache_bytes=arguments.kv_cache, adapter_bytes=arguments.adapter_cache, most_rows=arguments.max_rows,
-            most_waiting=arguments.max_waiting, context=arguments.max_context,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    )  # fmt: skip
+    options = EngineOptions(
+        base=str(base.resolved.path),
+        recipe=None if recipe is None else dict(recipe),
+        compute_dtype=arguments.compute_dtype,
+        adapter_dtype=arguments.adapter_dtype,
+        device=arguments.device,
+        threads=arguments.threads,
+        cache_bytes=arguments.kv_cache,
+        adapter_bytes=arguments.adapter_cache,
+        most_rows=arguments.max_rows,
+        most_waiting=arguments.max_waiting,
+        context=arguments.max_context,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    return EngineProcess(options)
 
 
-def _vllm(arguments: argparse.Namespace, base: ServedBase) -> EngineClient:
-    from tunegate.files import home
-    from tunegate.serve.vllm import VllmOptions
+def _vllm(arguments: argparse.Namespace, base: ServedBase, wanted: Wanted, console: Console) -> EngineClient:
+    from tunegate.cli.vllm import vllm_options
     from tunegate.serve.vllm_engine import VllmEngine
 
-    if base.at_hand.recipe is not None:
+    at_hand = base.at_hand
+    if at_hand.recipe is not None:
         raise InputError(
             "vLLM does not quantize a base as the training did", where="--engine vllm",
             fix="serve it with --engine native; or merge the adapter and serve the merged model",
         )  # fmt: skip
-    work = home() / "vllm" / base.at_hand.fingerprint.total.removeprefix("b3:")[:16]
-    return VllmEngine(
-        VllmOptions(
-            base.resolved.path, arguments.vllm_python, work, port=0, dtype=arguments.compute_dtype,
-            context=arguments.max_context, rows=arguments.max_rows, trust_remote_code=arguments.trust_remote_code,
-        ),
-        most_waiting=arguments.max_waiting,
+    folders = {name: Path(source) for name, source in wanted.adapters if Path(source).is_dir()}
+    options = vllm_options(
+        arguments, base.resolved.path, at_hand.name, at_hand.fingerprint.total, folders, console
     )  # fmt: skip
+    return VllmEngine(options, most_waiting=arguments.max_waiting)
 
 
 def _tell(catalogue: Catalogue, engine: EngineClient, url: str, console: Console) -> None:

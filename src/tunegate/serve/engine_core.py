@@ -29,7 +29,7 @@ from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Sche
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import native
 from tunegate.kernels.segments import Factors, Segment, Segments
-from tunegate.model.loading import choose_dtype, empty_model, load_model, load_tokenizer
+from tunegate.model.loading import DTYPES, choose_dtype, empty_model, load_model, load_tokenizer
 from tunegate.model.resolve import resolve_base
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
 
@@ -74,7 +74,8 @@ class EngineCore:
         self.tokenizer = load_tokenizer(resolved.path, trust_remote_code=options.trust_remote_code)
         self.runner = Runner(model)
         skeleton = empty_model(resolved.path, trust_remote_code=options.trust_remote_code)
-        self.served = Served(model, skeleton)
+        factors = self.runner.dtype if options.adapter_dtype == "auto" else DTYPES[options.adapter_dtype]
+        self.served = Served(model, skeleton, factors)
         shapes = layer_shapes(self.runner)
         page_bytes = PAGE_TOKENS * sum(shape.token_bytes for shape in shapes.values())
         pages = options.cache_bytes // page_bytes

@@ -113,11 +113,13 @@ class Loaded:
 @dataclass(frozen=True)
 class EngineOptions:
     """What an engine process is started with. Sizes in bytes; ``recipe`` quantizes the base while it is read
-    (:meth:`~tunegate.kernels.formats.Recipe.to_json`, with ``keep``), None leaves it as stored. ``threads`` 0: all."""
+    (:meth:`~tunegate.kernels.formats.Recipe.to_json`, with ``keep``), None leaves it as stored. ``threads`` 0: all.
+    ``adapter_dtype`` auto: what the base computes in."""
 
     base: str
     recipe: dict[str, Any] | None = None
     compute_dtype: str = "auto"
+    adapter_dtype: str = "auto"
     device: str = "auto"
     threads: int = 0
     cache_bytes: int = 1 << 30
