@@ -14,6 +14,7 @@ It does not verify that the adapter was trained on this base, and reads no pickl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ _NAME = re.compile(  # no empty part, so no `..`; no separator of paths
     re.escape(_PREFIX) + r"(?P<path>\w+(\.\w+)*)\.(lora_[AB]\.weight|lora_magnitude_vector)", re.ASCII
 )
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+Known = dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]]]]  # by spec: modules, and the tensors' shapes
 
 
 def tensor_name(path: str, parameter: str) -> str:
@@ -124,13 +128,14 @@ def load_adapter(model: nn.Module, folder: Path | str, *, allow_untrained: bool 
 
 
 def checked_state(
-    model: nn.Module, folder: Path | str, *, allow_untrained: bool = False
+    model: nn.Module, folder: Path | str, *, allow_untrained: bool = False, known: Known | None = None
 ) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """The adapter in ``folder`` as spec and fp32 tensors by file name, checked against the plain ``model``, which may
-    be on the meta device. :class:`InputError` names everything that is wrong."""
+    be on the meta device. :class:`InputError` names everything that is wrong. ``known`` spares who reads many adapters
+    of one model the search for what their specs select."""
     folder = Path(folder)
     where = str(folder / TENSORS)
-    spec, _ = checked_header(model, folder)
+    spec, _ = checked_header(model, folder, known)
     state = _read_tensors(folder)
     problems = _non_finite(state, where)
     if not allow_untrained:
@@ -140,20 +145,30 @@ def checked_state(
     return spec, state
 
 
-def checked_header(model: nn.Module, folder: Path | str) -> tuple[AdapterSpec, tuple[str, ...]]:
+def checked_header(
+    model: nn.Module, folder: Path | str, known: Known | None = None
+) -> tuple[AdapterSpec, tuple[str, ...]]:
     """The spec of the adapter in ``folder`` and the modules it adapts, from the config and the header of the tensors'
     file alone; :class:`InputError` if the tensors are not exactly those of the modules that the config selects."""
     folder = Path(folder)
     spec = read_spec(folder)
-    targets, problems = find_targets(model, spec, strict=False)
+    key = repr(spec)
+    problems: list[Problem] = []
+    if known is None or key not in known:
+        targets, problems = find_targets(model, spec, strict=False)
+        paths, expected = tuple(targets), _expected(targets, spec)
+        if known is not None and not problems:
+            known[key] = paths, expected
+    else:
+        paths, expected = known[key]
     where = str(folder / TENSORS)
     header = _header(folder)
     found = {name: shape for name, (shape, _) in header.items()}
-    problems += _coverage(_expected(targets, spec), found, where)
+    problems += _coverage(expected, found, where)
     problems += _wrong_types(header, where)
     if problems:
         raise InputError(problems)
-    return spec, tuple(targets)
+    return spec, paths
 
 
 def read_spec(folder: Path | str) -> AdapterSpec:
@@ -337,8 +352,13 @@ def _non_finite(tensors: Mapping[str, Tensor], where: str) -> list[Problem]:
     return [
         Problem("values that are not finite", f"{where}: {name}", "finite values", _count_bad(tensor))
         for name, tensor in sorted(tensors.items())
-        if not torch.isfinite(tensor).all()
+        if not _finite(tensor)
     ]
+
+
+def _finite(tensor: Tensor) -> bool:
+    # a sum is several times faster, and finite only if all of it is; a sum too large proves nothing
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _count_bad(tensor: Tensor) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tunegate.adapter.files import checked_state, module_paths, tensor_name
+from tunegate.adapter.files import Known, checked_state, module_paths, tensor_name
 from tunegate.adapter.inject import servable
 from tunegate.adapter.layers import base_weight, features, row_norm
 from tunegate.errors import TunegateError
@@ -73,6 +73,7 @@ class Served:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, wrapper)
         self.table = FactorTable(len(self.layers), dtype)
+        self._known: Known = {}
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
 
     @contextlib.contextmanager
@@ -86,7 +87,7 @@ class Served:
 
     def read(self, folder: Path) -> dict[int, Factors]:
         """The adapter in a PEFT folder as factors by column. :class:`InputError` with everything that is wrong."""
-        spec, state = checked_state(self.skeleton, folder)
+        spec, state = checked_state(self.skeleton, folder, known=self._known)
         found = {}
         for path in module_paths(state):
             layer = self.layers[path]

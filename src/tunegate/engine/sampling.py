@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,12 +67,13 @@ class Chosen:
 @dataclass
 class Chooser:
     """One row's way of choosing, with what it has chosen so far. ``logprobs``: of the chosen token and of that many
-    likeliest ones; None for none."""
+    likeliest ones; None for none. ``look`` is shown the model's own logits, (V,) fp32, each time."""
 
     picking: Picking
     prompt: Sequence[int] = ()
     state: RowState | None = None
     logprobs: int | None = None
+    look: Callable[[Tensor], None] | None = None
     counts: Counter[int] = field(default_factory=Counter)
     generator: torch.Generator = field(init=False)
 
@@ -82,7 +83,7 @@ class Chooser:
 
     @property
     def plain(self) -> bool:
-        return self.picking.plain and self.state is None and self.logprobs is None
+        return self.picking.plain and self.state is None and self.logprobs is None and self.look is None
 
     def took(self, token: int, *, stops: bool) -> None:
         """``token`` is the row's next one."""
@@ -118,6 +119,8 @@ def _rows(hidden: Tensor, rows: list[int]) -> Tensor:
 def _choose_one(logits: Tensor, chooser: Chooser) -> Chosen:
     """``logits`` (V,) fp32 on the CPU."""
     own = logits
+    if chooser.look is not None:
+        chooser.look(own)
     if chooser.picking.changes:
         logits = _changed(logits.clone(), chooser)
     if chooser.state is not None:

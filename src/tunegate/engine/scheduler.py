@@ -131,12 +131,15 @@ class Scheduler:
             most = min(most, self.runner.context)
         return min(wanted, most - prompt + 1)
 
-    def add(self, row: Row) -> None:
-        """Queue a row; ``row.room`` must be what :meth:`room` allows, at least 1."""
+    def add(self, row: Row, *, first: bool = False) -> None:
+        """Queue a row, the last or the ``first``; ``row.room`` must be what :meth:`room` allows, at least 1."""
         if not row.tokens or row.room < 1 or row.room > self.room(row.prompt, row.room):
             raise ValueError(f"a row of {row.prompt} tokens with room for {row.room}")
         row.long = self.runner.is_long(row.prompt)
-        self.waiting.append(row)
+        if first:
+            self.waiting.appendleft(row)
+        else:
+            self.waiting.append(row)
 
     def cancel(self, row: Row) -> None:
         """Leave a row out from now on."""

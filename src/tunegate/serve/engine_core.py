@@ -2,14 +2,15 @@
 
 Adapters are kept by key, least recently used pushed out first; one that running rows use, or that is pinned, stays. A
 job whose adapter was pushed out waits until it is read again. Reading and checking happen in a thread of their own,
-while passes go on; what takes a place in a pass is only the probe, a few tokens with and without the adapter as two
-rows like all others. An adapter that moves no logit is refused.
+while passes go on; what takes a place in a pass is only its probe, a row of one token like all others, whose logits are
+held against the base's. An adapter that moves none is refused.
 
 It speaks no protocol (``engine_worker`` does), and is for one thread but for :meth:`EngineCore.read`.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,22 +25,22 @@ from tunegate.adapter.segmented import Served
 from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
 from tunegate.engine.paged import layer_shapes
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.engine.sampling import Chooser
+from tunegate.engine.sampling import Chooser, Picking
 from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import native
-from tunegate.kernels.segments import Factors, Segment, Segments
+from tunegate.kernels.segments import Factors
 from tunegate.model.loading import DTYPES, choose_dtype, empty_model, load_model, load_tokenizer
 from tunegate.model.resolve import resolve_base
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
 
-_PROBE_TOKENS = 8
+_PROBE = 1  # the token that adapters are probed with
 _MOST_FORMS = 256  # compiled ones kept
 
 
 @dataclass
 class _Adapter:
-    """``slot`` None: known, but not in memory."""
+    """``slot`` None: known, but not in memory. ``probe``: the row that proves it, while it runs."""
 
     key: str
     folder: Path
@@ -50,9 +51,14 @@ class _Adapter:
     moved: float = 0.0
     users: int = 0  # rows that run or wait with it
     reading: Future[dict[int, Factors]] | None = None
+    probe: Row | None = None
     begun: float = 0.0
     asked: list[Callable[[Loaded | TunegateError], None]] = field(default_factory=list)
     waiting: list[tuple[int, Job]] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        return self.slot is not None and self.probe is None
 
 
 class EngineCore:
@@ -93,7 +99,8 @@ class EngineCore:
         self._rows: dict[Row, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._forms: OrderedDict[Any, Constraint] = OrderedDict()
-        self._plain_probe: torch.Tensor | None = None
+        self._probes: dict[Row, _Adapter] = {}
+        self._plain = self._probe_base()
         self._leaving: list[_Adapter] = []
         self.facts = EngineFacts(
             context=min(options.context or 2**31, self.scheduler.room(1, 2**31)),
@@ -129,7 +136,7 @@ class EngineCore:
                     if folder is None:
                         raise InputError("the engine knows no adapter with this hash", got=job.adapter)
                     adapter = self.adapters[job.adapter] = _Adapter(job.adapter, folder, pinned=False)
-            if adapter is not None and adapter.slot is None:
+            if adapter is not None and not adapter.ready:
                 adapter.waiting.append((number, job))
                 self._read(adapter)
             else:
@@ -209,11 +216,16 @@ class EngineCore:
 
     def _fail_all(self, error: TunegateError) -> None:
         self.scheduler.clear()
+        for row in list(self._probes):
+            self._proven(self._probes.pop(row), Event(row, error, None))
         for number in list(self._jobs):
             self.send(number, error)
             self._end(number)
 
     def _tell(self, event: Event) -> None:
+        if event.row in self._probes:
+            self._proven(self._probes.pop(event.row), event)
+            return
         number, row = self._rows[event.row], event.row
         if isinstance(event.chosen, TunegateError):
             self.send(number, event.chosen)
@@ -246,7 +258,7 @@ class EngineCore:
         if adapter is None:
             adapter = self.adapters[key] = _Adapter(key, folder, pinned)
         adapter.folder, adapter.pinned = folder, pinned
-        if adapter.slot is not None:
+        if adapter.ready:
             tell(Loaded(key, adapter.bytes, adapter.rank, 0.0, adapter.moved))
             return
         adapter.asked.append(tell)
@@ -264,7 +276,7 @@ class EngineCore:
 
     def _let_go(self) -> None:
         """Unloaded adapters whose last row is done."""
-        for adapter in [a for a in self._leaving if not a.users]:
+        for adapter in [a for a in self._leaving if not a.users and a.probe is None]:
             self._leaving.remove(adapter)
             self._push_out(adapter)
 
@@ -274,12 +286,12 @@ class EngineCore:
         adapter.slot = None
 
     def _read(self, adapter: _Adapter) -> None:
-        if adapter.reading is None:
+        if adapter.reading is None and adapter.probe is None:
             adapter.begun = time.monotonic()
             adapter.reading = self._reader.submit(self.served.read, adapter.folder)
 
     def _take(self, adapter: _Adapter) -> None:
-        """An adapter that was read into the table, if there is room; then what waited for it."""
+        """An adapter that was read into the table, if there is room, and its probe into the queue."""
         assert adapter.reading is not None
         reading, adapter.reading = adapter.reading, None
         try:
@@ -288,14 +300,27 @@ class EngineCore:
             adapter.rank = max(f.rank for f in factors.values())
             self._make_room(adapter)
             adapter.slot = self.served.table.add(factors)
-            adapter.moved = self._probe(adapter.slot)
-            if not adapter.moved > 0.0:
-                raise InputError("the adapter changes no logit of a probe", where=str(adapter.folder))
         except Exception as error:  # a file that changed under us, a full memory: this adapter's fault alone
-            if adapter.slot is not None:
-                self._push_out(adapter)
-            told = error if isinstance(error, TunegateError) else _unreadable(adapter.folder, error)
-            self._refuse(adapter, told)
+            self._refuse(adapter, error if isinstance(error, TunegateError) else _unreadable(adapter.folder, error))
+            return
+        adapter.probe = self._probe_row(adapter.slot, lambda logits: self._look(adapter, logits))
+        self._probes[adapter.probe] = adapter
+        self.scheduler.add(adapter.probe, first=True)
+
+    def _look(self, adapter: _Adapter, logits: torch.Tensor) -> None:
+        moved = float((logits - self._plain).abs().max())
+        if not math.isfinite(moved):
+            raise InputError("the adapter gives NaN or infinite logits", where=str(adapter.folder))
+        if moved == 0.0:
+            raise InputError("the adapter changes no logit of a probe", where=str(adapter.folder))
+        adapter.moved = moved
+
+    def _proven(self, adapter: _Adapter, event: Event) -> None:
+        """The end of an adapter's probe: what waited for it begins."""
+        adapter.probe = None
+        if isinstance(event.chosen, TunegateError):
+            self._push_out(adapter)
+            self._refuse(adapter, event.chosen)
             return
         loaded = Loaded(adapter.key, adapter.bytes, adapter.rank, time.monotonic() - adapter.begun, adapter.moved)
         asked, adapter.asked = adapter.asked, []
@@ -307,6 +332,19 @@ class EngineCore:
                 self._start(number, job, adapter)
             except TunegateError as error:
                 self.send(number, error)
+        self._let_go()
+
+    def _probe_row(self, slot: int | None, look: Callable[[torch.Tensor], None]) -> Row:
+        chooser = Chooser(Picking(temperature=0.0), (_PROBE,), look=look)
+        return Row([_PROBE], 1, chooser, frozenset(), slot, f"probe {slot}".encode())
+
+    def _probe_base(self) -> torch.Tensor:
+        """The base's logits after the probe's token."""
+        found: list[torch.Tensor] = []
+        self.scheduler.add(self._probe_row(None, lambda logits: found.append(logits.clone())))
+        with evaluating(self.runner.model):
+            self.scheduler.step()
+        return found[0]
 
     def _refuse(self, adapter: _Adapter, error: TunegateError) -> None:
         """Forget an adapter, and tell everybody who waits for it."""
@@ -323,7 +361,7 @@ class EngineCore:
         for other in list(self.adapters.values()):
             if self.bytes_held + adapter.bytes <= budget:
                 return
-            if other.slot is not None and not other.users and not other.pinned:
+            if other.ready and not other.users and not other.pinned:
                 self._push_out(other)
         if self.bytes_held + adapter.bytes > budget:
             raise EngineFull(
@@ -334,25 +372,6 @@ class EngineCore:
     @property
     def bytes_held(self) -> int:
         return sum(a.bytes for a in (*self.adapters.values(), *self._leaving) if a.slot is not None)
-
-    @torch.inference_mode()
-    def _probe(self, slot: int) -> float:
-        """The largest change of a logit that the adapter makes on a few tokens."""
-        from tunegate.engine.runner import PackedPass
-        from tunegate.kernels import Layout, Plan
-
-        def logits(segments: Segments | None) -> torch.Tensor:
-            ids = torch.arange(_PROBE_TOKENS) * 7919 % self.facts.vocabulary
-            attention = PackedPass(Plan(Layout((_PROBE_TOKENS,)), self.runner.device))
-            with evaluating(self.runner.model), self.served.using(segments, _PROBE_TOKENS):
-                return self.runner.head.logits(self.runner.run(ids, torch.arange(_PROBE_TOKENS), attention)[-1:])
-
-        if self._plain_probe is None:
-            self._plain_probe = logits(None)
-        moved = logits(Segments(self.served.table, [Segment(0, _PROBE_TOKENS, slot)])) - self._plain_probe
-        if not bool(torch.isfinite(moved).all()):
-            raise InputError("the adapter gives NaN or infinite logits")
-        return float(moved.abs().max())
 
     def stats(self) -> dict[str, Any]:
         scheduler = self.scheduler
