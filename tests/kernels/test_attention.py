@@ -273,3 +273,63 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_rows_that_are_none(starts: list[int], prefix: int, skipped: int) -> None:
     with pytest.raises(ValueError, match=r"starts|prefix|skipped"):
         varlen.Rows(torch.tensor(starts), prefix, skipped)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    size=st.sampled_from([4, 8, 16]),
+    dims=st.sampled_from([(8, 8), (16, 24), (64, 64), (40, 80)]),
+    window=st.sampled_from([None, 1, 7, 33]),
+    softcap=st.sampled_from([None, 2.0]),
+    prefix=st.sampled_from([0, 5]),
+    is_new=st.booleans(),
+)
+def test_keys_in_scattered_pages_are_those_of_a_row(
+    dtype, lengths, size, dims, window, softcap, prefix, is_new
+) -> None:
+    g = torch.Generator().manual_seed(sum(lengths))
+    rows, heads, kv_heads = len(lengths), 6, 2
+    most = -(-max(lengths) // size)
+    pages = torch.randperm(rows * most + 3, generator=g)[: rows * most].view(rows, most).contiguous()
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)  # noqa: E731
+    key, value = (draw(rows * most + 3, kv_heads, size, d) for d in dims)
+    query, before = draw(rows, heads, dims[0]), (draw(prefix, kv_heads, dims[0]), draw(prefix, kv_heads, dims[1]))
+    new = (draw(rows, kv_heads, dims[0]), draw(rows, kv_heads, dims[1])) if is_new else None
+    counts = torch.tensor(lengths)
+    dense = [part[pages].transpose(1, 2).flatten(2, 3).clone() for part in (key, value)]
+    if new is not None:
+        for part, own in zip(dense, new, strict=True):
+            part[torch.arange(rows), :, counts - 1] = own
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    exact = DecodeStore(*(part.double() for part in (*before, *dense)))
+    wanted = decode_attention(query.double(), exact, counts, **options)
+    out = torch.empty(rows, heads, dims[1], dtype=dtype)
+    places = varlen.Places(pages, counts, size)
+    varlen.decode(query, before, (key, value), places, varlen.Options(**options), out=out, new=new)
+    assert float((out.double() - wanted).abs().max()) < (1e-5 if dtype == torch.float32 else 3e-2)
+    if new is not None:
+        last = pages[torch.arange(rows), (counts - 1) // size]
+        assert torch.equal(key[last, :, (counts - 1) % size], new[0])
+        assert torch.equal(value[last, :, (counts - 1) % size], new[1])
+
+
+@needs_native
+def test_places_that_do_not_exist_are_refused() -> None:
+    table, counts = torch.tensor([[0, 1]]), torch.tensor([5])
+    for wrong in (
+        lambda: varlen.Places(table, torch.tensor([9]), 4),
+        lambda: varlen.Places(table, torch.tensor([0]), 4),
+        lambda: varlen.Places(table - 1, counts, 4),
+        lambda: varlen.Places(table.int(), counts, 4),
+    ):
+        with pytest.raises(ValueError, match=r"lengths|table"):
+            wrong()
+    query, pages = torch.randn(1, 2, 8), torch.randn(1, 1, 4, 8)  # one page, and the table names a second one
+    nothing = (torch.empty(0, 1, 8), torch.empty(0, 1, 8))
+    with pytest.raises(ValueError, match="pages"):
+        varlen.decode(
+            query, nothing, (pages, pages), varlen.Places(table, counts, 4), varlen.Options(1.0), out=query.clone()
+        )

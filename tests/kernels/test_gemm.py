@@ -240,3 +240,24 @@ def test_lora_linear_and_its_gradients(shape: tuple[int, int], dtype: torch.dtyp
         (x, weight, bias, a, b, 0.5),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "nested"])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (33, 100), (150, 448), (7, 4), (96, 836)])
+def test_a_rows_bytes_do_not_depend_on_how_many_share_its_product(kind: str, n: int, k: int) -> None:
+    """A few rows, some rows and many rows take different kernels; each output is the same sum in the same order."""
+    g = torch.Generator().manual_seed(n)
+    x, h, low = torch.randn(130, k, generator=g), torch.randn(130, 6, generator=g), torch.randn(n, 6, generator=g)
+    plain = torch.randn(n, k, generator=g)
+    weight = {"fp32": plain, "bf16": plain.to(BF16)}.get(kind)
+    w = quantized(n, k, kind == "nested", g) if weight is None else weight
+
+    def product(rows: int) -> Tensor:
+        out = torch.empty(rows, n)
+        multiply(Product(out, [Term(x[:rows], w), Term(h[:rows], low)], alpha=0.5))
+        return out
+
+    whole = product(130)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 97):
+        assert torch.equal(product(rows), whole[:rows]), rows
