@@ -200,7 +200,7 @@ def test_adapters_come_and_go_between_passes(tmp_path: Path, tiny_folder: Path) 
     scheduler = Scheduler(runner, 100, served=served, page_tokens=4)
     asked = prompts(2)
     plain = alone(loaded(tiny_folder)[1], asked)
-    for n in range(12):  # more than the table's first size
+    for n in range(12):
         folder = adapter_folder(tiny_folder, tmp_path / str(n), n, rank=1 + n % 5, use_dora=n % 3 == 0)
         slot = served.table.add(served.read(folder))
         fresh, fresh_runner = loaded(tiny_folder)

@@ -234,9 +234,13 @@ def serve(capsys: pytest.CaptureFixture[str], client: Callable[[str], None], *ar
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=run)
-    thread.start()
-    code = main(["serve", *arguments, "--port", "0", "--json"])
-    thread.join()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the thread's may come when the server is gone already
+    try:
+        thread.start()
+        code = main(["serve", *arguments, "--port", "0", "--json"])
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         raise failed[0]
     return code, json.loads(read())

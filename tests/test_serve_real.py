@@ -156,7 +156,7 @@ def test_a_promotion_swaps_under_load(base: ServedBase, adapters: list[Path], tm
     registry = open_registry(str(place), create=True, who="test")
     refs = []
     for folder in adapters[:2]:
-        refs.append(add(registry, read_folder(folder), name="support").version.ref)
+        refs.append(add(registry, read_folder(folder, name="support")).version.ref)
     promote(registry, refs[0], why="first", to="production")
     right = {adapter_hash(folder): expected(base, folder) for folder in adapters[:2]}
     assert len(set(right.values())) == 2

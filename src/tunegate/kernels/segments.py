@@ -24,6 +24,7 @@ from tunegate.kernels.recording import hold
 
 MOST_TARGETS = 4
 _FIELDS = 5  # a, b, gain, rank, scale
+_FIRST = 128  # slots of a new table: a larger one lies elsewhere, and what was recorded on the old one is lost
 
 
 _NOTHING: tuple[int, frozenset[int], frozenset[int]] = (0, frozenset(), frozenset())
@@ -71,7 +72,7 @@ class FactorTable:
             self.slots.append(None)
             self._facts.append(_NOTHING)
         if slot >= len(self.numbers):
-            grown = torch.zeros(max(8, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
+            grown = torch.zeros(max(_FIRST, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
             grown[: len(self.numbers)] = self.numbers
             self.numbers = grown
         for column, f in factors.items():

@@ -27,6 +27,7 @@ from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
 from tunegate.serve.wire import error_json, line
 
 _LOOK_AGAIN = 0.002  # seconds, while an adapter is being read
+_SWITCH = 2e-4  # seconds: a pass comes back from the kernels many times, and must not wait for an adapter's reader
 
 
 class Worker:
@@ -117,6 +118,7 @@ def _rss() -> int:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
     disable_progress_bar()
+    sys.setswitchinterval(_SWITCH)
     try:
         return Worker(socket.socket(fileno=int(sys.argv[1]))).run()
     except (BrokenPipeError, ConnectionResetError):
