@@ -69,7 +69,7 @@ $(SANITIZED)/.built: $(VENV)/.dev
 sanitize: $(SANITIZED)/.built
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 TUNEGATE_SANITIZED=1 \
-	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider --capture=sys -m "not slow" tests/kernels tests/test_kernels_attention.py
+	  $(SANITIZED)/bin/python -m pytest -p no:cacheprovider --capture=sys -m "not slow" tests/kernels tests/test_kernels_attention.py tests/test_kernels_segments.py
 
 lint: dev
 	$(BIN)/ruff check .
