@@ -20,6 +20,7 @@ from torch import Tensor
 from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context
 from tunegate.engine.fused_shape import Shape
+from tunegate.engine.page_store import PageStore
 from tunegate.engine.workspace import Workspace
 from tunegate.kernels import varlen
 from tunegate.kernels.recording import Recording, recording
@@ -27,10 +28,10 @@ from tunegate.kernels.segments import Segments
 
 
 class RecordedSteps:
-    """Recordings for 1 to ``most_rows`` rows on the pages of ``layers`` (key and value by layer)."""
+    """Recordings for 1 to ``most_rows`` rows of at most ``most_pages`` pages of ``store``."""
 
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]], most_rows: int, most_pages: int, size: int):
-        self.pages, self.size = layers, size
+    def __init__(self, store: PageStore, most_rows: int, most_pages: int):
+        self.store = store
         self.table = torch.zeros(most_rows * most_pages, dtype=torch.long)
         self.most_pages = most_pages
         self.lengths = torch.zeros(most_rows, dtype=torch.long)
@@ -49,7 +50,7 @@ class RecordedSteps:
         most = max(len(row) for row in pages)
         table[:, :most] = torch.tensor([[*row, *([row[0]] * (most - len(row)))] for row in pages])
         self.lengths[: self.rows] = torch.tensor(lengths)
-        self.places = varlen.Places(table, self.lengths[: self.rows], self.size)
+        self.places = varlen.Places(table, self.lengths[: self.rows], self.store.size)
         self.segments = segments
         adapters = None
         if segments is not None:
@@ -128,8 +129,8 @@ class _Decoding:
 
     def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _lse: Tensor) -> None:
         options = varlen.Options(shape.scale, shape.window, shape.softcap)
-        pages = self.owner.pages[self.layer]
-        varlen.decode(q, (k[:0], v[:0]), pages, self.owner.places, options, out=out, new=(k, v))
+        prefix, pages = self.owner.store.prefix[self.layer], self.owner.store.layers[self.layer]
+        varlen.decode(q, prefix, pages, self.owner.places, options, out=out, new=(k, v))
 
     def backward(self, *args: Any) -> None:
         raise NotImplementedError("no gradients on this path")

@@ -22,7 +22,7 @@ import torch
 
 from tunegate.adapter.segmented import Served
 from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
-from tunegate.engine.paged import layer_shapes
+from tunegate.engine.page_store import token_bytes
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.sampling import Chooser
 from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
@@ -75,8 +75,7 @@ class EngineCore:
         self.runner = Runner(model)
         skeleton = empty_model(resolved.path, trust_remote_code=options.trust_remote_code)
         self.served = Served(model, skeleton)
-        shapes = layer_shapes(self.runner)
-        page_bytes = PAGE_TOKENS * sum(shape.token_bytes for shape in shapes.values())
+        page_bytes = PAGE_TOKENS * token_bytes(self.runner)
         pages = options.cache_bytes // page_bytes
         if pages < 4:
             raise InputError(
