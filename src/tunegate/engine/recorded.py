@@ -1,15 +1,17 @@
 """Passes in which each row adds one token, recorded layer by layer and replayed.
 
-At a few rows a layer's kernels take less time than the Python around them. The first pass of so many rows records each
-fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters), all in memory that
-stays where it is, and replay. A recording is proven before it is used: its scratch memory is overwritten, it is run
-once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its usual path.
+At a few rows a layer's kernels take less time than the Python around them. Once so many rows were seen a few times, a
+pass records each fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters),
+all in memory that stays where it is, and replay. A recording is proven before it is used: its scratch memory is
+overwritten, it is run once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its
+usual path.
 
 Only on the CPU, with the C++ kernels, for layers that are fused.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +28,8 @@ from tunegate.kernels import varlen
 from tunegate.kernels.recording import Recording, recording
 from tunegate.kernels.segments import Segments
 
+RECORD_AFTER = 3  # passes of the same kind: a recording costs about one pass, and each replay saves a part of one
+
 
 class RecordedSteps:
     """Recordings for 1 to ``most_rows`` rows of at most ``most_pages`` pages of ``store``."""
@@ -40,6 +44,7 @@ class RecordedSteps:
         self._angles: list[tuple[Tensor, Tensor]] = []
         self._keep, self._scratch = Workspace(), Workspace()
         self._programs: dict[Any, dict[int, Recording | None]] = {}
+        self._passes: Counter[Any] = Counter()
         self._seen: dict[int, int] = {}
 
     def begin(self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None) -> None:
@@ -56,7 +61,10 @@ class RecordedSteps:
         if segments is not None:
             table_at = segments.table.numbers.data_ptr()
             adapters = (bool(segments.gains), segments.most_rank, table_at, segments.numbers.data_ptr())
-        self._layers = self._programs.setdefault((self.rows, adapters), {})
+        kind = (self.rows, adapters)
+        self._passes[kind] += 1
+        self._recording = self._passes[kind] > RECORD_AFTER
+        self._layers = self._programs.setdefault(kind, {})
         self._seen.clear()
 
     def replay(self, number: int, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -72,8 +80,8 @@ class RecordedSteps:
     def record(
         self, number: int, context: Context, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, index: int
     ) -> Tensor | None:
-        """The same for its first time; None if it cannot be recorded. ``index``: the layer's in the pages."""
-        if number in self._layers:
+        """The same for its first time; None if it is not to be recorded. ``index``: the layer's in the pages."""
+        if not self._recording or number in self._layers:
             return None
         x, out = self._memory(number, hidden)
         cos, sin = self._angles_of(angles) or (x, x)
