@@ -20,6 +20,7 @@ from tunegate.engine import generate, workspace
 from tunegate.engine.arena import Arena
 from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner
+from tunegate.engine.scheduler import Scheduler
 from tunegate.kernels import native
 from tunegate.kernels.adamw8 import LEAST
 from tunegate.plan.memory import (
@@ -218,7 +219,7 @@ def test_the_cache_is_what_generation_asks_for(
         parts = [part for kept in (store.layers, store.prefix) for both in kept.values() for part in both]
         raise Made(sum(part.nbytes for part in parts))
 
-    monkeypatch.setattr(generate.Scheduler, "add", lambda self, row: held(self.store))
+    monkeypatch.setattr(Scheduler, "add", lambda self, row: held(self.store))
     model = tiny_model("llama")
     prompts = [[2] * prefix + [5 + n] * prompt for n in range(rows)]
     with pytest.raises(Made) as made:

@@ -43,10 +43,11 @@ class PageStore:
         self.size, self.prefix_tokens = size, len(prefix)
         kept = keys_of(runner, prefix or (0,))
         self.prefix = {n: (key[: len(prefix)], value[: len(prefix)]) for n, (key, value) in kept.items()}
-        self.layers = {
-            n: tuple(part.new_empty(pages, part.shape[1], size, part.shape[2]) for part in parts)
-            for n, parts in self.prefix.items()
-        }
+
+        def paged(part: Tensor) -> Tensor:
+            return part.new_empty(pages, part.shape[1], size, part.shape[2])
+
+        self.layers = {n: (paged(key), paged(value)) for n, (key, value) in kept.items()}
 
     def gather(self, layer: int, pages: Tensor, tokens: int) -> Parts:
         """The prefix and the first ``tokens`` own keys and values of a row with these pages, (tokens, kv heads,
