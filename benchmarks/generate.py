@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rows-at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, help="default 2 quick, 3 otherwise")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--thread-count", type=int)
     parser.add_argument("--output", type=Path, default=common.RESULTS)
     return parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
             "dtype": "bfloat16" if common.has_bf16() else "float32", "new_tokens": args.new_tokens,
             "rows_at_once": args.rows_at_once, "threads": args.thread_count,
         }  # fmt: skip
-        runs = measure(spec, args.rounds or (2 if args.quick else 3))
+        runs = measure(spec, args.rounds or (2 if args.quick else 3), args.ways)
     result = summarise(runs, len(prompts))
     found = {"machine": machine, "items": len(prompts), "prompt_tokens": sum(map(len, prompts)), **result}
     name = "generate-quick" if args.quick else "generate"
@@ -65,11 +67,11 @@ def main() -> None:
     print(json.dumps(result["headline"]))
 
 
-def measure(spec: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(spec: dict[str, Any], rounds: int, ways: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Interleaved repetitions, a fresh process each; a way that fails is left out with its reason printed."""
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(rounds):
-        for way in [w for w in WAYS if w in runs]:
+        for way in [w for w in ways if w in runs]:
             try:
                 runs[way].append(common.run_worker({**spec, "way": way}))
             except Skipped as error:

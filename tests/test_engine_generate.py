@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from tiny import FAMILIES, tiny_model
-from tunegate.adapter.inject import inject, remove
+from tunegate.adapter.inject import disabled, inject, remove
 from tunegate.adapter.spec import AdapterSpec
+from tunegate.data.pack import Batch, make_batch
+from tunegate.data.types import Rendered
 from tunegate.engine import generate as module
 from tunegate.engine.generate import Generation, Sampling, generate, score_continuations
 from tunegate.engine.runner import Runner
+from tunegate.engine.sampling import Chooser, Chosen, Picking, choose
+from tunegate.engine.scheduler import PAGE_TOKENS, Row, Scheduler
 from tunegate.errors import InputError
+from tunegate.kernels import Head
 
 # windows shorter than the rows, and soft caps low enough to bend the scores (Gemma 3 has a window of 8 already)
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -109,57 +115,71 @@ def test_an_adapter_takes_part() -> None:
     assert generate(runner, given, Sampling(NEW, ())) == found
 
 
+class _Passes:
+    """What each pass of the scheduler holds: rows that add a token, tokens of each piece of a prompt, pages held."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.steps: list[int] = []
+        self.pieces: list[list[int]] = []
+        self.pages: list[int] = []
+        self.schedulers: list[Any] = []
+        plain = Scheduler._run
+
+        def run(scheduler: Any, steps: Any, pieces: Any) -> Any:
+            self.steps.append(len(steps))
+            self.pieces.append([count for _, count in pieces])
+            self.pages.append(scheduler.pool.used)
+            self.schedulers.append(weakref.ref(scheduler.store))
+            return plain(scheduler, steps, pieces)
+
+        monkeypatch.setattr(Scheduler, "_run", run)
+
+
 def test_waiting_prompts_take_the_places_of_finished_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     given = prompts(6, tuple(range(3, 19)))
     free = reference("llama", given)
     stop = stops_for(free)
-    sizes: list[int] = []
-    filled: list[int] = []
-    plain, take = module.DecodePass.__init__, module._Slots._take
-    monkeypatch.setattr(module.DecodePass, "__init__", lambda self, s, n: (sizes.append(len(n)), plain(self, s, n))[1])
-
-    def taking(self: Any, waiting: Any) -> Any:
-        taken = take(self, waiting)
-        assert len(self.running) + len(taken) <= 4
-        filled.append(len(taken))
-        return taken
-
-    monkeypatch.setattr(module._Slots, "_take", taking)
+    passes = _Passes(monkeypatch)
     found = generate(Runner(build()), given, Sampling(NEW, stop, rows=4))
     assert found == stopped_at(free, stop)
+    filled = [len(pieces) for pieces in passes.pieces]
+    assert all(steps + pieces <= 4 for steps, pieces in zip(passes.steps, filled, strict=True))
     assert sum(filled) == 16 and max(filled) == filled[0] == 4 and len([n for n in filled if n]) > 4
     # every decoded row is one that still grows: the first token of a row comes from its prompt
-    assert sum(sizes) == sum(len(row.ids) - 1 + row.stopped for row in found)
-    assert max(sizes) == 4
+    assert sum(passes.steps) == sum(len(row.ids) - 1 + row.stopped for row in found)
+    assert max(passes.steps) == 4
 
 
-def test_a_slot_grows_with_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of very different lengths through two slots; what is kept stays within its bound."""
-    given = prompts(6, (1, 1, 2, 3, 40, 60, 61, 90))
+def test_what_rows_keep_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of very different lengths through a few places; pages are no more than the bound or one row's need."""
+    given = prompts(6, (1, 1, 2, 3, 90, 60, 61, 90))
+    passes = _Passes(monkeypatch)
     monkeypatch.setattr(module, "PREFILL_TOKENS", 100)
-    kept: list[int] = []
-    grow = module._Slots._grow
-
-    def growing(self: Any, slots: int, places: int) -> None:
-        grow(self, slots, places)
-        kept.append(self.slots * self.places)
-
-    monkeypatch.setattr(module._Slots, "_grow", growing)
     assert generate(Runner(build()), given, Sampling(NEW, (), rows=3)) == reference("llama", given)
-    assert kept[0] > 0 and max(kept) <= 5 / 4 * (100 + 3 * NEW)
+    assert 0 < max(passes.pages) * PAGE_TOKENS <= 100 + 3 * NEW
+    passes.pages.clear()
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 10)
+    assert generate(Runner(build()), given, Sampling(NEW, (), rows=3)) == reference("llama", given)
+    assert max(passes.pages) == -(-(90 + NEW - 1) // PAGE_TOKENS)
+    assert all(store() is None for store in passes.schedulers)  # nothing of a call is left after it
+
+
+def test_a_single_short_call_takes_few_pages() -> None:
+    row = Row([5] * 10, 7, Chooser(Picking(temperature=0.0)), frozenset())
+    assert module._pages([row], Sampling(7, ())) == 1
+    assert module._pages([row] * 3, Sampling(7, (), rows=2)) == 2  # 16 tokens each are kept, the last one is not
 
 
 def test_prompts_beyond_one_prefill_go_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     given = prompts(9, (5, 2, 9, 4))
     wanted = generate(Runner(build()), given, Sampling(NEW, ()))
     monkeypatch.setattr(module, "PREFILL_TOKENS", 6)
-    calls: list[int] = []
-    plain = module._Slots._prefill
-    monkeypatch.setattr(
-        module._Slots, "_prefill", lambda self, taken: (calls.append(len(taken)), plain(self, taken))[1]
-    )
-    assert generate(Runner(build()), given, Sampling(NEW, ())) == wanted
-    assert calls == [2, 1, 1]  # own tokens 2 + 4, 5, 9
+    monkeypatch.setattr(module, "_pages", lambda *_: 20)
+    passes = _Passes(monkeypatch)
+    assert generate(Runner(build()), given, Sampling(NEW, (), rows=4)) == wanted
+    # a pass has room for six tokens; rows that go on take theirs first, as does the last token of a prompt by itself
+    assert passes.pieces[:5] == [[5, 1], [4], [4], [3], []] and passes.steps[:5] == [0, 2, 2, 3, 4]
+    assert max(s + sum(p) for s, p in zip(passes.steps, passes.pieces, strict=True)) <= 6
 
 
 def test_the_shared_prefix_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +189,41 @@ def test_the_shared_prefix_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Runner, "run", lambda self, ids, *rest: (read.append(len(ids)), plain(self, ids, *rest))[1])
     generate(runner, prompts(20, (2, 3, 4)), Sampling(1, ()))
     assert read == [20, 2 + 3 + 4]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_recorded_passes_follow_the_adapter_from_call_to_call(dora: bool) -> None:
+    """Long answers, so that passes are replayed: what they read of an adapter is there as long as they need it, and
+    not a pass longer."""
+    model, given = build(), prompts(8)
+    runner = Runner(model)
+    injection = inject(model, AdapterSpec(4, 8.0, use_dora=dora), seed=0)
+    found = []
+    for scale in (0.3, 0.6):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in injection.parameters().items():
+                if name.endswith("lora_B"):
+                    parameter.normal_(0.0, scale, generator=generator)
+                elif name.endswith("lora_magnitude_vector"):
+                    parameter.mul_(1.0 + scale * torch.rand(len(parameter), generator=generator))
+        found.append(generate(runner, given, Sampling(40, ())))
+        wanted = []
+        for prompt in given:
+            tokens = list(prompt)
+            for _ in range(40):
+                tokens.append(int(runner.head.logits(runner.hidden(_batch(tokens))[-1:]).argmax()))
+            wanted.append(Generation(tuple(tokens[len(prompt) :]), False))
+        assert found[-1] == wanted
+    assert found[0] != found[1]
+    with disabled(injection):
+        off = generate(runner, given, Sampling(40, ()))
+    remove(model)
+    assert off == generate(runner, given, Sampling(40, ())) == reference("llama", given, 40)
+
+
+def _batch(tokens: list[int]) -> Batch:
+    return make_batch([Rendered("row", tuple(tokens), (False,) * (len(tokens) - 1) + (True,))])
 
 
 def test_equal_prompts() -> None:
@@ -261,16 +316,13 @@ def test_a_low_temperature_is_greedy() -> None:
     assert generate(runner, given, Sampling(NEW, (), temperature=1e-4)) == generate(runner, given, Sampling(NEW, ()))
 
 
-class _Row:
+def draws(temperature: float, top_p: float, probabilities: list[float], times: int) -> list[int]:
     """One row's sampling, without a model."""
-
-    def __init__(self, temperature: float, top_p: float, seed: int = 0):
-        self.sampling = Sampling(1, (), temperature, top_p)
-        self.generators = [torch.Generator().manual_seed(seed)]
-
-    def draw(self, probabilities: list[float], times: int) -> list[int]:
-        logits = torch.tensor([probabilities]).log()
-        return [module._pick(logits, self.generators, self.sampling)[0] for _ in range(times)]
+    chooser = Chooser(Picking(temperature, top_p, seed=0))
+    head = Head(torch.nn.Linear(4, 4, bias=False))
+    head.module.weight.data = torch.eye(4)
+    found = [choose(head, torch.tensor([probabilities]).log(), [chooser])[0] for _ in range(times)]
+    return [chosen.token for chosen in found if isinstance(chosen, Chosen)]
 
 
 @pytest.mark.parametrize(
@@ -279,16 +331,16 @@ class _Row:
     [(0.1, {1}), (0.49, {1}), (0.5, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.9, {0, 1, 3}), (1.0, {0, 1, 2, 3})],
 )
 def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: set[int]) -> None:
-    assert set(_Row(1.0, top_p).draw([0.15, 0.5, 0.05, 0.3], 300)) == kept
+    assert set(draws(1.0, top_p, [0.15, 0.5, 0.05, 0.3], 300)) == kept
 
 
 def test_the_kept_tokens_keep_their_proportions() -> None:
-    drawn = _Row(1.0, 0.79).draw([0.15, 0.5, 0.05, 0.3], 4000)
+    drawn = draws(1.0, 0.79, [0.15, 0.5, 0.05, 0.3], 4000)
     assert drawn.count(1) / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)  # four standard errors
 
 
 def test_the_temperature_divides_the_logits() -> None:
-    drawn = _Row(0.5, 1.0).draw([0.25, 0.75], 4000)
+    drawn = draws(0.5, 1.0, [0.25, 0.75, 1e-30, 1e-30], 4000)
     assert drawn.count(1) / 4000 == pytest.approx(0.75**2 / (0.75**2 + 0.25**2), abs=0.02)
 
 

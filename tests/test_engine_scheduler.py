@@ -59,7 +59,7 @@ def row(prompt: list[int], slot: int | None = None, new: int = NEW, salt: bytes 
 
 
 def alone(runner: Runner, given_prompts: list[list[int]], new: int = NEW) -> list[tuple[int, ...]]:
-    """Each prompt by itself, on the batch generator that the parity tests hold against transformers."""
+    """Each prompt by itself, in a call that the tests of generation hold against transformers."""
     return [generate(runner, [p], Sampling(new, ()))[0].ids for p in given_prompts]
 
 

@@ -275,14 +275,3 @@ def test_decoding_with_values_wider_than_keys(prefix: int) -> None:
 def test_decoding_reaches_into_the_prefix_only_as_far_as_the_window() -> None:
     # row lengths 1, 3 and 6 with a window of 4: three, one and none of the prefix's places are seen
     check_decode([1, 3, 6], 5, window=4)
-
-
-def test_a_resized_store_keeps_its_first_rows() -> None:
-    store = store_of(2, 4, 6, KV_HEADS, DIM, fill=0.0)
-    larger = store.resized(3, 5, 9)
-    assert larger.key.shape == (5, KV_HEADS, 9, DIM) and larger.prefix_key is store.prefix_key
-    for new, old in ((larger.key, store.key), (larger.value, store.value)):
-        assert torch.equal(new[:3, :, :6], old[:3]) and not new[3:].any() and not new[:, :, 6:].any()
-    view = store.first(2)
-    view.key[1] = 7.0
-    assert bool((store.key[1] == 7.0).all()) and len(view.value) == 2

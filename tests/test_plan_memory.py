@@ -16,10 +16,11 @@ from tunegate.adapter.inject import inject
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.data.pack import make_batch
 from tunegate.data.types import Rendered
-from tunegate.engine import workspace
+from tunegate.engine import generate, workspace
 from tunegate.engine.arena import Arena
 from tunegate.engine.optimizers import make_optimizer, step_bytes
 from tunegate.engine.runner import Runner
+from tunegate.engine.scheduler import Scheduler
 from tunegate.kernels import native
 from tunegate.kernels.adamw8 import LEAST
 from tunegate.plan.memory import (
@@ -203,6 +204,29 @@ def test_the_optimizer_is_not_held_while_the_test_set_is_answered() -> None:
     rows = {phase: sum(part.bytes for part in memory.parts if part.phase == phase) for phase in ("evaluation", "test")}
     assert 0 < rows["evaluation"] * 10 < rows["test"]
     assert memory._held("test") - memory._held("evaluation") == rows["test"] - rows["evaluation"] - trained
+
+
+@pytest.mark.parametrize("rows, prompt, new, prefix", [(6, 20, 7, 10), (64, 300, 12, 0), (2, 5000, 3, 4), (1, 9, 3, 0)])
+def test_the_cache_is_what_generation_asks_for(
+    rows: int, prompt: int, new: int, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages and the shared prefix of one call, byte for byte; they are made and not used."""
+
+    class Made(Exception):
+        pass
+
+    def held(store: Any) -> Any:
+        parts = [part for kept in (store.layers, store.prefix) for both in kept.values() for part in both]
+        raise Made(sum(part.nbytes for part in parts))
+
+    monkeypatch.setattr(Scheduler, "add", lambda self, row: held(self.store))
+    model = tiny_model("llama")
+    prompts = [[2] * prefix + [5 + n] * prompt for n in range(rows)]
+    with pytest.raises(Made) as made:
+        generate.generate(Runner(model), prompts, generate.Sampling(new, (), rows=rows))
+    shape = shape_of_model(model, "llama")
+    p = PlanInputs(shape, (), 100, 100, evaluation=Evaluation(rows, rows, prompt, new, prefix))
+    assert estimate(p).of("KV cache") == 2 * made.value.args[0]  # in evaluation and in test
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _project(
         if small is not None:
             terms.append(Term(small, p.parameters[1].detach()))
         bias = p.bias if p.bias is None or factor == 1.0 else hold(p.bias * factor)
-        products.append(Product(out, terms, alpha=factor, add=add, bias=bias, column_scale=p.gain))
+        gain = None if p.gain is None else hold(p.gain)
+        products.append(Product(out, terms, alpha=factor, add=add, bias=bias, column_scale=gain))
     multiply(*products)
     segments = _segments(group)
     if segments is not None:

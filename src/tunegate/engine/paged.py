@@ -19,59 +19,14 @@ import torch
 from torch import Tensor
 
 from tunegate.engine.fused import PassState
+from tunegate.engine.page_store import PageStore
 from tunegate.engine.recorded import RecordedSteps
-from tunegate.engine.runner import PackedPass, Runner, evaluating
 from tunegate.kernels import DecodeStore, Layout, Plan, attention, decode_attention, varlen
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """What one layer keeps of a token."""
-
-    kv_heads: int
-    dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def token_bytes(self) -> int:
-        return self.kv_heads * (self.dim + self.value_dim) * self.dtype.itemsize
-
-
-@torch.inference_mode()
-def layer_shapes(runner: Runner) -> dict[int, LayerShape]:
-    """What each layer of the model keeps, found by a pass over one token."""
-    look = PackedPass(Plan(Layout((1,)), runner.device), keep=True)
-    with evaluating(runner.model):
-        runner.run(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), look)
-    assert look.kept is not None
-    return {n: LayerShape(k.shape[1], k.shape[2], v.shape[2], k.dtype) for n, (k, v) in look.kept.items()}
-
-
-class PageStore:
-    """The pages of every layer: key (pages, kv heads, size, dim) and value. Memory is touched as pages are used."""
-
-    def __init__(self, shapes: dict[int, LayerShape], pages: int, size: int, device: torch.device):
-        self.size = size
-        self.layers = {
-            number: (
-                torch.empty(pages, shape.kv_heads, size, shape.dim, dtype=shape.dtype, device=device),
-                torch.empty(pages, shape.kv_heads, size, shape.value_dim, dtype=shape.dtype, device=device),
-            )
-            for number, shape in shapes.items()
-        }
-
-    def gather(self, layer: int, pages: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first ``tokens`` keys and values of a row with these pages, (tokens, kv heads, dim)."""
-        return tuple(  # type: ignore[return-value]
-            part[pages].transpose(1, 2).reshape(-1, part.shape[1], part.shape[3])[:tokens]
-            for part in self.layers[layer]
-        )
-
-
-@dataclass(frozen=True)
 class Piece:
-    """The next ``count`` tokens of a row whose first ``past`` ones lie in ``pages``; the new ones will, too."""
+    """The next ``count`` tokens of a row whose first ``past`` own ones lie in ``pages``; the new ones will, too."""
 
     pages: Sequence[int]
     past: int
@@ -80,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Group:
-    """Pieces with the same past: tokens ``begin`` to ``end`` of the pass."""
+    """Pieces with the same past, ``past`` own tokens in ``pages``: tokens ``begin`` to ``end`` of the pass."""
 
     begin: int
     end: int
@@ -117,8 +72,8 @@ class PagedPass:
     @cached_property
     def positions(self) -> Tensor:
         """Of every token of the run in its row."""
-        all_pieces = [*self._steps, *self._pieces]
-        return torch.tensor([p.past + n for p in all_pieces for n in range(p.count)], dtype=torch.long)
+        all_pieces, ahead = [*self._steps, *self._pieces], self.store.prefix_tokens
+        return torch.tensor([ahead + p.past + n for p in all_pieces for n in range(p.count)], dtype=torch.long)
 
     @cached_property
     def _new(self) -> tuple[Tensor, Tensor]:
@@ -141,8 +96,9 @@ class PagedPass:
 
     def _group(self, begin: int, group: list[Piece]) -> _Group:
         past, counts = group[0].past, tuple(piece.count for piece in group)
-        layout = Layout((past, *counts), past) if past else Layout(counts)
-        plan = Plan(layout, self.device, cached_prefix=past > 0)
+        before = self.store.prefix_tokens + past
+        layout = Layout((before, *counts), before) if before else Layout(counts)
+        plan = Plan(layout, self.device, cached_prefix=before > 0)
         pages = torch.tensor(_shared(group[0], self.store.size)[1], dtype=torch.long, device=self.device)
         return _Group(begin, begin + sum(counts), past, pages, plan)
 
@@ -161,10 +117,8 @@ class PagedPass:
         keys[page, :, place], values[page, :, place] = k[self.steps :], v[self.steps :]
         for group in self._groups:
             own = slice(group.begin, group.end)
-            key, value = k[own], v[own]
-            if group.past:
-                before = self.store.gather(layer, group.pages, group.past)
-                key, value = torch.cat([before[0], key]), torch.cat([before[1], value])
+            before = self.store.gather(layer, group.pages, group.past)
+            key, value = torch.cat([before[0], k[own]]), torch.cat([before[1], v[own]])
             out[own] = attention(q[own], key, value, group.plan, scale=scale, window=window, softcap=softcap)
         return out
 
@@ -173,7 +127,8 @@ class PagedPass:
         if varlen.supports(q, keys, values):
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
             out = q.new_empty(*q.shape[:2], v.shape[-1])
-            varlen.decode(q, (k[:0], v[:0]), (keys, values), self._places, options, out=out, new=(k, v))
+            prefix = self.store.prefix[layer]
+            varlen.decode(q, prefix, (keys, values), self._places, options, out=out, new=(k, v))
             return out
         return self._decode_twin(layer, q, k, v, options)
 
@@ -184,7 +139,7 @@ class PagedPass:
         keys, values = self.store.layers[layer]
         keys[page, :, place], values[page, :, place] = k, v
         own = [part[table].transpose(1, 2).flatten(2, 3) for part in (keys, values)]  # (rows, heads, places, dim)
-        store = DecodeStore(k[:0], v[:0], *own)
+        store = DecodeStore(*self.store.prefix[layer], *own)
         return decode_attention(q, store, lengths, scale=options.scale, window=options.window, softcap=options.softcap)
 
 

@@ -1,15 +1,17 @@
 """Passes in which each row adds one token, recorded layer by layer and replayed.
 
-At a few rows a layer's kernels take less time than the Python around them. The first pass of so many rows records each
-fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters), all in memory that
-stays where it is, and replay. A recording is proven before it is used: its scratch memory is overwritten, it is run
-once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its usual path.
+At a few rows a layer's kernels take less time than the Python around them. Once so many rows were seen a few times, a
+pass records each fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters),
+all in memory that stays where it is, and replay. A recording is proven before it is used: its scratch memory is
+overwritten, it is run once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its
+usual path.
 
 Only on the CPU, with the C++ kernels, for layers that are fused.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,17 +22,20 @@ from torch import Tensor
 from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context
 from tunegate.engine.fused_shape import Shape
+from tunegate.engine.page_store import PageStore
 from tunegate.engine.workspace import Workspace
 from tunegate.kernels import varlen
 from tunegate.kernels.recording import Recording, recording
 from tunegate.kernels.segments import Segments
 
+RECORD_AFTER = 3  # passes of the same kind: a recording costs about one pass, and each replay saves a part of one
+
 
 class RecordedSteps:
-    """Recordings for 1 to ``most_rows`` rows on the pages of ``layers`` (key and value by layer)."""
+    """Recordings for 1 to ``most_rows`` rows of at most ``most_pages`` pages of ``store``."""
 
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]], most_rows: int, most_pages: int, size: int):
-        self.pages, self.size = layers, size
+    def __init__(self, store: PageStore, most_rows: int, most_pages: int):
+        self.store = store
         self.table = torch.zeros(most_rows * most_pages, dtype=torch.long)
         self.most_pages = most_pages
         self.lengths = torch.zeros(most_rows, dtype=torch.long)
@@ -39,6 +44,7 @@ class RecordedSteps:
         self._angles: list[tuple[Tensor, Tensor]] = []
         self._keep, self._scratch = Workspace(), Workspace()
         self._programs: dict[Any, dict[int, Recording | None]] = {}
+        self._passes: Counter[Any] = Counter()
         self._seen: dict[int, int] = {}
 
     def begin(self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None) -> None:
@@ -49,13 +55,16 @@ class RecordedSteps:
         most = max(len(row) for row in pages)
         table[:, :most] = torch.tensor([[*row, *([row[0]] * (most - len(row)))] for row in pages])
         self.lengths[: self.rows] = torch.tensor(lengths)
-        self.places = varlen.Places(table, self.lengths[: self.rows], self.size)
+        self.places = varlen.Places(table, self.lengths[: self.rows], self.store.size)
         self.segments = segments
         adapters = None
         if segments is not None:
             table_at = segments.table.numbers.data_ptr()
             adapters = (bool(segments.gains), segments.most_rank, table_at, segments.numbers.data_ptr())
-        self._layers = self._programs.setdefault((self.rows, adapters), {})
+        kind = (self.rows, adapters)
+        self._passes[kind] += 1
+        self._recording = self._passes[kind] > RECORD_AFTER
+        self._layers = self._programs.setdefault(kind, {})
         self._seen.clear()
 
     def replay(self, number: int, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -71,8 +80,8 @@ class RecordedSteps:
     def record(
         self, number: int, context: Context, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, index: int
     ) -> Tensor | None:
-        """The same for its first time; None if it cannot be recorded. ``index``: the layer's in the pages."""
-        if number in self._layers:
+        """The same for its first time; None if it is not to be recorded. ``index``: the layer's in the pages."""
+        if not self._recording or number in self._layers:
             return None
         x, out = self._memory(number, hidden)
         cos, sin = self._angles_of(angles) or (x, x)
@@ -128,8 +137,8 @@ class _Decoding:
 
     def forward(self, shape: Shape, q: Tensor, k: Tensor, v: Tensor, out: Tensor, _lse: Tensor) -> None:
         options = varlen.Options(shape.scale, shape.window, shape.softcap)
-        pages = self.owner.pages[self.layer]
-        varlen.decode(q, (k[:0], v[:0]), pages, self.owner.places, options, out=out, new=(k, v))
+        prefix, pages = self.owner.store.prefix[self.layer], self.owner.store.layers[self.layer]
+        varlen.decode(q, prefix, pages, self.owner.places, options, out=out, new=(k, v))
 
     def backward(self, *args: Any) -> None:
         raise NotImplementedError("no gradients on this path")

@@ -28,12 +28,10 @@ from tunegate.engine.liger import LigerLayers, Operations, operations
 from tunegate.engine.positions import long_above, position_table, rows_of
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.kernels import (
-    DecodeStore,
     Head,
     Layout,
     Plan,
     attention,
-    decode_attention,
     gpu,
     linear_cross_entropy,
     native,
@@ -59,12 +57,11 @@ class AttentionPass(Protocol):
 
 
 class PackedPass:
-    """Attention inside the rows of a layout. Optionally keeps each layer's keys and values, or starts from some."""
+    """Attention inside the rows of a layout. Optionally keeps each layer's keys and values."""
 
-    def __init__(self, plan: Plan, *, keep: bool = False, past: dict[int, tuple[Tensor, Tensor]] | None = None):
+    def __init__(self, plan: Plan, *, keep: bool = False):
         self.plan = plan
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
-        self.past = past
         self.fused: PassState | None = None
 
     def attend(
@@ -72,28 +69,7 @@ class PackedPass:
     ) -> Tensor:
         if self.kept is not None:
             self.kept[layer] = (k.clone(), v.clone())  # what comes in may lie in memory that is used again
-        if self.past is not None:
-            k, v = torch.cat([self.past[layer][0], k]), torch.cat([self.past[layer][1], v])
         return attention(q, k, v, self.plan, scale=scale, window=window, softcap=softcap)
-
-
-class DecodePass:
-    """One new token per row; its key and value are written at place ``lengths - 1`` of the row's store."""
-
-    def __init__(self, stores: dict[int, DecodeStore], lengths: Tensor):
-        self.stores = stores
-        self.lengths = lengths
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.places = lengths - 1
-        self.fused: PassState | None = None
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        store = self.stores[layer]
-        store.key[self.rows, :, self.places] = k
-        store.value[self.rows, :, self.places] = v
-        return decode_attention(q, store, self.lengths, scale=scale, window=window, softcap=softcap)
 
 
 def _packed_attention(

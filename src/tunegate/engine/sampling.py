@@ -124,7 +124,7 @@ def _choose_one(logits: Tensor, chooser: Chooser) -> Chosen:
     if chooser.picking.changes:
         logits = _changed(logits.clone(), chooser)
     if chooser.state is not None:
-        logits = _barred(logits, chooser.state)
+        logits = barred(logits, chooser.state)
     token = int(logits.argmax()) if chooser.picking.temperature == 0.0 else _draw(logits, chooser)
     if chooser.logprobs is None:
         return Chosen(token)
@@ -149,7 +149,7 @@ def _changed(logits: Tensor, chooser: Chooser) -> Tensor:
     return logits
 
 
-def _barred(logits: Tensor, state: RowState) -> Tensor:
+def barred(logits: Tensor, state: RowState) -> Tensor:
     """-inf where the answer's form does not allow the token."""
     allowed = torch.from_numpy(state.allowed())[: len(logits)]
     if not bool(allowed.any()):

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tunegate.adapter.segmented import Served
-from tunegate.engine.paged import PagedPass, PageStore, Piece, layer_shapes
+from tunegate.engine.page_store import PageStore
+from tunegate.engine.paged import PagedPass, Piece
 from tunegate.engine.paging import PagePool, page_keys
 from tunegate.engine.recorded import RecordedSteps
 from tunegate.engine.runner import Runner
@@ -87,7 +88,11 @@ class Counters:
 
 class Scheduler:
     """Rows on one model. ``pages`` of ``page_tokens`` tokens each; ``served`` holds the adapters, None: there are
-    none. Not for several threads."""
+    none. Not for several threads.
+
+    ``prefix``: tokens that come before those of every row. They are computed once, here, with the model as it is, and
+    kept apart from the pages; a row's ``tokens`` do not count them, and it must not grow long.
+    """
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class Scheduler:
         page_tokens: int = PAGE_TOKENS,
         most_rows: int = 64,
         step_tokens: int = STEP_TOKENS,
+        prefix: Sequence[int] = (),
     ):
         if runner.path != "packed":
             raise InputError(
@@ -109,14 +115,14 @@ class Scheduler:
         self.runner, self.served = runner, served
         self.most_rows, self.step_tokens = most_rows, max(step_tokens, most_rows + 1)
         self.pool = PagePool(pages, page_tokens)
-        self.store = PageStore(layer_shapes(runner), pages, page_tokens, runner.device)
+        self.store = PageStore(runner, pages, page_tokens, prefix)
         self.waiting: deque[Row] = deque()
         self.running: list[Row] = []
         self.counters = Counters()
         self._recorded: RecordedSteps | None = None
         if runner.fused is not None:
             most_pages = -(-self.room(1, 2**31) // page_tokens)
-            self._recorded = RecordedSteps(self.store.layers, most_rows, most_pages, page_tokens)
+            self._recorded = RecordedSteps(self.store, most_rows, most_pages)
             self._numbers = torch.zeros(1 + 3 * most_rows, dtype=torch.long)
         self._turn = False  # whether long rows go next, where there are both kinds
 
@@ -128,13 +134,15 @@ class Scheduler:
         """Tokens that an answer to a prompt of so many may have; the last one is never read. May be below 1."""
         most = self.pool.pages * self.pool.size
         if self.runner.context is not None:
-            most = min(most, self.runner.context)
+            most = min(most, self.runner.context - self.store.prefix_tokens)
         return min(wanted, most - prompt + 1)
 
     def add(self, row: Row, *, first: bool = False) -> None:
         """Queue a row, the last or the ``first``; ``row.room`` must be what :meth:`room` allows, at least 1."""
         if not row.tokens or row.room < 1 or row.room > self.room(row.prompt, row.room):
             raise ValueError(f"a row of {row.prompt} tokens with room for {row.room}")
+        if (ahead := self.store.prefix_tokens) and self.runner.is_long(ahead + row.prompt + row.room):
+            raise ValueError(f"a row of up to {row.prompt + row.room} tokens after a prefix of {ahead} grows long")
         row.long = self.runner.is_long(row.prompt)
         if first:
             self.waiting.appendleft(row)

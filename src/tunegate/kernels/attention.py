@@ -267,23 +267,6 @@ class DecodeStore:
     key: Tensor
     value: Tensor
 
-    @classmethod
-    def empty(cls, prefix_key: Tensor, prefix_value: Tensor, rows: int, capacity: int) -> DecodeStore:
-        """Room for ``rows`` rows after a prefix, which may have no tokens."""
-        key, value = (p.new_zeros(rows, p.shape[1], capacity, p.shape[2]) for p in (prefix_key, prefix_value))
-        return cls(prefix_key, prefix_value, key, value)
-
-    def resized(self, kept: int, rows: int, capacity: int) -> DecodeStore:
-        """A copy with other room; the first ``kept`` rows keep what they hold."""
-        new = DecodeStore.empty(self.prefix_key, self.prefix_value, rows, capacity)
-        for to, origin in ((new.key, self.key), (new.value, self.value)):
-            to[:kept, :, : origin.shape[2]] = origin[:kept]
-        return new
-
-    def first(self, rows: int) -> DecodeStore:
-        """A view of the first ``rows`` rows."""
-        return DecodeStore(self.prefix_key, self.prefix_value, self.key[:rows], self.value[:rows])
-
 
 def _dense(store: DecodeStore) -> bool:
     """Whether keys lie as the native kernel reads them: places of a row one after the other."""

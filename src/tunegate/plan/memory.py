@@ -47,7 +47,8 @@ RUNTIME = 470e6  # Python, torch, transformers, tokenizers and what their alloca
 CONTEXT = 0.5e9  # CUDA context and libraries' workspaces: 0.4 to 0.6 GB on current cards
 FRAGMENTATION = 0.05  # of what comes and goes
 ROW_TOKEN = 48  # bytes of a rendered token: an id (a Python int and its pointer) and its target mark
-EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's groups
+EVALUATION_ROWS, PREFILL_TOKENS = 64, 4096  # engine.generate's rows, and tokens of prompts in a pass
+PAGE_TOKENS = 16  # engine.scheduler's
 
 
 @dataclass(frozen=True)
@@ -308,29 +309,27 @@ def _logits(p: PlanInputs) -> tuple[int, str]:
     return n * vocab * (2 * p.itemsize + 8), f"{n:,} x {vocab:,} x (2 x {p.itemsize} + 2 x 4) bytes"
 
 
-def cache_bytes(p: PlanInputs, rows: int, tokens: int) -> int:
-    """Keys and values of ``rows`` x ``tokens``."""
-    s = p.shape
-    return rows * tokens * 2 * s.kv_heads * s.head_dim * s.layers * p.itemsize
-
-
 def _passes(e: Evaluation) -> tuple[tuple[Phase, Evaluation], ...]:
     """When answers are generated, and ``rows`` of them then."""
     return ("evaluation", replace(e, rows=e.valid_rows)), ("test", e)
 
 
+def prompt_tokens(e: Evaluation) -> int:
+    """Tokens of prompts that ``engine.generate`` computes in one pass."""
+    return min(e.rows * e.prompt, PREFILL_TOKENS)
+
+
 def _cache(p: PlanInputs, e: Evaluation, phase: Phase) -> Part:
-    held = cache_bytes(p, e.rows, e.prompt + e.new) + cache_bytes(p, 1, e.prefix)
-    how = f"{e.rows} rows x {e.prompt + e.new:,} tokens" + (f" and {e.prefix:,} shared" if e.prefix else "")
+    """The pages of ``engine.generate``: its bound, or what one row needs, and what all prompts share."""
+    one = -(-(e.prompt + e.new - 1) // PAGE_TOKENS) * PAGE_TOKENS  # the last new token is never read
+    own = max(one, min(e.rows * one, PREFILL_TOKENS + e.rows * e.new))
+    how = f"{e.rows} rows, {own:,} tokens" + (f" and {e.prefix:,} shared" if e.prefix else "")
+    s = p.shape
+    held = (own + e.prefix) * 2 * s.kv_heads * s.head_dim * s.layers * p.itemsize
     return Part("KV cache", held, how, phase)
 
 
 # --- on the CPU ---------------------------------------------------------------------------------------------------
-
-
-def group_rows(e: Evaluation) -> int:
-    """Rows that ``engine.generate`` runs side by side."""
-    return max(1, min(e.rows, PREFILL_TOKENS // max(1, e.prompt)))
 
 
 def layer_pass(p: PlanInputs, tokens: int, *, training: bool = True) -> LayerPass:
@@ -371,7 +370,7 @@ def workspaces(p: PlanInputs) -> Replay:
     memory = replay(layers, p.recomputed, offload=p.checkpointing == "offload")
     if p.evaluation:
         e = p.evaluation
-        tokens = max(e.prefix, e.prompt * group_rows(e), e.loss_tokens)
+        tokens = max(e.prefix, prompt_tokens(e), e.loss_tokens)
         replay_evaluation(layer_pass(p, tokens, training=False), memory)
     return memory
 
@@ -399,12 +398,9 @@ def _native_parts(p: PlanInputs) -> list[Part]:
         Part("loading", round(_loading(p)), "the checkpoint's pages while it is read", "loading"),
     ]
     if p.evaluation:
-        for phase, asked in _passes(p.evaluation):
-            e = replace(asked, rows=group_rows(asked))
-            cache = _cache(p, e, phase)
-            held, how = cache.bytes + cache_bytes(p, e.rows, e.prompt), ", and the prompts' own while filled"
-            parts.append(replace(cache, bytes=held, how=cache.how + how))
-            texts = e.rows * e.prompt * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
+        for phase, e in _passes(p.evaluation):
+            parts.append(_cache(p, e, phase))
+            texts = prompt_tokens(e) * s.hidden * max(size, 4) * 4 + e.rows * s.vocab * 4
             parts.append(Part("answers' logits", texts, f"{e.rows} rows x {s.vocab:,} and hidden states", phase))
     return parts
 

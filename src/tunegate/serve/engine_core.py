@@ -23,7 +23,7 @@ import torch
 
 from tunegate.adapter.segmented import Served
 from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
-from tunegate.engine.paged import layer_shapes
+from tunegate.engine.page_store import token_bytes
 from tunegate.engine.runner import Runner, evaluating
 from tunegate.engine.sampling import Chooser, Picking
 from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
@@ -82,8 +82,7 @@ class EngineCore:
         skeleton = empty_model(resolved.path, trust_remote_code=options.trust_remote_code)
         factors = self.runner.dtype if options.adapter_dtype == "auto" else DTYPES[options.adapter_dtype]
         self.served = Served(model, skeleton, factors)
-        shapes = layer_shapes(self.runner)
-        page_bytes = PAGE_TOKENS * sum(shape.token_bytes for shape in shapes.values())
+        page_bytes = PAGE_TOKENS * token_bytes(self.runner)
         pages = options.cache_bytes // page_bytes
         if pages < 4:
             raise InputError(
