@@ -152,11 +152,14 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
 async def _run(
     arguments: argparse.Namespace, wanted: Wanted, key: str | None, bound: Any, admin: bool, console: Console
 ) -> None:
+    import torch
+
     from tunegate.serve.app import create_app
     from tunegate.serve.catalogue import Catalogue
     from tunegate.serve.keys import KeyGuard
     from tunegate.serve.start import find_base, house_of, serve, url_of
 
+    torch.set_num_threads(1)  # the cores are the engine's; this process hashes and checks
     base = find_base(wanted, console.line)
     engine = _engine(arguments, base, wanted, console)
     catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots)
