@@ -72,6 +72,34 @@ def test_a_plain_layout(registry: Registry, tmp_path: Path) -> None:
         assert history(connection, pointer["adapter"])[-1].what == f"published to {told['address']}"
 
 
+def test_an_alias_that_went_is_taken_away(registry: Registry, tmp_path: Path) -> None:
+    push(registry, "support:1", str(tmp_path / "out"), quiet)
+    promote(registry, "support:2", why="x", to="production")
+    push(registry, "support:1", str(tmp_path / "out"), quiet)
+    pointer = tmp_path / "out" / "support" / "production.json"
+    assert not pointer.exists()
+    push(registry, "support:2", str(tmp_path / "out"), quiet)
+    push(registry, "support:1", str(tmp_path / "out"), quiet)  # another version's pointer stays
+    assert json.loads(pointer.read_text())["number"] == 2
+
+
+def test_a_password_is_neither_said_nor_kept(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow is reached by a URL that may hold one."""
+    told: list[str] = []
+    target = "mlflow:http://ann:secret@127.0.0.1:5000"
+
+    def publish(item: Any, target: str) -> dict[str, Any]:
+        assert "secret" in target
+        return {"address": f"{target.removeprefix('mlflow:')} support version 1"}
+
+    monkeypatch.setattr("tunegate.registry.publish._publisher", lambda target: publish)
+    found = push(registry, "support:1", target, told.append)
+    with registry.database.reading() as connection:
+        events = history(connection, find(registry, "support:1").adapter)
+    assert "http://ann:***@127.0.0.1:5000" in events[-1].what
+    assert "secret" not in json.dumps([found, told, [e.what for e in events]])
+
+
 def test_another_adapter_of_the_same_number_is_not_overwritten(registry: Registry, tmp_path: Path) -> None:
     push(registry, "support:1", str(tmp_path / "published"), quiet)
     other = open_registry(str(tmp_path / "other"), create=True)
@@ -237,6 +265,28 @@ def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) ->
         "Not judged: whether the base's refusals are as they were", 'PeftModel.from_pretrained(base, "team/support")',
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, tmp_path: Path) -> None:
+    """A version without a card after one with a card; and a tag that another registry gave."""
+    here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
+    add(registry, read_folder(peft_folder(tmp_path / "p", 3), name="bare"))
+    add(registry, read_folder(peft_folder(tmp_path / "q", 4), name="bare"))
+    other = open_registry(there, create=True)
+    add(other, read_folder(adapter_folder(tmp_path / "other", 9)))
+    on_hub(
+        hub,
+        tmp_path / "hf",
+        ["push", "support:1", "hf:team/support", "--registry", here],
+        ["push", "bare:2", "hf:team/support", "--registry", here],
+    )
+    assert set(hub.repos["team/support"].commits[-1]) == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", PROVENANCE,
+    }  # fmt: skip
+    before = len(hub.repos["team/support"].commits)
+    with pytest.raises(AssertionError, match="another adapter was published under this tag"):
+        on_hub(hub, tmp_path / "hf", ["push", "support:1", "hf:team/support", "--registry", there])
+    assert len(hub.repos["team/support"].commits) == before
 
 
 def test_a_hub_repository_without_a_card(hub: Hub, tmp_path: Path) -> None:
