@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tiny import CHATML, tiny_tokenizer
 from tunegate.data.render import Renderer
+from tunegate.errors import TunegateError
 from tunegate.export.go_template import RAW, Turns, find_turns, modelfile
 
 DEFAULT_SYSTEM = (
