@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ class Database:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            text = " ".join(str(error.orig).split())
+        except (DBAPIError, sqlite3.Error) as error:
+            text = without_secrets(" ".join(str(getattr(error, "orig", error)).split()))
             busy = "locked" in text or "lock timeout" in text
             fix = (
                 "another process holds the registry: try again"
