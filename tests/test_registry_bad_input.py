@@ -292,6 +292,7 @@ def test_a_store_with_a_password_is_not_remembered(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="keep the password") as error:
             open_registry(str(tmp_path / "r"), create=True, store=place)
         assert "=secret" not in str(error.value) and ":secret" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_store_that_is_there_is_not_another_one(tmp_path: Path) -> None:

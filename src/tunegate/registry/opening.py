@@ -50,6 +50,11 @@ def open_registry(
     """The registry at ``where`` (``default``, a folder, a database's URL). ``create`` makes one that is not there, with
     its bytes in ``store``; ``upgrade`` also brings an older schema up to date. :class:`InputError` if there is none, or
     its schema is another."""
+    if store is not None and without_secrets(store) != store:
+        raise InputError(
+            "the registry remembers where its bytes are, and would keep the password", where=without_secrets(store),
+            fix="an address without one; the store's own tools read credentials from the environment",
+        )  # fmt: skip
     url, folder = _place(chosen(where))
     if folder is not None and not folder.joinpath(url.database or "").is_file():
         if not create:
@@ -106,11 +111,6 @@ def _place(where: str) -> tuple[sa.URL, Path | None]:
 def _settled_store(database: Database, folder: Path | None, wanted: str | None) -> str:
     """The store that the database names; it is settled at the first opening. A relative one starts at ``folder``."""
     query = sa.select(settings.c.value).where(settings.c.key == "store")
-    if wanted is not None and without_secrets(wanted) != wanted:
-        raise InputError(
-            "the registry remembers where its bytes are, and would keep the password", where=without_secrets(wanted),
-            fix="an address without one; the store's own tools read credentials from the environment",
-        )  # fmt: skip
     if wanted is not None and "://" not in wanted:
         wanted = str(Path(wanted).expanduser().absolute())
     with database.reading() as connection:
