@@ -143,14 +143,14 @@ def test_a_newer_schema_is_refused_and_unchanged(place: Place, how: dict[str, bo
 
 
 def test_a_server_whose_transactions_see_an_old_snapshot(place: Place, tmp_path: Path) -> None:
-    """Where PostgreSQL's default is REPEATABLE READ, a writer that waited for the lock must still see what the other
+    """Where PostgreSQL's default is SERIALIZABLE, a writer that waited for the lock must still see what the other
     wrote."""
     import threading
 
     if place.store is None:
         pytest.skip("SQLite has no such setting")
     place.open()
-    where = f"{place.where}?options=-c%20default_transaction_isolation%3D%27repeatable%20read%27"
+    where = f"{place.where}?options=-c%20default_transaction_isolation%3Dserializable"
     intakes = [read_folder(adapter_folder(tmp_path / f"{n}", n)) for n in range(6)]
     errors: list[BaseException] = []
 
