@@ -53,7 +53,7 @@ def test_a_merge_says_what_it_was_made_from_and_base_add_takes_it(tmp_path: Path
     """Merged twice, added, and the first base superseded: an adapter on the last one is flagged."""
     first = peft_adapter(tiny_llama, tmp_path / "first")
     told(tmp_path, "base", "add", tiny_llama, "--name", "one")
-    added_first = told(tmp_path, "add", first, "--name", "first")
+    added_first = told(tmp_path, "add", first, "--name", "first", "--base-name", "one")
     assert call("merge", first, "-o", tmp_path / "two", "--base", tiny_llama).code == 0
     said = read_json(tmp_path / "two" / MERGE)
     assert said["weights"] == hash_weights(tmp_path / "two", use_cache=False)
