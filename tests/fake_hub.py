@@ -142,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
             else:
                 self.answer({"error": item["key"]}, 400)
                 return
@@ -177,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
             repo = self.hub.repos.get(found[1])
             files = repo.files(found[2]) if repo else None
             if repo is None or files is None or found[3] not in files:
-                self.missing("EntryNotFound" if files is not None else "RepoNotFound")
+                self.missing("EntryNotFound" if files is not None else "RevisionNotFound" if repo else "RepoNotFound")
                 return
             data = files[found[3]]
             oid = next(repo.oid(n) for n, c in enumerate(repo.commits) if c is files)

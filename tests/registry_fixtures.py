@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,16 +40,50 @@ def postgres_server() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """A place without a registry yet, once for each kind of database."""
-    if request.param == "sqlite":
-        return Place(str(tmp_path / "registry"), None)
+@pytest.fixture(scope="session")
+def made_postgres(postgres_server: str) -> str:
+    """The name of a database with the tables and nothing in them, to be copied."""
+    name = _new_database(postgres_server)
+    _make_tables(f"{postgres_server}/{name}")
+    return name
+
+
+@pytest.fixture(scope="session")
+def made_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the tables and nothing in them, to be copied."""
+    path = tmp_path_factory.mktemp("made") / "registry.db"
+    _make_tables(f"sqlite:///{path}")
+    return path
+
+
+def _make_tables(url: str) -> None:
+    from tunegate.registry.database import Database, parse_url
+
+    Database(parse_url(url), url).create()
+
+
+def _new_database(server: str, template: str = "template1") -> str:
     import psycopg
 
-    server, name = request.getfixturevalue("postgres_server"), f"test_{next(_numbers)}"
+    name = f"test_{next(_numbers)}"
     with psycopg.connect(f"{server.replace('+psycopg', '')}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    return name
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A place without a registry yet, once for each kind of database; for a test of ``registry`` its tables are there,
+    because building them by migrations takes longer than most tests."""
+    made = "registry" in request.fixturenames
+    if request.param == "sqlite":
+        folder = tmp_path / "registry"
+        if made:
+            folder.mkdir()
+            shutil.copyfile(request.getfixturevalue("made_sqlite"), folder / "registry.db")
+        return Place(str(folder), None)
+    server = request.getfixturevalue("postgres_server")
+    name = _new_database(server, request.getfixturevalue("made_postgres") if made else "template1")
     return Place(f"{server}/{name}", str(tmp_path / "blobs"))
 
 

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from task import Said, call, write_task
 from test_export_merge import KINDS, peft_adapter
 from tiny import tiny_base
+from tunegate.adapter.files import adapter_hash
 from tunegate.export import llama_cpp
 from tunegate.export.readers import installed
 from tunegate.files import hash_file, read_json
+from tunegate.model.fingerprint import hash_weights
+from tunegate.model.origin import origin_of
 
 FORMATS = ("peft", "gguf", "gguf-lora", "ollama", "mlx", "vllm")
 TENSORS = "adapter_model.safetensors"
@@ -78,6 +81,36 @@ def test_an_ollama_folder_stops_and_opens_turns_as_training_did(carded: Path, tm
     assert 'PARAMETER stop """<|im_end|>"""' in text and "FROM ./model.gguf" in text
     assert '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n' in text
     assert text.count("SYSTEM") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--to", "peft", "--outtype", "q8_0", "--onto", "original", "-o"), ("--outtype", "--onto")),
+        (("--to", "gguf-lora", "--outtype", "bf16", "-o"), ("--outtype",)),
+        (("--for", "vllm", "-o"), ("--to vllm",)),
+    ],
+)
+def test_a_choice_that_a_format_has_not_is_said(
+    arguments: tuple[str, ...], says: tuple[str, ...], tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter")
+    said = call("export", adapter, "--base", tiny_llama, *arguments, tmp_path / "out")
+    assert said.code == 2 and all(part in said.err for part in says) and not (tmp_path / "out").exists()
+
+
+def test_what_vllm_would_refuse_is_not_exported_for_it(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter", rank_pattern={"q_proj": 513})
+    said = export(adapter, "vllm", tmp_path / "out", "--base", tiny_llama)
+    assert said.code == 2 and "rank 513" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_dora_for_vllm_says_what_it_was_merged_from(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter", use_dora=True)
+    assert export(adapter, "vllm", tmp_path / "out", "--base", tiny_llama).code == 0
+    found = origin_of(tmp_path / "out", hash_weights(tmp_path / "out"))
+    assert found is not None and found["adapters"][0]["hash"] == adapter_hash(adapter)
 
 
 def test_the_check_for_vllm_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -295,7 +328,8 @@ def test_the_packaged_base(to: str, reader: str, tmp_path: Path) -> None:
     base = packaged_base()
     adapter = peft_adapter(base, tmp_path / "adapter", noise=0.02, use_rslora=True)
     limits = ("--max-kl", 0.01, "--min-agreement", 0.9)
-    said = export(adapter, to, tmp_path / "out", "--base", base, "--reader", reader, "--outtype", "q8_0", *limits)
+    numbers = ("--outtype", "q8_0") if to in ("ollama", "gguf") else ()
+    said = export(adapter, to, tmp_path / "out", "--base", base, "--reader", reader, *numbers, *limits)
     assert said.code == 0, said.err
     report = read_json(tmp_path / "out" / "export.json")
     assert report["changed"] == report["modules"] == 210 and report["parity"]["moved"] > 0.02

@@ -247,7 +247,7 @@ def test_a_change_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
     with pytest.raises(TunegateError, match="1 adapted tensors came out as they were"):
         write_merged(plan)
-    assert not plan.out.exists()
+    assert not plan.out.exists() and not plan.partial.exists()
 
 
 def test_wrong_requests_are_told_together(tmp_path: Path, tiny_llama: Path) -> None:

@@ -16,7 +16,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def levels(config: dict[str, Any], tensors: list[str], vocabulary: int = 1000) -> list[str]:
-    found = findings({"r": 8, "lora_alpha": 16, **config}, tensors, MODULES, vocabulary)
+    found = findings({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **config}, tensors, MODULES, vocabulary)
     return [f"{f.level} {f.what}" for f in found if f.level != "note"]
 
 
@@ -33,6 +33,11 @@ def levels(config: dict[str, Any], tensors: list[str], vocabulary: int = 1000) -
         ({"use_rslora": True, "alpha_pattern": {"q": 2}}, [A], ["converted use_rslora", "converted alpha_pattern"]),
         ({}, ["base_model.model.model.embed_tokens.base_layer.weight"], ["dropped"]),
         ({}, ["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"], ["dropped"]),
+        ({}, ["base_model.model.model.layers.0.self_attn.other.lora_A.weight"], ["rejected"]),
+        ({"r": None}, [A], ["rejected adapter_config.json has no r"]),
+        ({"target_modules": None, "lora_alpha": None}, [A], ["rejected adapter_config.json has no lora_alpha, target"]),
+        ({"r": "8"}, [A], ["rejected not a rank: '8'"]),
+        ({"rank_pattern": {"q": 0}}, [A], ["converted", "rejected not a rank: 0"]),
         ({}, ["base_model.model.lm_head.lora_A.weight"], []),
         ({}, [A], []),
     ],

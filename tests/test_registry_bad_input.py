@@ -103,6 +103,13 @@ def test_tensors(registry: Registry, tmp_path: Path, change: Any, says: str, car
     assert objects(registry) == 0
 
 
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "a", 1)
+    (folder / "README.md").symlink_to("README.md")
+    with pytest.raises(InputError, match="leads nowhere"):
+        read_folder(folder, name="x")
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling"])
 def test_a_link_out_of_the_folder(registry: Registry, tmp_path: Path, kind: str) -> None:
     folder = peft_folder(tmp_path / "a", 1)
@@ -267,17 +274,41 @@ def test_a_registry_folder_can_be_moved(tmp_path: Path) -> None:
     assert pull(open_registry(str(tmp_path / "moved")), "support:1", tmp_path / "out").number == 1
 
 
-@pytest.mark.parametrize("url", ["mysql://u:secret@h/d", "nonsense://u:secret@h", "sqlite://", "sqlite:///:memory:"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://u:secret@h/d", "mysql://u:sec/ret-secret@h/d", "nonsense://u:secret@h", "sqlite://", "sqlite:///:memory:",
+        "postgresql://u@127.0.0.1:1/d?password=secret", "postgresql://u:secret@127.0.0.1:1/d?sslpassword=secret",
+    ],
+)  # fmt: skip
 def test_urls(url: str) -> None:
-    with pytest.raises(InputError) as error:
-        open_registry(url, create=True)
+    with pytest.raises(TunegateError) as error:
+        open_registry(url, create=True, store="memory://x")
     assert "secret" not in str(error.value)
+
+
+def test_a_store_with_a_password_is_not_remembered(tmp_path: Path) -> None:
+    for place in ("sftp://u:secret@host/x", "s3://bucket/x?secret_key=secret"):
+        with pytest.raises(InputError, match="keep the password") as error:
+            open_registry(str(tmp_path / "r"), create=True, store=place)
+        assert "=secret" not in str(error.value) and ":secret" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_store_that_is_there_is_not_another_one(tmp_path: Path) -> None:
+    open_registry(str(tmp_path / "r"), create=True)
+    assert open_registry(str(tmp_path / "r"), create=True, store=str(tmp_path / "r" / "blobs") + "/").store
 
 
 def test_a_password_does_not_reach_a_card(tmp_path: Path) -> None:
     task = tmp_path / "task.yaml"
     text = "base: b\ndata: d\ntask: accuracy\nregistry: "
-    for place in ("postgresql+psycopg://user:secret@host/database", "postgresql://:secret@host", "x://u:se:cret@h"):
+    for place in (
+        "postgresql+psycopg://user:secret@host/database",
+        "postgresql://:secret@host",
+        "x://u:se:cret@h",
+        "postgresql://host/d?password=secret",
+    ):
         task.write_text(text + place)
         with pytest.raises(InputError, match="without a password") as error:
             load_config(task)

@@ -152,6 +152,12 @@ def test_an_imported_adapter_is_evaluated_and_only_then_promoted(finished: Path,
     assert said.code == 2 and "only an unverified" in said.err
 
 
+def test_a_run_that_is_there_is_not_taken_for_the_new_one(finished: Path, tmp_path: Path) -> None:
+    for out in (finished / "runs", finished):
+        said = typed(finished, "reproduce", "task:1", "-o", out)
+        assert said.code == 2 and "holds something else" in said.err
+
+
 def test_what_cannot_be_reproduced(finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     rows = copy / "rows.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import yaml
 from fake_hub import Hub, fake_hub
 from registry_folders import adapter_folder, fingerprint, peft_folder, run_folder
 from services import free_port, moto_s3
+from task import call
 from tunegate.adapter.card import FILES, MANIFEST, check_complete
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import hash_file
@@ -70,6 +70,34 @@ def test_a_plain_layout(registry: Registry, tmp_path: Path) -> None:
     assert told["written"] > 0 and push(registry, "support@production", str(out), quiet)["written"] == 0
     with registry.database.reading() as connection:
         assert history(connection, pointer["adapter"])[-1].what == f"published to {told['address']}"
+
+
+def test_an_alias_that_went_is_taken_away(registry: Registry, tmp_path: Path) -> None:
+    push(registry, "support:1", str(tmp_path / "out"), quiet)
+    promote(registry, "support:2", why="x", to="production")
+    push(registry, "support:1", str(tmp_path / "out"), quiet)
+    pointer = tmp_path / "out" / "support" / "production.json"
+    assert not pointer.exists()
+    push(registry, "support:2", str(tmp_path / "out"), quiet)
+    push(registry, "support:1", str(tmp_path / "out"), quiet)  # another version's pointer stays
+    assert json.loads(pointer.read_text())["number"] == 2
+
+
+def test_a_password_is_neither_said_nor_kept(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow is reached by a URL that may hold one."""
+    told: list[str] = []
+    target = "mlflow:http://ann:secret@127.0.0.1:5000"
+
+    def publish(item: Any, target: str) -> dict[str, Any]:
+        assert "secret" in target
+        return {"address": f"{target.removeprefix('mlflow:')} support version 1"}
+
+    monkeypatch.setattr("tunegate.registry.publish._publisher", lambda target: publish)
+    found = push(registry, "support:1", target, told.append)
+    with registry.database.reading() as connection:
+        events = history(connection, find(registry, "support:1").adapter)
+    assert "http://ann:***@127.0.0.1:5000" in events[-1].what
+    assert "secret" not in json.dumps([found, told, [e.what for e in events]])
 
 
 def test_another_adapter_of_the_same_number_is_not_overwritten(registry: Registry, tmp_path: Path) -> None:
@@ -190,32 +218,30 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def on_hub(hub: Hub, home: Path, *commands: list[str]) -> list[dict[str, Any]]:
-    """Run registry commands against ``hub``; the library reads its address when it is imported."""
-    code = "import sys, json; from tunegate.cli import main\nfor c in json.loads(sys.argv[1]): print(main(c))"
-    arguments = [["registry", *command, "--json"] for command in commands]
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_test", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [lines[n] for n in range(1, len(lines), 2)] == ["0"] * len(commands), done.stdout + done.stderr
-    return [json.loads(lines[n]) for n in range(0, len(lines), 2)]
+def on_hub(hub: Hub, *commands: list[str]) -> list[dict[str, Any]]:
+    """Run registry commands against ``hub``, which takes the place of the address that the library read at import."""
+    import huggingface_hub.constants as constants
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", "hf_test")
+        for command in commands:
+            said = call("registry", *command, "--json")
+            assert said.code == 0, said.out + said.err
+            found.append(json.loads(said.out))
+    return found
 
 
 def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) -> None:
     here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
     pushed, again, back = on_hub(
         hub,
-        tmp_path / "hf",
         ["push", "support@production", "hf:team/support", "--registry", here],
         ["push", "support@production", "hf:team/support", "--registry", here],
         ["add", "hf:team/support", "--registry", there],
@@ -239,15 +265,34 @@ def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) ->
         assert part in text, part
 
 
+def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, tmp_path: Path) -> None:
+    """A version without a card after one with a card; and a tag that another registry gave."""
+    here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
+    add(registry, read_folder(peft_folder(tmp_path / "p", 3), name="bare"))
+    add(registry, read_folder(peft_folder(tmp_path / "q", 4), name="bare"))
+    other = open_registry(there, create=True)
+    add(other, read_folder(adapter_folder(tmp_path / "other", 9)))
+    on_hub(
+        hub,
+        ["push", "support:1", "hf:team/support", "--registry", here],
+        ["push", "bare:2", "hf:team/support", "--registry", here],
+    )
+    assert set(hub.repos["team/support"].commits[-1]) == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", PROVENANCE,
+    }  # fmt: skip
+    before = len(hub.repos["team/support"].commits)
+    with pytest.raises(AssertionError, match="another adapter was published under this tag"):
+        on_hub(hub, ["push", "support:1", "hf:team/support", "--registry", there])
+    assert len(hub.repos["team/support"].commits) == before
+
+
 def test_a_hub_repository_without_a_card(hub: Hub, tmp_path: Path) -> None:
     from fake_hub import Repo
 
     folder = peft_folder(tmp_path / "p", 3)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     hub.repos["someone/lora"] = Repo(False, [{}, {**files, "optimizer.bin": b"x", "evil.py": b"x"}], ["a", "b"])
-    (found,) = on_hub(
-        hub, tmp_path / "hf", ["add", "hf:someone/lora", "--name", "lora", "--registry", str(tmp_path / "r")]
-    )
+    (found,) = on_hub(hub, ["add", "hf:someone/lora", "--name", "lora", "--registry", str(tmp_path / "r")])
     assert (found["state"], found["ref"]) == ("unverified", "lora:1")
     assert not any("optimizer" in r or "evil" in r for r in hub.requests)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from registry_folders import adapter_folder, change_card, decision, fingerprint,
 from tunegate.adapter.card import FILES, MANIFEST, check_complete
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import hash_file, read_json
-from tunegate.registry import database, tables
+from tunegate.registry import database, pulling, tables
 from tunegate.registry import store as stores
 from tunegate.registry.adding import Added, add
 from tunegate.registry.bases import add_base, check_base, list_bases, supersede
@@ -21,7 +24,7 @@ from tunegate.registry.differing import diff
 from tunegate.registry.entries import Entity, Version, find_entity, history, list_versions, resolve
 from tunegate.registry.intake import read_folder
 from tunegate.registry.lineage import lineage, way
-from tunegate.registry.opening import Registry, open_registry
+from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import PROVENANCE, adapter_folders, materialize, pull
 from tunegate.registry.states import promote, retire, set_alias
 from tunegate.registry.upkeep import collect, verify
@@ -44,26 +47,6 @@ def versions(registry: Registry) -> list[Version]:
 def new_base(seed: int, name: str = "tiny") -> Entity:
     made = fingerprint(seed)
     return Entity(made.total, "base", name, {"name": name, "fingerprint": vars(made)})
-
-
-def tables_are_those_of_the_migrations(registry: Registry) -> list[object]:
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-
-    with registry.database.reading() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": tables.VERSION_TABLE})
-        return list(compare_metadata(context, tables.metadata))
-
-
-def test_migrations_build_the_tables_that_the_code_knows(registry: Registry) -> None:
-    from alembic.config import Config
-    from alembic.script import ScriptDirectory
-
-    assert tables_are_those_of_the_migrations(registry) == []
-    config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
-    found = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
-    assert tuple(reversed(found)) == database.REVISIONS
 
 
 # --- adding and references ---------------------------------------------------------------------------------------
@@ -129,6 +112,17 @@ def test_a_pulled_folder_is_the_added_one(registry: Registry, tmp_path: Path, mo
         pull(registry, "support:1", out)
     assert not (tmp_path / "plain").exists() and pull(registry, "support:1", tmp_path / "plain")
     assert {p.name for p in (tmp_path / "plain").iterdir()} == {*FILES, MANIFEST, PROVENANCE}
+    started = threading.Barrier(4)  # all of them find that nothing is there
+
+    def both_see_nothing(*arguments: object) -> object:
+        started.wait(30)
+        return plan(*arguments)  # type: ignore[arg-type]
+
+    plan = pulling._plan
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(pulling, "_plan", both_see_nothing)
+        folders = set(pool.map(lambda _: materialize(registry, "support:1"), range(4)))
+    assert len(folders) == 1
     cached = materialize(registry, "support@latest")
     (cached / "card.json").write_text("{}")
     assert hash_file(materialize(registry, "support@latest") / "card.json") == hash_file(folder / "card.json")
@@ -220,7 +214,15 @@ def test_aliases_move_and_are_refused(registry: Registry, tmp_path: Path) -> Non
     set_alias(registry, "support@canary", "support:1")
     assert set_alias(registry, "support@canary", "support:2").aliases == ("canary",)
     assert find(registry, "support:1").aliases == ()
-    for alias in ("support@production", "support@latest", "other@canary", "support", "support@a/b"):
+    for alias in (
+        "support@production",
+        "support@latest",
+        "support@approved",
+        "support@retired",
+        "other@canary",
+        "support",
+        "support@a/b",
+    ):
         with pytest.raises(InputError):
             set_alias(registry, alias, "support:1")
     with pytest.raises(InputError):
@@ -389,8 +391,12 @@ def test_differences_down_to_the_item(registry: Registry, tmp_path: Path) -> Non
     added(registry, run_folder(tmp_path / "other", 3, data="others"))
     assert diff(registry, "support:1", "support:3").items is None
     assert set(diff(registry, "support:1", "support:3").data) == {"files.rows.jsonl", "test"}
+    line = "one\u2028line\x85of text\x0c"  # JSON Lines end at a line feed and at nothing else
+    added(registry, run_folder(tmp_path / "odd", 5, (line, "blue", "red")))
+    odd = next(v.ref for v in versions(registry) if v.number == 4)
+    assert (found := diff(registry, "support:1", odd)).items is not None and found.items[0]["predictions"][1] == line
     added(registry, adapter_folder(tmp_path / "bare", 4))
-    assert "support:4" in diff(registry, "support:1", "support:4").why_not
+    assert "support:5" in diff(registry, "support:1", "support:5").why_not
 
 
 # --- upkeep ------------------------------------------------------------------------------------------------------
@@ -414,6 +420,41 @@ def test_verify_finds_every_flipped_byte(registry: Registry, tmp_path: Path) -> 
         assert "lost" in problem.what
         path.write_bytes(data)
     assert verify(registry).problems == []
+
+
+def test_verify_finds_what_the_database_says_against_the_card(registry: Registry, tmp_path: Path) -> None:
+    """A verdict turned to ship, a record's copy of the card, a decision, a lost edge to the base."""
+    added(registry, adapter_folder(tmp_path / "one", 1, verdict="hold"))
+    added(registry, peft_folder(tmp_path / "peft", 3), name="imported")
+    assert verify(registry).problems == []
+    record, mine = tables.entities.c.kind, tables.versions.c.name == "support"
+    for table, where, column, old, new, says in (
+        (tables.versions, mine, "verdict", "hold", "ship", "the verdict is not the card's"),
+        (tables.entities, record == "adapter", "body", '"value":0.8', '"value":0.9', "its card"),
+        (tables.entities, record == "decision", "body", "hold", "ship", "decision has changed"),
+        (tables.edges, tables.edges.c.role == "trained on", "role", "trained", "tested", "the base is not the card's"),
+    ):
+        with registry.database.writing() as connection:
+            one = table.c[column]
+            connection.execute(table.update().where(where).values({column: sa.func.replace(one, old, new)}))
+        (problem,) = verify(registry).problems
+        assert says in problem.what
+        with registry.database.writing() as connection:
+            where = one == "tested on" if column == "role" else where
+            connection.execute(table.update().where(where).values({column: sa.func.replace(one, new, old)}))
+        assert verify(registry).problems == []
+
+
+def test_gc_removes_what_a_killed_writer_left_a_day_ago(registry: Registry, tmp_path: Path) -> None:
+    added(registry, adapter_folder(tmp_path / "one", 1))
+    assert registry.store.local is not None
+    folder = next(p for p in registry.store.local.iterdir() if p.is_dir())
+    old, young = folder / ".tmp-old", folder / ".tmp-young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    collect(registry)
+    assert young.exists() and not old.exists()
 
 
 def test_adding_again_mends_a_damaged_store(registry: Registry, tmp_path: Path) -> None:
@@ -464,7 +505,7 @@ def test_gc_takes_what_nobody_needs_and_nothing_else(registry: Registry, tmp_pat
         assert connection.execute(sa.select(tables.pins)).all() == []
 
 
-# --- clocks and schemas ------------------------------------------------------------------------------------------
+# --- clocks ------------------------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_goes_backwards(registry: Registry, tmp_path: Path) -> None:
@@ -492,15 +533,6 @@ def test_a_clock_that_goes_backwards(registry: Registry, tmp_path: Path) -> None
     assert [v.state for v in versions(registry)] == ["approved"]
     with registry.database.reading() as connection:
         assert connection.execute(sa.select(tables.pins)).all() == []
-
-
-def test_a_registry_of_a_newer_schema_is_left_alone(registry: Registry, place: Place, tmp_path: Path) -> None:
-    added(registry, adapter_folder(tmp_path / "one", 1))
-    with registry.database.writing() as connection:
-        connection.execute(sa.text(f"UPDATE {tables.VERSION_TABLE} SET version_num = '9999'"))
-    for create in (False, True):
-        with pytest.raises(InputError, match="newer tunegate"):
-            open_registry(place.where, create=create, store=place.store)
 
 
 def test_a_decision_that_does_not_follow_from_its_rules(registry: Registry, tmp_path: Path) -> None:

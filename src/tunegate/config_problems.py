@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from tunegate.errors import Problem, nearest
+from tunegate.errors import Problem, nearest, without_secrets
 
 Entries = Mapping[str, type[BaseModel]]
 
@@ -29,11 +29,8 @@ _EXPECTED = {
 }
 
 
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
-
-
 def _no_password(value: str) -> str:
-    if _PASSWORD.search(value):
+    if without_secrets(value) != value:
         raise ValueError("a URL without a password, because settings are kept on cards: use ~/.pgpass or PGPASSWORD")
     return value
 
@@ -42,7 +39,7 @@ Place = Annotated[str, AfterValidator(_no_password)]
 
 
 def _show(value: Any) -> str:
-    text = _PASSWORD.sub(r"\1:***@", repr(list(value) if isinstance(value, tuple) else value))
+    text = without_secrets(repr(list(value) if isinstance(value, tuple) else value))
     return text if len(text) <= 120 else text[:117] + "..."
 
 

@@ -10,6 +10,7 @@ It does not print: the command line does.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,17 @@ class TunegateError(Exception):
         if len(self.problems) > len(shown):
             shown.append(f"... and {len(self.problems) - len(shown)} more of {len(self.problems)}")
         return "\n".join(shown)
+
+
+_SECRETS = re.compile(
+    r"(://[^:/@\s]*):[^@\s]*@|([?&;][\w.-]*(?:password|passwd|secret|token|api_?key)[\w.-]*=)[^&;#\s'\"]*",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with passwords of URLs in it as ``***``, before ``@`` or as a parameter: what may be shown and kept."""
+    return _SECRETS.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
 
 
 def _one_line(value: str) -> str:

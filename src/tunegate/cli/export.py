@@ -50,7 +50,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Writes a folder, reads it back with the tool it is for where that is installed, and compares it "
         "with the adapter on its base. Fails and leaves nothing where they differ. docs/export.md",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, or a version in the registry: NAME@ALIAS")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--to", choices=FORMATS, help="the format")
     what.add_argument("--for", dest="check", choices=("vllm",), help="only say what this server makes of the adapter")
@@ -66,14 +66,18 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--reader", metavar="NAME", help="what reads the export back; default: the first one installed")
     add_limits(parser)
     parser.add_argument("--allow-base-mismatch", action="store_true", help="export on another base; recorded")
+    parser.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 
 
 def export(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.export import check_for_vllm
     from tunegate.pipeline.export import export as run_export
     from tunegate.pipeline.formats import ExportRequest
+    from tunegate.registry.pulling import adapter_folders
 
-    adapter = Path(arguments.adapter)
+    if arguments.check and arguments.out is not None:
+        raise InputError("--for only says what the server makes of it", where="--out", fix=f"--to {arguments.check}")
+    adapter = Path(adapter_folders([arguments.adapter], arguments.registry, "exported", console.line)[0])
     if arguments.check:
         return _tell(check_for_vllm(adapter, arguments.base, console), console)
     if arguments.out is None:
@@ -94,12 +98,14 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
 
 def _tell(findings: list[dict[str, str]], console: Console) -> int:
     """Each finding on a line; 1 if the adapter would be rejected or would not act."""
+    from tunegate.export.vllm import AGAINST
+
     for finding in findings:
         fix = f" ({finding['fix']})" if finding["fix"] else ""
         colour = _COLOURS[finding["level"]]
         console.text(f"[{colour}]{finding['level']:<10}[/] {escape(finding['what'])}{escape(fix)}")
     console.result({"findings": findings})
-    return int(any(f["level"] in ("rejected", "dropped") for f in findings))
+    return int(any(f["level"] in AGAINST for f in findings))
 
 
 def parity_line(parity: dict[str, Any]) -> str:

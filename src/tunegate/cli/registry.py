@@ -27,17 +27,17 @@ def registry(arguments: argparse.Namespace, console: Console) -> int:
     return _ACTIONS[arguments.action](arguments, console)
 
 
-def _open(arguments: argparse.Namespace, *, create: bool = False, store: str | None = None) -> Registry:
+def _open(arguments: argparse.Namespace, **how: Any) -> Registry:
     from tunegate.registry.opening import open_registry
 
-    return open_registry(arguments.registry, create=create, store=store, who=arguments.by)
+    return open_registry(arguments.registry, who=arguments.by, **how)
 
 
 # --- what is there -----------------------------------------------------------------------------------------------
 
 
 def _init(arguments: argparse.Namespace, console: Console) -> int:
-    opened = _open(arguments, create=True, store=arguments.store)
+    opened = _open(arguments, create=True, upgrade=True, store=arguments.store)
     console.text(f"registry  {escape(opened.database.shown)}\nbytes     {escape(opened.store.url)}")
     console.result({"registry": opened.database.shown, "store": opened.store.url})
     return 0
@@ -348,6 +348,7 @@ def _known_base(opened: Registry, text: str) -> Entity | None:
 def _base_of(text: str, name: str | None, revision: str | None, console: Console) -> Entity:
     """A base on this machine, hashed."""
     from tunegate.model.fingerprint import fingerprint_base
+    from tunegate.model.origin import origin_of
     from tunegate.model.resolve import resolve_base
     from tunegate.registry.entries import Entity
 
@@ -358,6 +359,7 @@ def _base_of(text: str, name: str | None, revision: str | None, console: Console
         "source": resolved.source,
         "revision": resolved.revision,
         "fingerprint": asdict(found),
+        "origin": origin_of(resolved.path, found.weights),
     }
     return Entity(found.total, "base", name or resolved.name, body)
 

@@ -163,7 +163,7 @@ def _checked(render: Render, turns: Turns, examples: Sequence[Sequence[Mapping[s
 def modelfile(turns: Turns | str, *, gguf: str, stops: Sequence[str], bos: str, about: Sequence[str]) -> str:
     """Ollama's Modelfile. ``bos`` is the text that the server puts in front by itself, empty for none."""
     template = RAW if isinstance(turns, str) else turns.go(bos)
-    lines = [f"# {line}" for line in about]
+    lines = [f"# {' '.join(line.split())}" for line in about]  # a line break in a name would begin an instruction
     if isinstance(turns, str):
         lines += [f"# The chat template cannot be a Go template: {turns}.", "# Send prompts that you have rendered."]
     lines += [f"FROM ./{gguf}", f"TEMPLATE {_quoted(template)}"]
@@ -175,6 +175,7 @@ def modelfile(turns: Turns | str, *, gguf: str, stops: Sequence[str], bos: str, 
 
 
 def _quoted(text: str) -> str:
-    if '"""' in text:
-        raise TunegateError("a Modelfile cannot hold three quotation marks in a row", got=text[:80])
+    if '"""' in text or text.endswith('"'):
+        what = "a Modelfile cannot hold three quotation marks in a row, nor end a text with one"
+        raise TunegateError(what, got=text[-80:])
     return f'"""{text}"""'

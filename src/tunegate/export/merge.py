@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunegate.errors import TunegateError
 from tunegate.export.plan import Plan
 from tunegate.export.stream import check_changed, merged_tensors
 from tunegate.files import explain_os_error, flush_folder, hash_file, read_json, write_json, write_text
+from tunegate.model.origin import MERGE
 from tunegate.model.shards import ShardWriter, size_of
 from tunegate.model.weights import INDEX_FILE
 
 PROGRESS = "merge-progress.json"
-REPORT = "merge.json"
 TEMPLATE = "chat_template.jinja"
 _COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".md")
-_NOT_COPIED = {INDEX_FILE, "quantize_config.json"}
+_NOT_COPIED = {INDEX_FILE, MERGE, "quantize_config.json"}  # an origin of the base's own stands in the report
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ def write_merged(plan: Plan, progress: Callable[[int], None] = lambda _: None, t
             write_json(partial / PROGRESS, known)
         _copy_rest(plan, template)
     changed = {name for shard in known["shards"].values() for name in shard["changed"]}
-    check_changed(plan, changed, str(partial))
+    try:
+        check_changed(plan, changed, str(plan.out))
+    except TunegateError:
+        discard(plan)  # the same merge would come out the same
+        raise
     return Merged(partial, len(changed), len(plan.updates), sum(p.stat().st_size for p in plan.files))
 
 
@@ -108,7 +113,7 @@ def _copy_rest(plan: Plan, template: str | None) -> None:
 def finish(plan: Plan, report: Mapping[str, Any]) -> Path:
     """Publish the folder under its name, with ``report`` inside."""
     with explain_os_error(plan.out):
-        write_json(plan.partial / REPORT, dict(report))
+        write_json(plan.partial / MERGE, dict(report))
         (plan.partial / PROGRESS).unlink(missing_ok=True)
         plan.partial.rename(plan.out)
         flush_folder(plan.out.absolute().parent)

@@ -23,8 +23,10 @@ from tunegate.export.flat import Flat
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 DEFAULT_RANK = 16
+AGAINST = ("rejected", "dropped")  # levels of an adapter that would not act
 HEAD_VOCABULARY = 258_048  # the largest vocabulary with an adapter on the head
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_NEEDED = ("r", "lora_alpha", "target_modules")
 _PREFIX = "base_model.model."
 _MERGE = "export the merged model: --to vllm does so for DoRA, `tunegate merge` always"
 
@@ -61,7 +63,13 @@ def findings(
 ) -> list[Finding]:
     """Everything about an adapter that matters to vLLM. ``modules`` are all module paths of the base."""
     found = [Finding(level, f"{key}: {what}", fix) for key, level, test, what, fix in _CONFIG if test(config.get(key))]
-    rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    if missing := [key for key in _NEEDED if config.get(key) is None]:
+        found.append(Finding("rejected", f"adapter_config.json has no {', '.join(missing)}"))
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, Mapping) else ())]
+    if odd := [value for value in ranks if value is not None and (type(value) is not int or value < 1)]:
+        found.append(Finding("rejected", f"not a rank: {', '.join(map(repr, odd))[:80]}"))
+    rank = max((value for value in ranks if type(value) is int), default=0)
     if rank > RANKS[-1]:
         found.append(Finding("rejected", f"rank {rank}, and at most {RANKS[-1]} is served", _MERGE))
     elif rank > DEFAULT_RANK:
@@ -74,7 +82,7 @@ def findings(
 
 
 def _of_tensors(tensors: Sequence[str], modules: set[str], vocabulary: int) -> list[Finding]:
-    found = []
+    found, last = [], {path.rpartition(".")[2] for path in modules}
     for name in sorted(tensors):
         path, part = name.removeprefix(_PREFIX), ""
         for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
@@ -85,7 +93,8 @@ def _of_tensors(tensors: Sequence[str], modules: set[str], vocabulary: int) -> l
         elif not part and path.rpartition(".")[0].rpartition(".")[2] not in ("score", "classifier"):
             found.append(Finding("rejected", f"{name}: not A or B of an adapter", _MERGE))
         elif part and path not in modules:
-            found.append(Finding("dropped", f"{name}: the base has no such module"))
+            level = "dropped" if path.rpartition(".")[2] in last else "rejected"  # it looks at the last name only
+            found.append(Finding(level, f"{name}: the base has no such module"))
         elif part.startswith(".lora_A") and path == "lm_head" and vocabulary > HEAD_VOCABULARY:
             found.append(Finding("rejected", f"an adapter on a head of {vocabulary} tokens", _MERGE))
     return found

@@ -30,15 +30,16 @@ from tunegate.kernels.linear import QuantizedWeight
 from tunegate.kernels.nf4 import dequantize_rows, quantize
 from tunegate.model import bnb_files
 from tunegate.model.fingerprint import fingerprint_base
+from tunegate.model.origin import MERGE, QUANTIZATION, origin_of
 from tunegate.model.shards import DTYPES, ShardWriter, fill, size_of
 from tunegate.model.streaming import checkpoint_names, on_meta, quantizable
 from tunegate.model.weights import INDEX_FILE, SINGLE_FILE, TensorEntry, load_object, tensors_of
 
-RECORD = "quantization.json"
+RECORD = QUANTIZATION
 SHARD_BYTES = 5_000_000_000
 _STATE_BYTES = 256  # room for the JSON beside each weight: the longest there is has about 200
 _COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_NOT_COPIED = {INDEX_FILE, RECORD, "config.json", "quantize_config.json", "pytorch_model.bin.index.json"}
+_NOT_COPIED = {INDEX_FILE, RECORD, MERGE, "config.json", "quantize_config.json", "pytorch_model.bin.index.json"}
 _ERROR_ROWS = 1 << 22  # elements at a time
 
 
@@ -379,10 +380,12 @@ def _write_beside(plan: Plan, index: Mapping[str, str], name: str) -> None:
     config = load_object(base / "config.json")
     config["quantization_config"] = bnb_files.quantization_config(plan.recipe, plan.kept, plan.compute_dtype)
     files.write_json(partial / "config.json", config)
+    made = fingerprint_base(base)
     record = {
         "schema": 1,
         "base": name,
-        "fingerprint": asdict(fingerprint_base(base)),
+        "fingerprint": asdict(made),
+        "origin": origin_of(base, made.weights),
         "recipe": plan.recipe.to_json(),
         "kept": list(plan.kept),
     }

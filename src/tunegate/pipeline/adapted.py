@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tunegate.adapter.card import template_of, template_problems
-from tunegate.adapter.files import load_adapter
+from tunegate.adapter.files import adapter_hash, load_adapter
 from tunegate.adapter.inject import Injection, disabled
 from tunegate.data.render import Renderer
 from tunegate.engine.runner import Runner
@@ -29,13 +29,15 @@ from tunegate.export.plan import Plan
 from tunegate.files import links_out
 from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import dequantize, quantize
-from tunegate.model.fingerprint import fingerprint_base
+from tunegate.model.fingerprint import fingerprint_base, hash_weights
 from tunegate.model.loading import choose_dtype, eos_ids, load_model, load_tokenizer
+from tunegate.model.origin import origin_of
 from tunegate.model.resolve import resolve_base
 from tunegate.model.shards import DTYPES
 from tunegate.pipeline.card import CARD, check_complete, load_card
 from tunegate.pipeline.reporter import Reporter
 from tunegate.records import AdapterCard
+from tunegate.registry.intake import folder_id
 
 NEW_TOKENS = 16
 PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
@@ -45,11 +47,12 @@ PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
 class Source:
     """The base of one or more adapters. ``recipe`` is the quantization they were trained on, None for none;
     ``verified``: every adapter has a card that names this base. ``template``: the chat template of training where it is
-    not the base's own."""
+    not the base's own. ``origin`` is what the base itself says it was made from."""
 
     folder: Path
     name: str
     fingerprint: str
+    origin: dict[str, Any] | None
     recipe: dict[str, Any] | None
     renderer: Renderer
     asked: Questions
@@ -83,17 +86,18 @@ def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch:
     for adapter in with_card:
         check_complete(adapter)
     cards = [load_card(a) for a in with_card]
-    names = {card.base["name"] for card in cards}
-    name = base or (sorted(names)[0] if names else None)
+    first = min(cards, key=lambda card: str(card.base["name"]), default=None)
+    name = base or (first.base["name"] if first else None)
     if name is None:
         raise InputError(
             "an adapter without a card does not say what it belongs to",
             where=str(adapters[0]),
             fix="name the base it was trained on: --base",
         )
-    of_hub = bool(cards) and not base and cards[0].base.get("source") == "hub"  # a packaged one has a version
-    resolved = resolve_base(name, cards[0].base.get("revision") if of_hub else None)
-    fingerprint = fingerprint_base(resolved.path).total
+    of_hub = first is not None and not base and first.base.get("source") == "hub"  # a packaged one has a version
+    resolved = resolve_base(name, first.base.get("revision") if first and of_hub else None)
+    made = fingerprint_base(resolved.path)
+    fingerprint, origin = made.total, origin_of(resolved.path, made.weights)
     for adapter, card in zip(with_card, cards, strict=True):
         wanted = card.base["fingerprint"]["total"]
         if wanted != fingerprint and not allow_base_mismatch:
@@ -116,7 +120,22 @@ def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch:
         raise InputError(problems)
     recipe = recipes[0] if recipes else None
     asked = _questions(renderer, cards)
-    return Source(resolved.path, name, fingerprint, recipe, renderer, asked, tuple(cards), verified)
+    return Source(resolved.path, name, fingerprint, origin, recipe, renderer, asked, tuple(cards), verified)
+
+
+def made_from(source: Source, adapters: Sequence[Path], weights: Sequence[float], merged: Path) -> dict[str, Any]:
+    """What a merged folder's ``merge.json`` says of where it comes from (``model.origin``), for the weights in
+    ``merged``."""
+    return {
+        "weights": hash_weights(merged, use_cache=False),
+        "base": {
+            "name": source.name, "fingerprint": source.fingerprint, "recipe": source.recipe, "origin": source.origin,
+        },
+        "adapters": [
+            {"folder": a.name, "id": folder_id(a), "hash": adapter_hash(a), "weight": w}
+            for a, w in zip(adapters, weights, strict=True)
+        ],
+    }  # fmt: skip
 
 
 def _renderer(folder: Path, cards: Sequence[AdapterCard]) -> Renderer:

@@ -18,6 +18,7 @@ from tunegate.kernels.formats import Recipe
 from tunegate.model.bnb_files import quantized_names, stored_recipe
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
 from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer
+from tunegate.model.origin import origin_of
 from tunegate.model.resolve import ResolvedBase, resolve_base
 from tunegate.model.weights import TensorEntry, load_object, tensors_of
 from tunegate.pipeline.reporter import Reporter
@@ -27,7 +28,7 @@ from tunegate.pipeline.reporter import Reporter
 class Base:
     """A base on disk, hashed, with its renderer. ``parameters`` counts tied tensors once; ``positions`` is the
     longest row its config allows, in tokens, None where the config does not say; ``recipe`` is how its weights are
-    quantized when they are loaded, None if they are not."""
+    quantized when they are loaded, None if they are not; ``origin`` is what the base says it was made from."""
 
     resolved: ResolvedBase
     fingerprint: BaseFingerprint
@@ -37,9 +38,10 @@ class Base:
     compute_dtype: str
     dtype_reason: str
     recipe: dict[str, Any] | None = None
+    origin: dict[str, Any] | None = None
 
     def card(self) -> dict[str, Any]:
-        return {
+        said = {
             "name": self.resolved.name,
             "source": self.resolved.source,
             "revision": self.resolved.revision,
@@ -47,6 +49,7 @@ class Base:
             "parameters": self.parameters,
             "recipe": self.recipe,
         }
+        return said if self.origin is None else {**said, "origin": self.origin}
 
 
 def load_base(config: Config, reporter: Reporter, device: str) -> Base:
@@ -67,8 +70,8 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
     parameters = _count(entries)
     positions = _positions(load_object(resolved.path / "config.json"))
     name = str(dtype).removeprefix("torch.")
-    recipe = _recipe(section, resolved.path, entries)
-    return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, recipe)
+    recipe, origin = _recipe(section, resolved.path, entries), origin_of(resolved.path, fingerprint.weights)
+    return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, recipe, origin)
 
 
 def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[str, Any] | None:

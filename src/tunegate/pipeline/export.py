@@ -25,7 +25,16 @@ from tunegate.files import explain_os_error, flush_folder, hash_file, write_json
 from tunegate.model.loading import empty_model
 from tunegate.pipeline.adapted import Source, check_folders, find_source, read_adapter
 from tunegate.pipeline.card import CARD
-from tunegate.pipeline.formats import FORMATS, ExportRequest, Format, Job, Reader, vllm_findings
+from tunegate.pipeline.formats import (
+    FORMATS,
+    WITH_ONTO,
+    WITH_OUTTYPE,
+    ExportRequest,
+    Format,
+    Job,
+    Reader,
+    vllm_findings,
+)
 from tunegate.pipeline.reporter import Reporter
 
 REPORT = "export.json"
@@ -76,6 +85,10 @@ def _check(request: ExportRequest) -> None:
         problems.append(Problem("unknown format", "--to", ", ".join(FORMATS), repr(request.to), fix))
     if request.outtype not in OUT_TYPES:
         problems.append(Problem("unknown number format", "--outtype", ", ".join(OUT_TYPES), repr(request.outtype)))
+    if request.outtype != "f16" and request.to not in WITH_OUTTYPE:
+        problems.append(Problem("no such choice in this format", "--outtype", ", ".join(WITH_OUTTYPE), request.to))
+    if request.onto != "trained" and request.to not in WITH_ONTO:
+        problems.append(Problem("nothing is merged in this format", "--onto", ", ".join(WITH_ONTO), request.to))
     if request.out.exists() or request.out.is_symlink():
         problems.append(Problem("the output exists", str(request.out), fix="name another folder, or remove it"))
     if partial_of(request.out).is_symlink():
@@ -125,7 +138,7 @@ def _report(job: Job, reader: str, found: Parity) -> dict[str, Any]:
     request, source = job.request, job.source
     return {
         "format": request.to,
-        "outtype": request.outtype if request.to in ("gguf", "ollama") else None,
+        "outtype": request.outtype if request.to in WITH_OUTTYPE else None,
         "base": {"name": source.name, "fingerprint": source.fingerprint, "recipe": source.recipe},
         "onto": request.onto,
         "adapter": {"folder": request.adapter.name, "hash": job.about["tunegate.adapter.hash"]},

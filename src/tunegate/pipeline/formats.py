@@ -21,7 +21,7 @@ from tunegate.adapter.inject import inject, remove
 from tunegate.adapter.peft_config import read_config
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.engine.runner import Runner
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.export import gguf_file, go_template, mlx, readers, vllm
 from tunegate.export import llama_cpp as llama
 from tunegate.export import merge as merging
@@ -31,13 +31,15 @@ from tunegate.export.gguf_families import family_of
 from tunegate.export.gguf_vocab import vocabulary
 from tunegate.export.parity import InRunner, Limits, Subject
 from tunegate.export.plan import Plan, plan_merge
-from tunegate.files import write_text
+from tunegate.files import write_json, write_text
 from tunegate.model.loading import empty_model, load_model
+from tunegate.model.origin import MERGE
 from tunegate.model.weights import read_header
-from tunegate.pipeline.adapted import Source, compute_dtype
+from tunegate.pipeline.adapted import Source, compute_dtype, made_from
 from tunegate.pipeline.reporter import Reporter
 
 MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
+WITH_OUTTYPE, WITH_ONTO = ("gguf", "ollama"), ("gguf", "ollama", "vllm")  # vllm: of DoRA, which is merged
 
 
 @dataclass(frozen=True)
@@ -146,17 +148,39 @@ def _write_vllm(job: Job) -> None:
         job.model, plan = None, _merge_plan(job)
         job.changed = merging.write_merged(plan, template=job.source.template).changed
         (job.folder / merging.PROGRESS).unlink(missing_ok=True)
+        write_json(job.folder / MERGE, made_from(job.source, [job.request.adapter], [1.0], job.folder))
         return
     _save(job, *vllm.as_peft(vllm.plain(_flat(job))), None)
     if job.source.renderer.template_source is not None:
         write_text(job.folder / merging.TEMPLATE, job.source.renderer.template_source)
 
 
+def _check_vllm(job: Job) -> None:
+    """:class:`InputError` for what vLLM would not take after all that can be converted is; a merged model it takes."""
+    if read_spec(job.request.adapter).use_dora:
+        return
+    spec, state = vllm.as_peft(vllm.plain(_flat(job)))
+    job.notes.clear()
+    config = {"r": spec.rank, "lora_alpha": spec.alpha, "target_modules": list(job.modules)}
+    problems = [
+        Problem(f"vLLM would not serve it: {found.what}", str(job.request.adapter), fix=found.fix)
+        for found in _findings(config, list(state), job.source)
+        if found.level in vllm.AGAINST
+    ]
+    if problems:
+        raise InputError(problems)
+
+
 def vllm_findings(adapter: Path, source: Source) -> list[vllm.Finding]:
-    model = empty_model(source.folder)
+    """What vLLM makes of the adapter as it is."""
     names = [entry.name for entry in read_header(adapter / TENSORS)]
+    return _findings(read_config(adapter / CONFIG), names, source)
+
+
+def _findings(config: Mapping[str, Any], tensors: list[str], source: Source) -> list[vllm.Finding]:
+    model = empty_model(source.folder)
     modules = [path for path, _ in model.named_modules() if path]
-    return vllm.findings(read_config(adapter / CONFIG), names, modules, model.config.vocab_size)
+    return vllm.findings(config, tensors, modules, model.config.vocab_size)
 
 
 def _on_vllm_folder(job: Job) -> Subject:
@@ -312,7 +336,7 @@ FORMATS: dict[str, Format] = {
         ),
     ),
     "vllm": Format(
-        _nothing, _write_vllm,
+        _check_vllm, _write_vllm,
         (
             Reader("peft", lambda job: _PEFT.installed(job) and not read_spec(job.request.adapter).use_dora, _on_peft),
             Reader("tunegate", _always, _on_vllm_folder),

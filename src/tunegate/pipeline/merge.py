@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunegate.adapter.files import adapter_hash
 from tunegate.engine.runner import Runner
 from tunegate.export import merge as streaming
 from tunegate.export import parity
@@ -19,7 +18,15 @@ from tunegate.export.deltas import Mix
 from tunegate.export.parity import InRunner, Limits, Parity, Reading
 from tunegate.export.plan import Plan, plan_merge
 from tunegate.model.loading import load_model
-from tunegate.pipeline.adapted import Source, check_folders, compute_dtype, find_source, read_adapter, read_mixture
+from tunegate.pipeline.adapted import (
+    Source,
+    check_folders,
+    compute_dtype,
+    find_source,
+    made_from,
+    read_adapter,
+    read_mixture,
+)
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -57,7 +64,9 @@ def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
     except BaseException:
         streaming.discard(plan)
         raise
-    report = _report(request, source, done, found, recipe)
+    report = made_from(source, request.adapters, request.weights, plan.partial) | _report(
+        request, source, done, found, recipe
+    )
     streaming.finish(plan, report)
     return report
 
@@ -74,12 +83,7 @@ def _report(
     request: MergeRequest, source: Source, done: streaming.Merged, found: Parity, recipe: dict[str, Any] | None
 ) -> dict[str, Any]:
     return {
-        "base": {"name": source.name, "fingerprint": source.fingerprint, "recipe": source.recipe},
         "onto": "original weights" if recipe is None else f"weights as {recipe['format']} gives them back",
-        "adapters": [
-            {"folder": a.name, "hash": adapter_hash(a), "weight": w}
-            for a, w in zip(request.adapters, request.weights, strict=True)
-        ],
         "verified": source.verified,
         "base_mismatch_allowed": request.allow_base_mismatch,
         "method": request.method,

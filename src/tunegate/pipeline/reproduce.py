@@ -1,8 +1,9 @@
 """Train a registered adapter again from its card, in a folder of its own, and compare the bytes.
 
-Everything that goes in is checked before the first step: the base's fingerprint, the data files' hashes, the test
-items. The run is a normal one, with its own ledger. Equal code on an equal machine gives equal bytes; where they
-differ, the largest difference of a value and the versions that changed are told.
+Everything that goes in is checked before the first step: base, quantization, template, data and test items by their
+hashes. The run is a normal one, with its own ledger, in a folder that holds nothing else: a finished run that lay there
+would be taken for the new one. One that was cut off goes on. Equal code on an equal machine gives equal bytes; where
+they differ, the largest difference of a value and the versions that changed are told.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tunegate.adapter.card import load_card
 from tunegate.adapter.files import TENSORS
 from tunegate.config import Config, Task, freeze
 from tunegate.errors import InputError, Problem
-from tunegate.files import hash_file
+from tunegate.files import hash_file, read_json, write_json
 from tunegate.pipeline.card import versions
 from tunegate.pipeline.prepare import prepare
 from tunegate.pipeline.reporter import Reporter
@@ -31,6 +32,7 @@ from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import materialize, parts_of
 
 Pairs = dict[str, tuple[Any, Any]]
+BEGUN = "reproduce.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ def reproduce(
         raise InputError("the adapter was imported and evaluated, not trained here", where=version.ref)
     begun = b"".join(registry.store.get(digest) for digest in parts.get(EVIDENCE + "run.json", []))
     config = _config(card, folder or _recorded(begun), out)
+    begun_for = {"adapter": version.adapter}
+    _check_free(out, begun_for)
     _check_inputs(card, config, reporter)
+    write_json(out / BEGUN, begun_for)
     outcome = run(config, reporter, stop=stop)
     one, two = there / TENSORS, outcome.adapter / TENSORS
     same = hash_file(one) == hash_file(two)
@@ -76,6 +81,16 @@ def reproduce(
         scores={k: (v, _scores(outcome.card).get(k)) for k, v in _scores(card).items()},
         versions={k: (then.get(k), now.get(k)) for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)},
     )
+
+
+def _check_free(out: Path, begun_for: dict[str, str]) -> None:
+    """:class:`InputError` unless ``out`` is free or was begun for this adapter."""
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    if there and not ((out / BEGUN).is_file() and read_json(out / BEGUN) == begun_for):
+        raise InputError(
+            "the folder holds something else", where=str(out), got=", ".join(p.name for p in there[:5]),
+            fix="name a new folder: a run that is there would not be trained again",
+        )  # fmt: skip
 
 
 def _recorded(begun: bytes) -> Path:
@@ -98,7 +113,7 @@ def _config(card: AdapterCard, folder: Path, out: Path) -> Config:
 
 
 def _check_inputs(card: AdapterCard, config: Config, reporter: Reporter) -> None:
-    """:class:`InputError` unless base, data files and test items are those of the card."""
+    """:class:`InputError` unless everything that the card names by a hash is what it was."""
     problems = [
         Problem("the data has changed", str(config.path(source)), digest, hash_file(path))
         for source, digest in card.data["files"].items()
@@ -107,9 +122,15 @@ def _check_inputs(card: AdapterCard, config: Config, reporter: Reporter) -> None
     if problems:
         raise InputError(problems)
     prepared = prepare(config, reporter)
-    expected = {"base": card.base["fingerprint"]["total"], "test items": card.data["test"]}
-    found = {"base": prepared.base.fingerprint.total, "test items": prepared.test_hash}
-    problems = [Problem(f"another {k}", "the card", expected[k], found[k]) for k in expected if expected[k] != found[k]]
+    base = prepared.base
+    pairs: Pairs = {
+        "base": (card.base["fingerprint"]["total"], base.fingerprint.total),
+        "quantization": (card.base.get("recipe"), base.recipe),
+        "chat template": (card.template.get("hash"), base.renderer.template_hash),
+        "data": (card.data["files"], prepared.data.files),
+        "test items": (card.data["test"], prepared.test_hash),
+    }
+    problems = [Problem(f"another {k}", "the card", str(a), str(b)) for k, (a, b) in pairs.items() if a != b]
     if problems:
         raise InputError(problems)
 

@@ -24,9 +24,19 @@ from sqlalchemy.engine import Connection
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import hash_bytes
 from tunegate.registry import store as stores
-from tunegate.registry.bases import claim_name, name_problem
+from tunegate.registry.bases import claim_name, enter_origin, merged_into, name_problem
 from tunegate.registry.database import record, stamp
-from tunegate.registry.entries import CANDIDATE, UNVERIFIED, Edge, Version, check_kinds, flags_of, insert, list_versions
+from tunegate.registry.entries import (
+    CANDIDATE,
+    UNVERIFIED,
+    Edge,
+    Version,
+    check_kinds,
+    flags_of,
+    insert,
+    is_known,
+    list_versions,
+)
 from tunegate.registry.intake import Intake
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import base_names, files, pins, versions
@@ -102,9 +112,12 @@ def _write(connection: Connection, who: str, intake: Intake, parts: list[_Part],
     if intake.claims is not None:
         base = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == intake.claims)).scalar()
         edges += [Edge(intake.id, base, "claims")] if base else []
-    insert(connection, intake.entities, edges, at)
+    new_base = intake.base is not None and not is_known(connection, intake.base.id)
+    insert(connection, intake.entities, [*edges, *merged_into(connection, intake.id)], at)
     if intake.base is not None:
         claim_name(connection, intake.base)
+        if new_base:
+            enter_origin(connection, intake.base, at)
     newest = sa.select(sa.func.max(versions.c.number)).where(versions.c.name == intake.name)
     number = (connection.execute(newest).scalar() or 0) + 1
     state = UNVERIFIED if intake.base is None else CANDIDATE

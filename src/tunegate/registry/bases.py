@@ -3,24 +3,33 @@
 A name means one base. Adding another base under a name that is taken is an error; saying that it supersedes the old one
 moves the name, and from that moment everything made from the old base is flagged, whoever reads it and however long the
 chain is. The old base and its adapters stay, with their records.
+
+A base that was merged or quantized says so (``model.origin``), and the edges to what it was made from are entered with
+it. What a card says of a base that is known already adds nothing to it: only its own folder does (`base add`).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from tunegate.errors import InputError, Problem
+from tunegate.files import canonical_json
+from tunegate.model.origin import MERGED
 from tunegate.registry.database import record, stamp
 from tunegate.registry.entries import (
     RETIRED,
+    Edge,
     Entity,
     Version,
     find_entity,
     flags_of,
     insert,
+    is_known,
+    is_reference,
     list_versions,
     read_entity,
     shown,
@@ -46,11 +55,9 @@ class BaseEntry:
 
 def name_problem(connection: Connection, base: Entity) -> Problem | None:
     """Why ``base`` cannot go by its name: another base has it. A base that is known already keeps its names."""
-    if len(base.name) > LONGEST_NAME or not base.name.isprintable() or not base.name.strip():
-        return Problem("not a name for a base", got=repr(base.name)[:120], expected=f"at most {LONGEST_NAME} letters")
-    if connection.execute(sa.select(entities.c.id).where(entities.c.id == base.id)).first():
-        return None
-    taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == base.name)).scalar()
+    if (problem := _form_problem(base.name)) or is_known(connection, base.id):
+        return problem
+    taken = _meaning(connection, base.name)
     if taken is None or taken == base.id:
         return None
     return Problem(
@@ -60,6 +67,19 @@ def name_problem(connection: Connection, base: Entity) -> Problem | None:
     )  # fmt: skip
 
 
+def _form_problem(name: str) -> Problem | None:
+    got = repr(name)[:120]
+    if len(name) > LONGEST_NAME or not name.isprintable() or not name.strip():
+        return Problem("not a name for a base", got=got, expected=f"at most {LONGEST_NAME} letters")
+    if is_reference(name):  # wherever a base or a version can be named, it would be taken for that base
+        return Problem("a base's name must not read like a version or a hash", got=got, fix="give another name")
+    return None
+
+
+def _meaning(connection: Connection, name: str) -> str | None:
+    return connection.execute(sa.select(base_names.c.base).where(base_names.c.name == name)).scalar()
+
+
 def claim_name(connection: Connection, base: Entity) -> None:
     """Let the name mean ``base``, unless a name of it is known or another base has that name."""
     known = sa.select(base_names.c.name).where(sa.or_(base_names.c.base == base.id, base_names.c.name == base.name))
@@ -67,20 +87,49 @@ def claim_name(connection: Connection, base: Entity) -> None:
         connection.execute(base_names.insert().values(name=base.name, base=base.id))
 
 
+def enter_origin(connection: Connection, base: Entity, at: str) -> None:
+    """The bases that ``base`` says it was made from, and edges to them and to the adapters in it that are known."""
+    child, origin = base.id, base.body.get("origin")
+    while origin is not None:
+        said = origin["base"]
+        body = {"name": said["name"], "fingerprint": {"total": said["fingerprint"]}, "origin": said.get("origin")}
+        parent = Entity(said["fingerprint"], "base", said["name"], body)
+        if problem := _form_problem(parent.name):
+            raise InputError(problem)
+        parts = [a["id"] for a in origin["adapters"] if is_known(connection, a["id"])]
+        edges_of = [Edge(child, parent.id, origin["how"]), *(Edge(child, part, MERGED) for part in parts)]
+        insert(connection, [parent], edges_of, at)
+        claim_name(connection, parent)
+        child, origin = parent.id, said.get("origin")
+
+
+def merged_into(connection: Connection, adapter: str) -> list[Edge]:
+    """From the known bases that say they were merged from ``adapter``, which may come later than they did."""
+    query = sa.select(entities.c.id, entities.c.body).where(
+        entities.c.kind == "base", entities.c.body.contains(adapter)
+    )
+    origins = {row.id: json.loads(row.body).get("origin") or {} for row in connection.execute(query)}
+    return [
+        Edge(base, adapter, MERGED)
+        for base, origin in origins.items()
+        if any(part["id"] == adapter for part in origin.get("adapters", ()))
+    ]
+
+
 def add_base(registry: Registry, base: Entity) -> bool:
-    """Enter ``base`` under its name, a further name for one that is known; False if nothing was new."""
+    """Enter ``base`` under its name, a further name for one that is known, and what its folder says it was made from;
+    False if its name was known."""
     with registry.database.writing() as connection:
-        known = connection.execute(sa.select(entities.c.id).where(entities.c.id == base.id)).first() is not None
-        taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == base.name)).scalar()
-        problem = None if known and taken in (None, base.id) else name_problem(connection, base)
-        if known and taken not in (None, base.id):
+        problem, taken = name_problem(connection, base), _meaning(connection, base.name)
+        if problem is None and taken not in (None, base.id):
             problem = Problem("another base has this name", base.name, str(taken), base.id, "give another --name")
         if problem:
             raise InputError(problem)
-        if taken == base.id:
-            return False
         at = stamp(connection)
         insert(connection, [base], [], at)
+        enter_origin(connection, base, at)
+        if taken == base.id:
+            return False
         connection.execute(base_names.insert().values(name=base.name, base=base.id))
         record(connection, base.id, f"named {base.name}", registry.who, "", at)
     return True
@@ -95,8 +144,9 @@ def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Ve
         _refuse(connection, before, new)
         flagged = {v.adapter for v in list_versions(connection) if v.flags}
         at = stamp(connection)
-        free = connection.execute(sa.select(base_names.c.name).where(base_names.c.name == new.name)).first() is None
+        free = _meaning(connection, new.name) is None
         insert(connection, [new], [], at)
+        enter_origin(connection, new, at)
         if free:
             connection.execute(base_names.insert().values(name=new.name, base=new.id))
         connection.execute(base_names.update().where(base_names.c.base == before.id).values(base=new.id))
@@ -120,7 +170,9 @@ def _refuse(connection: Connection, old: Entity, new: Entity) -> None:
         after = known.get(after)
         if after == old.id:
             raise InputError("the new base was itself superseded by the old one", where=new.name, got=new.id)
-    taken = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == new.name)).scalar()
+    if problem := _form_problem(new.name):
+        raise InputError(problem)
+    taken = _meaning(connection, new.name)
     if taken not in (None, old.id, new.id):
         raise InputError("a third base has this name", where=new.name, got=str(taken), fix="give another --name")
 
@@ -149,10 +201,6 @@ def list_bases(connection: Connection) -> list[BaseEntry]:
 
 def _recipes(connection: Connection, base: str) -> tuple[str, ...]:
     """How the base was quantized in the runs on it."""
-    import json
-
-    from tunegate.files import canonical_json
-
     bodies = connection.execute(
         sa.select(entities.c.body)
         .join(edges, edges.c.child == entities.c.id)

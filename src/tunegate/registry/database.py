@@ -5,15 +5,15 @@ reads stays true until it commits. Writes are short: bytes are uploaded outside 
 committed when it began, whole, and waits for nobody.
 
 The schema's version is asked at every opening. A newer one is refused; an older one is brought up to date by
-`tunegate registry init` alone, because that shuts out older tunegates. SQLite needs a file system with working locks:
-machines that share a registry share a PostgreSQL.
+`tunegate registry init` alone, because that shuts out older tunegates. Asking changes nothing in the file. SQLite needs
+a file system with working locks: machines that share a registry share a PostgreSQL.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import re
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, TunegateError, without_secrets
 from tunegate.registry.tables import VERSION_TABLE, events
 
 REVISIONS = ("0001",)  # of migrations/versions, oldest first
+MIGRATIONS = Path(__file__).parent / "migrations"
 WAIT_SECONDS = 60  # for the writer's lock
 _WRITERS_LOCK = 0x74756E65  # "tune": the advisory lock's key
 CLOCK_TOLERANCE = 60  # seconds that two machines' clocks may differ
@@ -52,6 +53,8 @@ class Database:
         """A transaction that no other writer runs beside; undone on any error."""
         with self._explained(), self.engine.connect() as connection:
             connection = connection.execution_options(write=True)
+            if self._is_postgres:  # a snapshot from before the lock was had, as a server may have for default, is stale
+                connection = connection.execution_options(isolation_level="READ COMMITTED")
             with connection.begin():
                 if self._is_postgres:
                     connection.execute(sa.text(f"SET LOCAL lock_timeout = '{WAIT_SECONDS}s'"))
@@ -62,23 +65,41 @@ class Database:
     def _is_postgres(self) -> bool:
         return self.engine.dialect.name == "postgresql"
 
-    def create(self) -> None:
-        """Make the tables, or bring an older schema up to date. Processes that start together wait for one another."""
+    def create(self, *, upgrade: bool = False) -> None:
+        """Make the tables where there are none; ``upgrade`` brings an older schema up to date. Processes that start
+        together wait for one another."""
         from alembic import command
         from alembic.config import Config
 
+        if self.check(may_be_older=upgrade):
+            return
+        self._journal_apart()
         with self.writing() as connection:
-            if self._check(connection, may_be_older=True):
+            if self._check(connection, may_be_older=upgrade):
                 return
             config = Config()
-            config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
             config.attributes["connection"] = connection
             command.upgrade(config, REVISIONS[-1])
 
-    def check(self) -> bool:
-        """Whether there is a registry; :class:`InputError` if its schema is not the one that this code knows."""
+    def check(self, *, may_be_older: bool = False) -> bool:
+        """Whether there is a registry of this schema; :class:`InputError` if its schema is newer, or older and may not
+        be."""
         with self.reading() as connection:
-            return self._check(connection, may_be_older=False) is not None
+            return self._check(connection, may_be_older=may_be_older) is not None
+
+    def has_tables(self) -> bool:
+        """Whether there is a registry, of any schema."""
+        with self.reading() as connection:
+            return sa.inspect(connection).has_table(VERSION_TABLE)
+
+    def _journal_apart(self) -> None:
+        """SQLite's write-ahead log, with which readers and the writer do not wait for one another. The file remembers
+        it, so it is set before there are tables and never again."""
+        if self._is_postgres:
+            return
+        with self._explained(), contextlib.closing(self.engine.raw_connection()) as connection:
+            connection.cursor().execute("PRAGMA journal_mode=WAL")
 
     def _check(self, connection: Connection, *, may_be_older: bool) -> str | None:
         """The schema's version; None where there is none, or an older one that may be."""
@@ -109,8 +130,8 @@ class Database:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
-            text = " ".join(str(error.orig).split())
+        except (DBAPIError, sqlite3.Error) as error:
+            text = without_secrets(" ".join(str(getattr(error, "orig", error)).split()))
             busy = "locked" in text or "lock timeout" in text
             fix = (
                 "another process holds the registry: try again"
@@ -128,7 +149,7 @@ def parse_url(text: str) -> URL:
     if url is None or url.get_backend_name() not in ("sqlite", "postgresql"):
         raise InputError(
             "not a registry",
-            where=re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text),
+            where=without_secrets(text),
             expected="default, a folder, sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE",
         )
     if url.get_backend_name() == "postgresql" and url.drivername != "postgresql+psycopg":
@@ -155,7 +176,7 @@ def _engine(url: URL) -> Engine:
 def _prepare_sqlite(connection: Any, record: Any) -> None:
     del record
     connection.isolation_level = None  # transactions are begun below, not by the driver
-    for line in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for line in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {line}")
 
 

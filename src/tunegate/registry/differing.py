@@ -92,7 +92,7 @@ def _unequal(one: dict[str, Any], two: dict[str, Any]) -> dict[str, tuple[Any, A
 
 
 def _items(data: bytes) -> dict[str, dict[str, Any]]:
-    rows = (json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip())
+    rows = (json.loads(line) for line in data.split(b"\n") if line.strip())
     return {str(row["row_id"]): row for row in rows}
 
 

@@ -231,6 +231,10 @@ def check_kinds(connection: Connection, found: Iterable[Entity]) -> set[str]:
     return there
 
 
+def is_known(connection: Connection, id: str) -> bool:
+    return connection.execute(sa.select(entities.c.id).where(entities.c.id == id)).first() is not None
+
+
 def read_entity(connection: Connection, id: str) -> Entity:
     row = connection.execute(sa.select(entities).where(entities.c.id == id)).one()
     return Entity(row.id, row.kind, row.name, json.loads(row.body))

@@ -23,6 +23,7 @@ from tunegate.adapter.peft_config import read_config
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.files import hash_file, hash_json, read_json
 from tunegate.gate import FAIL, HOLD, INCONCLUSIVE, SHIP
+from tunegate.model.origin import check_origin
 from tunegate.records import AdapterCard, Decision, EvalRecord
 from tunegate.registry.entries import NAME, Edge, Entity
 from tunegate.registry.store import is_hash
@@ -74,6 +75,8 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
 def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name: str | None) -> Intake:
     check_complete(folder)
     card = load_card(folder)
+    if (origin := card.base.get("origin")) is not None:
+        check_origin(origin, str(folder / CARD))
     problems = _card_problems(card, folder)
     if problems:
         raise InputError(problems)
@@ -122,6 +125,11 @@ def id_of(hashes: dict[str, str]) -> str:
     return hash_json({"adapter": {path: hashes[path] for path in (CONFIG, TENSORS, CARD) if path in hashes}})
 
 
+def folder_id(folder: Path) -> str:
+    """The id of the adapter in ``folder``, whether it is in a registry or not."""
+    return id_of({path: hash_file(folder / path) for path in (CONFIG, TENSORS, CARD) if (folder / path).is_file()})
+
+
 def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise InputError(
@@ -139,7 +147,11 @@ def regular_files(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
     problems: list[Problem] = []
     found = sorted(folder.iterdir())
     for path in found:
-        target = path.resolve()
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):  # a link to itself, which Python names in two ways
+            problems.append(Problem("a link that leads nowhere", str(path)))
+            continue
         if not target.is_relative_to(root):
             problems.append(
                 Problem("a link leads out of the folder", str(path), got=str(target), fix="copy with cp -rL, then add")

@@ -15,7 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from tunegate import files
-from tunegate.errors import InputError
+from tunegate.errors import InputError, without_secrets
 from tunegate.registry.database import Database, parse_url
 from tunegate.registry.store import Store
 from tunegate.registry.tables import settings
@@ -44,21 +44,28 @@ def in_use(where: str | None) -> bool:
 
 
 def open_registry(
-    where: str | None = None, *, create: bool = False, store: str | None = None, who: str | None = None
-) -> Registry:
+    where: str | None = None, *, create: bool = False, upgrade: bool = False, store: str | None = None,
+    who: str | None = None,
+) -> Registry:  # fmt: skip
     """The registry at ``where`` (``default``, a folder, a database's URL). ``create`` makes one that is not there, with
-    its bytes in ``store``. :class:`InputError` if there is none, or its schema is newer."""
+    its bytes in ``store``; ``upgrade`` also brings an older schema up to date. :class:`InputError` if there is none, or
+    its schema is another."""
+    if store is not None and without_secrets(store) != store:
+        raise InputError(
+            "the registry remembers where its bytes are, and would keep the password", where=without_secrets(store),
+            fix="an address without one; the store's own tools read credentials from the environment",
+        )  # fmt: skip
     url, folder = _place(chosen(where))
     if folder is not None and not folder.joinpath(url.database or "").is_file():
         if not create:
             raise InputError("there is no registry yet", where=str(url.database), fix=_MAKE)
         with files.explain_os_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    database = Database(url, url.render_as_string(hide_password=True))
+    database = Database(url, without_secrets(url.render_as_string(hide_password=True)))
     if create:
-        if folder is None and store is None and not database.check():
+        if folder is None and store is None and not database.has_tables():
             raise _no_store(database)
-        database.create()
+        database.create(upgrade=upgrade)
     elif not database.check():
         raise InputError("there is no registry yet", where=database.shown, fix=_MAKE)
     return Registry(database, Store(_settled_store(database, folder, store)), who or whoami())
@@ -116,6 +123,7 @@ def _settled_store(database: Database, folder: Path | None, wanted: str | None) 
             if known is None:
                 known = wanted or _BLOBS
                 connection.execute(settings.insert().values(key="store", value=known))
-    if wanted is not None and wanted != known:
-        raise InputError("the registry keeps its bytes elsewhere", where=database.shown, expected=known, got=wanted)
-    return known if folder is None or "://" in known else str(folder / known)
+    place = known if folder is None or "://" in known else str(folder / known)
+    if wanted is not None and wanted.rstrip("/") not in (known.rstrip("/"), place):
+        raise InputError("the registry keeps its bytes elsewhere", where=database.shown, expected=place, got=wanted)
+    return place

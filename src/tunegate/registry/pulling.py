@@ -6,6 +6,7 @@ and an override, as they were when it was pulled.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ PROVENANCE = "registry.json"
 def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = False) -> Version:
     """Write the adapter's files, with ``evidence`` what its run left too, to ``out``, a folder that must not exist."""
     if out.exists() or out.is_symlink():
-        raise InputError("the folder exists", where=str(out), fix="name another, or remove it")
+        raise _taken(out)
     version, parts, hashes = _plan(registry, reference)
     refuse_flagged(version, "pulled")
     with explain_os_error(out):
@@ -43,12 +44,25 @@ def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = Fals
                     _write(registry, partial / path, digests, hashes.get(path))
             write_json(partial / PROVENANCE, provenance(registry, version))
             partial.chmod(0o755)
-            partial.rename(out)
+            _publish(partial, out)
             flush_folder(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return version
+
+
+def _taken(out: Path) -> InputError:
+    return InputError("the folder exists", where=str(out), fix="name another, or remove it")
+
+
+def _publish(partial: Path, out: Path) -> None:
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _taken(out) from None  # another process was faster
 
 
 def materialize(registry: Registry, reference: str) -> Path:

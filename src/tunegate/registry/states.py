@@ -20,6 +20,7 @@ from tunegate.registry.entries import (
     NAME,
     PRODUCTION,
     RETIRED,
+    STATES,
     UNVERIFIED,
     Version,
     list_versions,
@@ -111,8 +112,9 @@ def set_alias(registry: Registry, alias: str, reference: str, *, why: str = "") 
     name, at, short = alias.partition("@")
     if not at or not NAME.fullmatch(name) or not NAME.fullmatch(short):
         raise InputError("not an alias", where=alias, expected="NAME@ALIAS")
-    if short in (PRODUCTION, LATEST):
-        raise InputError(f"@{short} follows from the versions' states", where=alias, fix="tunegate registry promote")
+    if short in (*STATES, LATEST):
+        what = f"@{short} is a state, or follows from the versions' states"
+        raise InputError(what, where=alias, fix="tunegate registry promote")
     with registry.database.writing() as connection:
         version = resolve(connection, reference)
         if version.name != name:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -87,10 +88,12 @@ class Store:
             if is_hash(digest := f"b3:{first}{rest}") and len(first) == 2:
                 yield digest
 
-    def remove_temporaries(self) -> None:
-        """What killed writers left on a local disk. No writer may be at work."""
-        if self.local is not None and self.local.is_dir():
-            files.remove_temporaries(self.local)
+    def remove_temporaries(self, seconds: float) -> None:
+        """What writers that were killed more than so many ``seconds`` ago left on a local disk."""
+        for left in self.local.glob(f"*/{files.TEMPORARY_PREFIX}*") if self.local is not None else ():
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - seconds:
+                    left.unlink()
 
     def _path(self, digest: str) -> str:
         if not is_hash(digest):

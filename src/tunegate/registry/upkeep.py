@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from blake3 import blake3
 from sqlalchemy.engine import Connection
 
+from tunegate import records
+from tunegate.adapter.card import CARD
 from tunegate.errors import Problem, TunegateError
 from tunegate.files import hash_json
-from tunegate.registry.adding import pin_horizon
+from tunegate.records import AdapterCard
+from tunegate.registry.adding import PIN_HOURS, pin_horizon
 from tunegate.registry.database import stamp
 from tunegate.registry.entries import Version, list_versions
 from tunegate.registry.intake import id_of
 from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import parts_of
 from tunegate.registry.store import is_hash
-from tunegate.registry.tables import entities, files, pins
+from tunegate.registry.tables import edges, entities, files, pins
 
 _BATCH = 100  # objects deleted under one lock
 
@@ -48,7 +52,12 @@ def verify(registry: Registry) -> Verified:
             row.id: (row.kind, _parsed(row.body))
             for row in connection.execute(sa.select(entities.c.id, entities.c.kind, entities.c.body))
         }
-    problems = [p for id, (kind, body) in bodies.items() if (p := _record_problem(id, kind, body))]
+        parents: dict[str, set[tuple[str, str]]] = {}
+        for edge in connection.execute(sa.select(edges)):
+            parents.setdefault(edge.child, set()).add((edge.role, edge.parent))
+    problems = [
+        p for id, (kind, body) in bodies.items() if (p := _record_problem(id, kind, body, parents.get(id, set())))
+    ]
     files_read = bytes_read = 0
     for version in found:
         files_known = bodies[version.adapter][1].get("files")
@@ -57,12 +66,19 @@ def verify(registry: Registry) -> Verified:
             problems.append(
                 Problem("the registry does not know the parts of a file", version.ref, got=", ".join(missing))
             )
+        whole = not missing
         for path, digests in listed[version.adapter].items():
             files_read += 1
             problem, size = _file_problem(registry, version, path, digests, expected.get(path))
             bytes_read += size
             if problem:
+                whole = False
                 problems.append(problem)
+        if whole:
+            card = b"".join(map(registry.store.get, listed[version.adapter].get(CARD, ())))
+            problems += _card_problems(
+                version, bodies[version.adapter][1].get("card"), card, parents.get(version.adapter, set())
+            )
     return Verified(len(found), files_read, bytes_read, len(bodies), problems)
 
 
@@ -94,16 +110,37 @@ def _file_problem(
     return None, size
 
 
-def _record_problem(id: str, kind: str, body: dict[str, object]) -> Problem | None:
+def _record_problem(id: str, kind: str, body: dict[str, object], parents: set[tuple[str, str]]) -> Problem | None:
     """A record whose hash is not its id. A base and a dataset are named by what lies outside of the registry."""
     if kind in ("run", "eval"):
         found = hash_json(body)
+    elif kind == "decision":
+        judged = next((parent for role, parent in parents if role == "judges"), None)
+        found = hash_json({"adapter": judged, **body})
     elif kind == "adapter":
         known = body.get("files")
         found = id_of(known) if isinstance(known, dict) else hash_json(body)
     else:
         return None if is_hash(id) else Problem("not a content hash", id)
     return None if found == id else Problem(f"the record of this {kind} has changed", id, id, found)
+
+
+def _card_problems(version: Version, told: Any, data: bytes, parents: set[tuple[str, str]]) -> list[Problem]:
+    """Where the database says something else than the stored ``card.json``, ``data``: its copy of the card, the verdict
+    that states follow from, the base that flags follow from."""
+    if not data:
+        verdict, base, same = None, [], told is None
+    else:
+        stored = json.loads(data)
+        verdict, base = stored["decision"]["verdict"], [stored["base"]["fingerprint"]["total"]]
+        same = told == stored or told == records.to_json(records.from_json(stored, AdapterCard, version.ref))
+    bases = sorted(parent for role, parent in parents if role == "trained on")
+    found = [] if same else [Problem("the record of this adapter has changed: its card", version.ref)]
+    if version.verdict != verdict:
+        found.append(Problem("the verdict is not the card's", version.ref, str(verdict), str(version.verdict)))
+    if bases != base:
+        found.append(Problem("the base is not the card's", version.ref, ", ".join(base), ", ".join(bases) or "none"))
+    return found
 
 
 @dataclass(frozen=True)
@@ -126,6 +163,7 @@ def collect(registry: Registry) -> Collected:
                 if digest not in needed:
                     freed += registry.store.delete(digest)
                     removed += 1
+    registry.store.remove_temporaries(PIN_HOURS * 3600)
     with registry.database.reading() as connection:
         pinned = connection.execute(sa.select(sa.func.count(pins.c.hash.distinct()))).scalar()
     return Collected(removed, freed, int(pinned or 0))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tunegate.errors import InputError
+from tunegate.errors import InputError, without_secrets
 from tunegate.registry.database import record
 from tunegate.registry.entries import refuse_flagged, resolve
 from tunegate.registry.opening import Registry
@@ -25,12 +25,13 @@ def push(registry: Registry, reference: str, target: str, line: Callable[[str], 
     with registry.database.reading() as connection:
         version = resolve(connection, reference)
     refuse_flagged(version, "published")
-    publish = _publisher(target)
-    line(f"publishing {version.ref} ({version.standing}) to {target}")
+    publish, shown = _publisher(target), without_secrets(target)
+    line(f"publishing {version.ref} ({version.standing}) to {shown}")
     with tempfile.TemporaryDirectory(prefix="tunegate-push-") as scratch:
         folder = Path(scratch) / "adapter"
         version = pull(registry, version.adapter, folder)
         told = publish(Published(version, folder, provenance(registry, version)), target)
+        told["address"] = without_secrets(told["address"])  # it is kept in the history
     with registry.database.writing() as connection:
         record(connection, version.adapter, f"published to {told['address']}", registry.who, "")
     return {"version": version.ref, "standing": version.standing, **told}

@@ -12,8 +12,7 @@ import os
 import re
 from typing import Any
 
-from tunegate.errors import InputError, TunegateError
-from tunegate.registry.entries import RETIRED
+from tunegate.errors import InputError, TunegateError, without_secrets
 from tunegate.registry.publish.published import Published
 
 _PARAMS_AT_ONCE, _METRICS_AT_ONCE, _LONGEST = 100, 1000, 6000  # MLflow's limits for a batch and a value
@@ -34,7 +33,8 @@ def publish(item: Published, target: str) -> dict[str, Any]:
         return _publish(client, item, uri)
     except MlflowException as error:
         raise TunegateError(
-            "MLflow refuses or cannot be reached", where=uri, got=str(error).splitlines()[0],
+            "MLflow refuses or cannot be reached", where=without_secrets(uri),
+            got=without_secrets(next(iter(str(error).splitlines()), "")),
             fix="the same command goes on from there",
         ) from error  # fmt: skip
 
@@ -146,5 +146,4 @@ def _aliases(client: Any, model: str, number: str, wanted: tuple[str, ...]) -> N
     for alias in set(there) - set(wanted):
         client.delete_registered_model_alias(model, alias)
     for alias in wanted:
-        if alias != RETIRED:
-            client.set_registered_model_alias(model, alias, number)
+        client.set_registered_model_alias(model, alias, number)

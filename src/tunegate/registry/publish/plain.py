@@ -6,7 +6,8 @@
     TARGET/NAME/NUMBER/registry.json    which version it is, state, decision, base; written last: then it is whole
     TARGET/NAME/ALIAS.json       {"number", "adapter"} of the aliases that the version has now
 
-Files that lie there already are hashed and left; every file is read back and hashed.
+Files that lie there already are compared and left; every file is read back. An alias that the version had when it was
+published before and has no more is taken away there too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from tunegate import files
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import hash_bytes
+from tunegate.registry.entries import Version
 from tunegate.registry.publish.published import Published
 from tunegate.registry.pulling import PROVENANCE
 from tunegate.registry.store import explained, is_local, open_filesystem
@@ -33,6 +35,7 @@ def publish(item: Published, target: str) -> dict[str, Any]:
     for alias in version.aliases:
         told = {"number": version.number, "adapter": version.adapter}
         _write(fs, f"{root}/{version.name}/{alias}.json", _json(told))
+    _withdraw(fs, f"{root}/{version.name}", version)
     return {
         "address": f"{target.rstrip('/')}/{version.name}/{version.number}",
         "files": len(item.paths),
@@ -52,12 +55,28 @@ def _read(fs: Any, path: str) -> bytes | None:
             return None
 
 
-def _refuse_another(fs: Any, path: str, adapter: str) -> None:
-    there = _read(fs, path)
+def _adapter_in(data: bytes | None) -> str | None:
+    """The adapter that a file there is about; None if there is no file."""
     try:
-        found = None if there is None else json.loads(there).get("adapter")
+        return None if data is None else str(json.loads(data).get("adapter"))
     except (ValueError, AttributeError):
-        found = "something that is no record"
+        return "something that is no record"
+
+
+def _withdraw(fs: Any, folder: str, version: Version) -> None:
+    """Remove the pointers to ``version`` of aliases that it does not have."""
+    with explained(folder, local=is_local(fs)):
+        fs.invalidate_cache()
+        there = [str(path) for path in fs.ls(folder, detail=False)]
+    for path in there:
+        alias = path.rpartition("/")[2].removesuffix(".json")
+        if path.endswith(".json") and alias not in version.aliases and _adapter_in(_read(fs, path)) == version.adapter:
+            with explained(path, local=is_local(fs)):
+                fs.rm_file(path)
+
+
+def _refuse_another(fs: Any, path: str, adapter: str) -> None:
+    found = _adapter_in(_read(fs, path))
     if found not in (None, adapter):
         raise InputError(
             "another adapter was published there", where=path, expected=adapter, got=str(found),
