@@ -326,7 +326,7 @@ def test_the_packaged_base(to: str, reader: str, tmp_path: Path) -> None:
 
     needs(reader)
     base = packaged_base()
-    adapter = peft_adapter(base, tmp_path / "adapter", noise=0.02, use_rslora=True)
+    adapter = peft_adapter(base, tmp_path / "adapter", noise=0.03, use_rslora=True)
     limits = ("--max-kl", 0.01, "--min-agreement", 0.9)
     numbers = ("--outtype", "q8_0") if to in ("ollama", "gguf") else ()
     said = export(adapter, to, tmp_path / "out", "--base", base, "--reader", reader, *numbers, *limits)
