@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
@@ -144,6 +145,16 @@ def test_what_is_wrong_with_a_job_is_said_to_its_sender_alone(base: Path) -> Non
             with pytest.raises(InputError, match=says):
                 await whole(engine, bad)
         assert len(await good) == 40
+
+    with_engine(base, body)
+
+
+def test_the_context_is_the_bases_own_and_a_group_that_is_told_to_end_is_not_the_engines(base: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        assert engine.facts.context == json.loads((base / "config.json").read_text())["max_position_embeddings"]
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGTERM)  # as systemd does; the front ends its engine when answers are done
+        assert await whole(engine, job(prompts(2)[1]))
 
     with_engine(base, body)
 

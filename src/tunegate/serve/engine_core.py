@@ -102,7 +102,7 @@ class EngineCore:
         self._plain = self._probe_base()
         self._leaving: list[_Adapter] = []
         self.facts = EngineFacts(
-            context=min(options.context or 2**31, self.scheduler.room(1, 2**31)),
+            context=min(options.context or _positions(model), self.scheduler.room(1, 2**31)),
             vocabulary=int(model.config.get_text_config().vocab_size),
             dtype=str(self.runner.dtype).removeprefix("torch."),
             path=self.runner.path_reason,
@@ -383,6 +383,13 @@ class EngineCore:
             "adapters": sum(a.slot is not None for a in self.adapters.values()),
             "adapter_bytes": self.bytes_held,
         }
+
+
+def _positions(model: Any) -> int:
+    """The longest row that the base's config speaks of."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    return next((n for n in found if isinstance(n, int) and n > 0), 2**31)
 
 
 def _unreadable(folder: Path, error: Exception) -> InputError:

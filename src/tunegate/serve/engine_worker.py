@@ -116,7 +116,8 @@ def _rss() -> int:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides
+        signal.signal(number, signal.SIG_IGN)
     disable_progress_bar()
     sys.setswitchinterval(_SWITCH)
     try:

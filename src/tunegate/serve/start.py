@@ -205,13 +205,15 @@ def url_of(bound: socket.socket) -> str:
 async def stopping() -> AsyncIterator[asyncio.Event]:
     """An event that SIGTERM and SIGINT set, instead of what else they do."""
     asked, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
         loop.add_signal_handler(number, asked.set)
     try:
         yield asked
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def unless(asked: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
