@@ -166,7 +166,7 @@ def difference(values: list[float]) -> dict[str, float]:
     from scipy.special import stdtrit
 
     middle = statistics.mean(values)
-    half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": middle, "low": middle - half, "high": middle + half}
 
 
