@@ -140,7 +140,7 @@ def inject(model: nn.Module, spec: AdapterSpec, *, seed: int, strict: bool = Tru
     model.requires_grad_(False)
     for path, layer in wrapped.items():
         layer.train(layer.base.training)
-        _set(model, path, layer)
+        put_module(model, path, layer)
     trainable = sum(p.numel() for layer in wrapped.values() for p in layer.adapter_parameters().values())
     return Injection(spec, wrapped, names, trainable, base_total + trainable)
 
@@ -148,7 +148,7 @@ def inject(model: nn.Module, spec: AdapterSpec, *, seed: int, strict: bool = Tru
 def remove(model: nn.Module) -> None:
     """Put the original layers (the same objects) back in place of every wrapper."""
     for path, layer in _wrappers(model):
-        _set(model, path, layer.base)
+        put_module(model, path, layer.base)
 
 
 @contextlib.contextmanager
@@ -172,7 +172,7 @@ def _wrappers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, AdapterLayer)]
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+def put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

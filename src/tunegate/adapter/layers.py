@@ -108,7 +108,22 @@ def drop_out(x: Tensor, rate: float) -> Tensor:
     return x.masked_fill(drop, 0.0) * (65536 / (65536 - dropped))
 
 
-class LoRALinear(nn.Module):
+class Wrapper(nn.Module):
+    """A module in the place of the linear layer ``base``."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight, for model code that asks a layer for its dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
+
+
+class LoRALinear(Wrapper):
     """``base(x) + scale * B A drop(x)``; shapes (..., in) -> (..., out), in the base's dtype.
 
     ``lora_A`` (rank, in) and ``lora_B`` (out, rank) are fp32. ``enabled = False`` gives the plain base.
@@ -134,15 +149,6 @@ class LoRALinear(nn.Module):
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's own weight, for model code that asks a layer for its dtype or device."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base, "bias", None)
-
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"lora_A": self.lora_A, "lora_B": self.lora_B}
 
@@ -167,7 +173,7 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(Wrapper):
     """LoRA with a learned magnitude per output row; shapes (..., in) -> (..., out), in the base's dtype.
 
     ``lora_A`` (rank, in), ``lora_B`` (out, rank) and ``lora_magnitude_vector`` (out,) are fp32. The squared norms of
@@ -190,24 +196,13 @@ class DoRALinear(nn.Module):
         self.dropout = float(dropout)
         self.enabled = True
         self.squared_norm: Tensor
-        weight = base_weight(base)
-        norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)  # (out,)
-        self.register_buffer("squared_norm", norm.square(), persistent=False)
+        self.register_buffer("squared_norm", squared_norm(base), persistent=False)
         self._kept_norm: tuple[tuple[int, ...], Tensor] | None = None
         self.lora_magnitude_vector = nn.Parameter(self.row_norm())
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's own weight, for model code that asks a layer for its dtype or device."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base, "bias", None)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -267,6 +262,11 @@ class DoRALinear(nn.Module):
 
 
 AdapterLayer = LoRALinear | DoRALinear
+
+
+def squared_norm(base: nn.Module) -> Tensor:
+    """``||W||^2`` per output row of ``base``, (out,) fp32."""
+    return torch.linalg.vector_norm(base_weight(base), dim=1, dtype=torch.float32).square()
 
 
 @torch.no_grad()

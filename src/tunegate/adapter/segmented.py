@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.adapter.files import Known, checked_state, module_paths, tensor_name
-from tunegate.adapter.inject import servable
-from tunegate.adapter.layers import base_weight, features, row_norm
+from tunegate.adapter.inject import put_module, servable
+from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
 from tunegate.errors import TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments
 
 
-class SegmentedLinear(nn.Module):
+class SegmentedLinear(Wrapper):
     """``base`` with the adapters of the pass under way on top; shapes (..., in) -> (..., out)."""
 
     def __init__(self, base: nn.Module, column: int, served: Served):
@@ -36,14 +36,6 @@ class SegmentedLinear(nn.Module):
         sizes = features(base)
         assert sizes is not None  # servable() gives layers that can carry an adapter
         self.in_features, self.out_features = sizes
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -70,8 +62,7 @@ class Served:
         for column, (path, layer) in enumerate(servable(model).items()):
             self.layers[path] = SegmentedLinear(layer, column, self)
         for path, wrapper in self.layers.items():
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, wrapper)
+            put_module(model, path, wrapper)
         self.table = FactorTable(len(self.layers), dtype)
         self._known: Known = {}
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
@@ -102,7 +93,5 @@ class Served:
 
     def _squared(self, layer: SegmentedLinear) -> Tensor:
         if layer.column not in self._norms:
-            weight = base_weight(layer.base)
-            norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-            self._norms[layer.column] = norm.square()
+            self._norms[layer.column] = squared_norm(layer.base)
         return self._norms[layer.column]

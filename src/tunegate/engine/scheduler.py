@@ -56,7 +56,6 @@ class Row:
     keys: list[bytes] = field(default_factory=list)  # of its full pages
     computed: int = 0  # tokens whose keys lie in the pages
     long: bool = False
-    over: bool = False
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -156,7 +155,6 @@ class Scheduler:
             self.pool.release(row.pages)
         elif row in self.waiting:
             self.waiting.remove(row)
-        row.over = True
 
     def clear(self) -> None:
         """Leave out all rows, and forget what pages hold: for after an error inside a step."""

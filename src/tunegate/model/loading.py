@@ -216,6 +216,29 @@ def choose_dtype(
     return torch.float32, "this CPU has no AVX-512 or AMX bf16 instructions; fp32 is faster"
 
 
+def choose_device(wanted: str, where: str = "train.device") -> str:
+    """``auto`` is CUDA where torch sees it, else the CPU. :class:`InputError`, about the setting ``where``."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise InputError("unknown device", where=where, expected="auto, cpu, cuda or cuda:N", got=wanted) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA GPU", where=where, got=wanted, fix="use auto or cpu")
+    return wanted
+
+
+def longest_row(config: Mapping[str, Any]) -> int | None:
+    """The longest row, in tokens, that a ``config.json`` speaks of; None if it does not say."""
+    text = config.get("text_config")
+    for source in (text if isinstance(text, dict) else {}, config):
+        for name in ("max_position_embeddings", "n_positions"):
+            if type(source.get(name)) is int and source[name] > 0:
+                return int(source[name])
+    return None
+
+
 def _cpu_flags(cpuinfo: Path) -> set[str]:
     """Instruction sets of the first processor; empty where the system does not say."""
     try:

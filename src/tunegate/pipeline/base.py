@@ -17,7 +17,7 @@ from tunegate.kernels import native
 from tunegate.kernels.formats import Recipe
 from tunegate.model.bnb_files import quantized_names, stored_recipe
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
-from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer
+from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer, longest_row
 from tunegate.model.origin import origin_of
 from tunegate.model.resolve import ResolvedBase, resolve_base
 from tunegate.model.weights import TensorEntry, load_object, tensors_of
@@ -68,7 +68,7 @@ def load_base(config: Config, reporter: Reporter, device: str) -> Base:
     dtype, reason = choose_dtype(section.compute_dtype, device=device)
     entries = {e.name: e for part in tensors_of(resolved.path).values() for e in part}
     parameters = _count(entries)
-    positions = _positions(load_object(resolved.path / "config.json"))
+    positions = longest_row(load_object(resolved.path / "config.json"))
     name = str(dtype).removeprefix("torch.")
     recipe, origin = _recipe(section, resolved.path, entries), origin_of(resolved.path, fingerprint.weights)
     return Base(resolved, fingerprint, renderer, parameters, positions, name, reason, recipe, origin)
@@ -103,15 +103,6 @@ def base_name(config: Config) -> str:
     return str(local) if local.is_dir() else config.task.base.name
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
-    text = config.get("text_config")
-    for source in (text if isinstance(text, dict) else {}, config):
-        for name in ("max_position_embeddings", "n_positions"):
-            if type(source.get(name)) is int and source[name] > 0:
-                return int(source[name])
-    return None
-
-
 def _elements(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -128,20 +119,3 @@ def keeps_16_bits(train: TrainSection, device: str) -> bool:
     """Whether a bf16 base that computes in fp32 keeps 16 bits in memory. Other trainers expect ``nn.Linear``, and
     without the CPU's kernels each product would widen its whole weight."""
     return train.backend == "native" and device.startswith("cpu") and native.library() is not None
-
-
-def choose_device(wanted: str) -> str:
-    """``auto`` is CUDA where torch sees it, else the CPU."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise InputError(
-            "unknown device", where="train.device", expected="auto, cpu, cuda or cuda:N", got=wanted
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("torch sees no CUDA GPU", where="train.device", got=wanted, fix="use auto or cpu")
-    return wanted

@@ -29,9 +29,9 @@ from tunegate.engine.schedule import StepPlan
 from tunegate.errors import InputError, TunegateError
 from tunegate.evaluation.prompts import FEW
 from tunegate.files import read_json, write_json
-from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer
+from tunegate.model.loading import choose_device, choose_dtype, eos_ids, load_tokenizer
 from tunegate.model.resolve import resolve_config
-from tunegate.pipeline.base import base_name, choose_device, keeps_16_bits, quantized_already
+from tunegate.pipeline.base import base_name, keeps_16_bits, quantized_already
 from tunegate.pipeline.folders import is_done
 from tunegate.pipeline.prepare import Prepared, load_data
 from tunegate.pipeline.reporter import Reporter

@@ -33,8 +33,9 @@ from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.files import hash_file, hash_json
 from tunegate.gate import Policy
 from tunegate.gate_rules import parse_rule
+from tunegate.model.loading import choose_device
 from tunegate.model.resolve import resolve_base
-from tunegate.pipeline.base import Base, base_name, choose_device, is_local, load_base
+from tunegate.pipeline.base import Base, base_name, is_local, load_base
 from tunegate.pipeline.questions import (
     Judge,
     Regression,

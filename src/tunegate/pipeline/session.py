@@ -23,8 +23,8 @@ from tunegate.engine.runner import Runner
 from tunegate.errors import InputError, Problem
 from tunegate.evaluation.evaluator import OWN_PROMPT, Evaluation, Evaluator
 from tunegate.evaluation.prompts import Prompt
-from tunegate.model.loading import load_model
-from tunegate.pipeline.base import choose_device, keeps_16_bits
+from tunegate.model.loading import choose_device, load_model
+from tunegate.pipeline.base import keeps_16_bits
 from tunegate.pipeline.prepare import Prepared
 from tunegate.pipeline.reporter import Reporter, count
 

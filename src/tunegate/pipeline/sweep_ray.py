@@ -23,8 +23,8 @@ from typing import Any
 from tunegate.config import Config
 from tunegate.engine.train import Interrupted
 from tunegate.errors import InputError, Problem, TunegateError
+from tunegate.model.loading import choose_device
 from tunegate.pipeline import kept
-from tunegate.pipeline.base import choose_device
 from tunegate.pipeline.folders import owned
 from tunegate.pipeline.prepare import prepare
 from tunegate.pipeline.reporter import Silent

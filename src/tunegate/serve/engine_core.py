@@ -30,8 +30,17 @@ from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Sche
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import native
 from tunegate.kernels.segments import Factors
-from tunegate.model.loading import DTYPES, choose_dtype, empty_model, load_model, load_tokenizer
+from tunegate.model.loading import (
+    DTYPES,
+    choose_device,
+    choose_dtype,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    longest_row,
+)
 from tunegate.model.resolve import resolve_base
+from tunegate.model.weights import load_object
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
 
 _PROBE = 1  # the token that adapters are probed with
@@ -70,13 +79,14 @@ class EngineCore:
         if options.threads:
             torch.set_num_threads(options.threads)
         resolved = resolve_base(options.base, offline=True, trust_remote_code=options.trust_remote_code)
-        dtype, _ = choose_dtype(options.compute_dtype, device=_device_type(options.device))
-        narrow = native.library() is not None and _device_type(options.device) != "cuda"
+        device = choose_device(options.device, "--device")
+        dtype, _ = choose_dtype(options.compute_dtype, device=device)
+        narrow = native.library() is not None and device.startswith("cpu")
         model: Any = load_model(
             resolved.path, dtype=dtype, recipe=options.recipe, narrow=narrow,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-        model.to(torch.device(_device_type(options.device)))
+        model.to(torch.device(device))
         self.tokenizer = load_tokenizer(resolved.path, trust_remote_code=options.trust_remote_code)
         self.runner = Runner(model)
         skeleton = empty_model(resolved.path, trust_remote_code=options.trust_remote_code)
@@ -101,8 +111,9 @@ class EngineCore:
         self._probes: dict[Row, _Adapter] = {}
         self._plain = self._probe_base()
         self._leaving: list[_Adapter] = []
+        positions = longest_row(load_object(resolved.path / "config.json"))
         self.facts = EngineFacts(
-            context=min(options.context or _positions(model), self.scheduler.room(1, 2**31)),
+            context=min(options.context or positions or 2**31, self.scheduler.room(1, 2**31)),
             vocabulary=int(model.config.get_text_config().vocab_size),
             dtype=str(self.runner.dtype).removeprefix("torch."),
             path=self.runner.path_reason,
@@ -385,21 +396,8 @@ class EngineCore:
         }
 
 
-def _positions(model: Any) -> int:
-    """The longest row that the base's config speaks of."""
-    config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    return next((n for n in found if isinstance(n, int) and n > 0), 2**31)
-
-
 def _unreadable(folder: Path, error: Exception) -> InputError:
     return InputError("the adapter cannot be read", where=str(folder), got=f"{type(error).__name__}: {error}")
-
-
-def _device_type(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
+from tunegate.engine.memory import resident_bytes
 from tunegate.errors import TunegateError
 from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
@@ -91,7 +92,7 @@ class Worker:
         elif "unload" in message:
             self.core.unload(message["unload"])
         elif "stats" in message:
-            self.out.append(line({"answer": message["stats"], "data": {**self.core.stats(), "rss": _rss()}}))
+            self.out.append(line({"answer": message["stats"], "data": {**self.core.stats(), "rss": resident_bytes()}}))
 
     def _answer(self, number: int, found: Loaded | TunegateError) -> None:
         if isinstance(found, TunegateError):
@@ -104,15 +105,6 @@ class Worker:
             self.out.append(line({"error": number, "data": error_json(found)}))
         else:
             self.out.append(line({"tokens": number, "data": to_json(found)}))
-
-
-def _rss() -> int:
-    """Resident bytes of this process; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> int:
