@@ -1,9 +1,11 @@
 """Three optimizer steps of the real task on the real machine, through the pipeline's own objects.
 
 The first step warms up: buffers, packed weights, the loss's memory. The other two are timed, and the run's time is the
-warm-up plus its operations at their rate. The peak is the process's, corrected by what the estimate says a larger
-batch or evaluation of the run adds. The evaluator answers a few validation items, which gives the time of the run's
-evaluations. The measurement is kept, so that the next prediction on this machine begins from it.
+warm-up plus its operations at their rate. The evaluator answers a few validation items, which gives the time of the
+run's evaluations. For the peak, which is the process's, the run's other phases are gone through as well: its largest
+batch of a loss and, before training as for its baselines and afterwards as in its test, as many prompts side by side,
+with the first tokens of their answers. What the run adds to these by the estimate (a larger batch, longer answers) is
+added. The measurement is kept, so that the next prediction on this machine begins from it.
 
 Nothing of it lands in a run folder, and the test set stays closed.
 """
@@ -18,17 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunegate.config import Config
 from tunegate.data.pack import split_batches
+from tunegate.engine.generate import Sampling, generate
+from tunegate.engine.runner import evaluating
 from tunegate.engine.schedule import StepPlan
-from tunegate.engine.train import Hooks, mean_loss, train
+from tunegate.engine.train import Hooks, train
 from tunegate.errors import InputError
+from tunegate.evaluation.evaluator import OWN_PROMPT
 from tunegate.pipeline.planning import (
     Prediction,
     TaskPlan,
     check_budget,
     check_fit,
-    most_loss_tokens,
     peak_rss,
     plan_prepared,
     predict,
@@ -36,6 +42,7 @@ from tunegate.pipeline.planning import (
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
+from tunegate.pipeline.steps import LOSS_ROWS
 from tunegate.plan import calibrate
 from tunegate.plan.devices import this_machine
 from tunegate.plan.memory import PlanInputs, estimate
@@ -43,6 +50,7 @@ from tunegate.plan.time import Workload, operations_per_token
 
 STEPS = 3
 ITEMS = 16  # validation items that are answered
+TOKENS = 2  # of each answer in the test's place: with the second one, all rows are in memory at once
 NEVER = 10**9
 
 
@@ -85,7 +93,9 @@ def probe(config: Config, reporter: Reporter) -> Probed:
     check_budget(plan, config.task.train.memory)
     check_fit(predict(plan))
     session = Session(prepared, reporter)
+    _read_prompts(prepared, session, plan)
     times, answering = _take_steps(prepared, session)
+    _read_prompts(prepared, session, plan)
     return _conclude(prepared, plan, times, answering)
 
 
@@ -108,7 +118,7 @@ def _take_steps(prepared: Prepared, session: Session) -> tuple[list[float], floa
         began = time.perf_counter()
         session.evaluate(items, "adapter", "valid", folder / "items.jsonl")
         answering[0] = (time.perf_counter() - began) / len(items)
-        mean_loss(runner, prepared.valid_rows[:ITEMS], settings.tokens_per_batch)
+        _largest_loss(prepared, session)
         return 0.0, {}
 
     with tempfile.TemporaryDirectory(prefix="tunegate-probe-") as name:
@@ -118,6 +128,29 @@ def _take_steps(prepared: Prepared, session: Session) -> tuple[list[float], floa
     return [after - before for before, after in itertools.pairwise(stamps)], answering[0]
 
 
+@torch.no_grad()
+def _largest_loss(prepared: Prepared, session: Session) -> None:
+    """The loss of the most tokens that the run computes at once without training on them."""
+    settings, runner = prepared.config.task.train, session.runner
+    parts = [rows[:LOSS_ROWS] for rows in (prepared.train_rows, prepared.valid_rows) if rows]
+    batches = [
+        batch
+        for rows in parts
+        for batch in split_batches(rows, settings.tokens_per_batch, share_prefix=runner.shares_prefix)
+    ]
+    with evaluating(runner.model):
+        runner.loss_sum(max(batches, key=lambda batch: batch.layout.tokens))
+
+
+def _read_prompts(prepared: Prepared, session: Session, plan: TaskPlan) -> None:
+    """As many prompts side by side as the run answers; training rows', as the test set stays closed."""
+    evaluation, renderer = plan.inputs.evaluation, prepared.base.renderer
+    assert evaluation is not None
+    items = prepared.data.splits.train[: evaluation.rows]
+    prompts = [renderer.prompt_ids(OWN_PROMPT.messages(item), item.tools) for item in items]
+    generate(session.runner, prompts, Sampling(TOKENS, ()))
+
+
 def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering: float) -> Probed:
     taken = [_step_work(prepared, plan, step) for step in range(STEPS)]
     rate = sum(work for work, _ in taken[1:]) / sum(times[1:])
@@ -125,13 +158,12 @@ def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering:
     warm_up = max(0.0, times[0] - taken[0][0] / rate)
     seconds = whole / rate + warm_up
     seen = dataclasses.replace(plan.inputs, tokens=max(t for _, t in taken))
-    answered = prepared.valid_rows[:ITEMS]
     assert seen.evaluation is not None
     evaluation = dataclasses.replace(
         seen.evaluation,
-        rows=len(answered),
-        valid_rows=len(answered),
-        loss_tokens=most_loss_tokens((answered,), prepared.config.task.train),
+        rows=min(seen.evaluation.rows, len(prepared.data.splits.train)),
+        valid_rows=min(seen.evaluation.valid_rows, ITEMS),
+        new=min(seen.evaluation.new, TOKENS),
     )
     seen = dataclasses.replace(seen, loss_tokens=min(seen.loss_tokens, seen.tokens), evaluation=evaluation)
     raw = predict(plan)
