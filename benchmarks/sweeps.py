@@ -172,20 +172,32 @@ def random_base(folder: Path, shape: dict[str, Any], like: Path) -> Path:
 
 def _breakdown(spec: dict[str, Any], output: Path, machine: dict[str, Any]) -> None:
     ours = contestants.catalogue()[0]
-    given = {**spec, **ours.spec, "kind": "breakdown", "steps": 3, "train": {**spec["train"], **ours.train}}
-    try:
-        done = common.run_worker(given)
-    except Skipped as error:
-        print(f"breakdown: skipped, {error}", flush=True)
-        return
+    found: dict[str, Any] = {}
+    for method in ("lora", "dora"):
+        train = {**spec["train"], **ours.train, "method": method}
+        try:
+            found[method] = common.run_worker({**spec, **ours.spec, "kind": "breakdown", "steps": 3, "train": train})
+        except Skipped as error:
+            print(f"breakdown: skipped, {error}", flush=True)
+            return
+    by_name = {method: {e["name"]: e for e in one["kernels"]} for method, one in found.items()}
     lines = [
-        [e["name"], f"{e['ms']:.1f}", f"{e['ms'] / done['step_ms']:.1%}", f"{e['calls']:.0f}"]
-        for e in done["operators"]
+        [
+            name,
+            *(
+                f"{e['ms']:,.0f} ({e['ms'] / found[method]['step_ms']:.1%})" if (e := by_name[method].get(name)) else ""
+                for method in found
+            ),
+            round(one["calls"]) if one["calls"] else "",
+        ]
+        for name, one in by_name["dora"].items()
+        if one["ms"] >= 0.5
     ]
+    lines.append(["a step", *(f"{one['step_ms']:,.0f}" for one in found.values()), ""])
     text = (
         f"# Where a step's time goes\n\n{common.describe(machine)}\n\n"
-        f"One step takes {done['step_ms']:,.0f} ms under the profiler. Self time of operators, the whole process.\n\n"
-        f"{common.table(['operator', 'ms a step', 'share', 'calls a step'], lines)}"
+        f"Milliseconds a step in each compiled kernel, by a clock around its calls; below half a millisecond "
+        f"left out.\n\n{common.table(['kernel', 'LoRA', 'DoRA', 'calls a step (DoRA)'], lines)}"
     )
-    common.write("train-breakdown", {"machine": machine, **done}, text, output)
+    common.write("train-breakdown", {"machine": machine, **found}, text, output)
     print(text, flush=True)

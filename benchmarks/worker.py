@@ -295,18 +295,46 @@ def curves(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def breakdown(spec: dict[str, Any]) -> dict[str, Any]:
-    """Where tunegate's steps spend their time, by torch's profiler: self time of each operator, ms a step."""
+    """Where tunegate's steps spend their time: milliseconds and calls a step of each compiled kernel, by a clock around
+    its calls. What is left is Python and torch."""
     rows = read_rows(spec)
     parts = tunegate_parts({**spec, "warmup": 0}, rows)
     warm = {**spec, "warmup": 0}
     train_tunegate({**warm, "folder": spec["folder"] + "/warm"}, parts)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        done = train_tunegate({**warm, "folder": spec["folder"] + "/timed"}, parts)
-    steps = len(done["seconds"])
-    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)[:20]
-    operators = [{"name": e.key, "ms": e.self_cpu_time_total / 1e3 / steps, "calls": e.count / steps} for e in events]
-    return {"operators": operators, "step_ms": 1e3 * sum(done["seconds"]) / steps}
+    spent = timed_kernels()
+    done = train_tunegate({**warm, "folder": spec["folder"] + "/timed"}, parts)
+    steps, whole = len(done["seconds"]), sum(done["seconds"])
+    rest = whole - sum(seconds for seconds, _ in spent.values())
+    found = [{"name": name, "ms": 1e3 * s / steps, "calls": n / steps} for name, (s, n) in spent.items()]
+    found.append({"name": "Python and torch", "ms": 1e3 * rest / steps, "calls": None})
+    return {"kernels": sorted(found, key=lambda one: -one["ms"]), "step_ms": 1e3 * whole / steps}
+
+
+def timed_kernels() -> dict[str, tuple[float, int]]:
+    """From now on: kernel -> (seconds in it, calls)."""
+    from tunegate.kernels import native
+
+    library = native.library()
+    if library is None:
+        raise RuntimeError("the compiled kernels are not in use: " + native.describe()[1])
+    spent: dict[str, tuple[float, int]] = {}
+
+    def timed(name: str, kernel: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return kernel(*args, **named)
+            finally:
+                seconds, calls = spent.get(name, (0.0, 0))
+                spent[name] = seconds + time.perf_counter() - began, calls + 1
+
+        return call
+
+    for name in dir(library):
+        kernel = getattr(library, name)
+        if not name.startswith("_") and callable(kernel) and not isinstance(kernel, type) and name != "set_threads":
+            setattr(library, name, timed(name, kernel))
+    return spent
 
 
 def main() -> None:
