@@ -10,6 +10,7 @@ from tunegate.kernels.cross_entropy import (
     Head,
     all_logits,
     argmax_logits,
+    logit_chunks,
     linear_cross_entropy,
     target_log_probs,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "all_logits",
     "argmax_logits",
+    "logit_chunks",
     "attention",
     "decode_attention",
     "linear_cross_entropy",
