@@ -41,8 +41,8 @@ STEP_TOKENS = 256
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its answer so far. ``slot``: its adapter's in ``Served.table``, or ``merged``: the weights it runs on;
-    neither for the base. ``salt`` names either for the pages. ``room``: tokens that the answer may have."""
+    """A prompt and its answer so far. ``slot``: its adapter's in ``Served.table``; ``merged``: weights that it runs on
+    instead; neither: the base's own. ``salt`` names either for the pages. ``room``: tokens that the answer may have."""
 
     tokens: list[int]
     room: int

@@ -10,8 +10,8 @@ from tunegate.kernels.cross_entropy import (
     Head,
     all_logits,
     argmax_logits,
-    logit_chunks,
     linear_cross_entropy,
+    logit_chunks,
     target_log_probs,
 )
 

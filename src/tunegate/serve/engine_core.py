@@ -179,14 +179,14 @@ class EngineCore:
         bad = next((t for t in (*job.tokens, *(i for i, _ in job.picking.logit_bias)) if not 0 <= t < vocabulary), None)
         if bad is not None:
             raise InputError("a token id is outside of the vocabulary", expected=f"0 to {vocabulary - 1}", got=str(bad))
-        least = int(job.prompt_logprobs is None)
-        if not job.tokens or job.max_new_tokens < least:
+        if not job.tokens or job.max_new_tokens < 0:
             raise InputError("nothing to continue", got=f"{len(job.tokens)} tokens, {job.max_new_tokens} to make")
         most = self.facts.context - min(1, job.max_new_tokens)
         if len(job.tokens) > most:
             raise InputError(
-                "the prompt is longer than what can be read", expected=f"at most {most} tokens", got=f"{len(job.tokens)}"
-            )
+                "the prompt is longer than what can be read", expected=f"at most {most} tokens",
+                got=f"{len(job.tokens)}",
+            )  # fmt: skip
         if len(self._jobs) >= self.options.most_rows + self.options.most_waiting:
             raise EngineFull("too many answers are waiting", got=f"{len(self._jobs)}", fix="send it again later")
 
@@ -442,7 +442,7 @@ def _tokens(running: _Running, chosen: Chosen, finish: Any) -> Tokens:
     row, job = running.row, running.job
     stopped, made = finish == "stop", job.max_new_tokens > 0
     logprobs, waited, prompt = None, None, None
-    if chosen.logprob is not None and made and not stopped:
+    if chosen.logprob is not None and made and (not stopped or job.prompt_logprobs is not None):
         logprobs = (TokenLogprob(chosen.token, chosen.logprob, chosen.top),)
     if not running.told:
         waited = (row.begun or row.arrived) - row.arrived

@@ -32,12 +32,14 @@ class EngineFull(TunegateError):
 
 @dataclass(frozen=True)
 class Job:
-    """One answer. ``tokens``: the prompt's ids, at least one. ``adapter``: its key, None for the base alone.
+    """One answer. ``tokens``: the prompt's ids, at least one. ``max_new_tokens`` 0: the prompt is computed and nothing
+    made. ``adapter``: its key, None for the base alone.
 
     ``stop_ids`` end the answer and are not part of it. ``form``: (kind, value, compact) of an
     :class:`~tunegate.engine.constrain.AnswerForm` that the answer keeps to. ``logprobs``: log-probabilities of the
     chosen token and of that many likeliest ones (0: the chosen one's only), of the distribution before temperature and
-    penalties; None for none. ``prompt_logprobs``: the same of the prompt's tokens; ``max_new_tokens`` may be 0 then.
+    penalties; None for none. ``prompt_logprobs``: the same of the prompt's tokens, and of a token of ``stop_ids`` that
+    ends the answer.
     """
 
     tokens: tuple[int, ...]
@@ -80,8 +82,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The next ids of a job's answer, stop tokens left out. ``finish``: set on the last one. ``cached``: tokens of the
-    prompt that were not computed again. ``stop_id``: the token that ended the answer. On the first one only:
+    """The next ids of a job's answer, stop tokens left out. ``finish``: set on the last one. ``logprobs``: of these
+    ids, and behind them of the stop token where the job asks for that. ``cached``: tokens of the prompt that were not
+    computed again. ``stop_id``: the token that ended the answer. On the first one only:
     ``waited``, seconds until the job's prompt was begun, None where that is not known; ``prompt``, the prompt's tokens
     from the second on, where their log-probabilities were asked for."""
 

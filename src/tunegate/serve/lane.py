@@ -58,19 +58,20 @@ def read_plain(served: Served, folder: Path, _vocabulary: int) -> Read:
 def read_merged(served: Served, folder: Path, vocabulary: int) -> Read:
     """The adapter in ``folder``, merged; :class:`InputError` with everything that is wrong."""
     spec, state = served.checked(folder)
-    layers, same = {}, []
+    layers, unchanged = {}, []
     for path in module_paths(state):
         wrapper = served.layers[path]
         parts = [state.get(tensor_name(path, name)) for name in ("lora_A", "lora_B", "lora_magnitude_vector")]
-        a, b, magnitude = (None if part is None else part.to(base_weight(wrapper.base).device) for part in parts)
+        a, b, magnitude = parts
         assert a is not None and b is not None  # checked
-        layers[wrapper.column], changed = merged_layer(wrapper.base, Update(a, b, spec.scale_for(path), magnitude), path)
+        update = Update(a, b, spec.scale_for(path), magnitude)
+        layers[wrapper.column], changed = merged_layer(wrapper.base, update, path)
         if not changed and (magnitude is not None or bool(b.any())):
-            same.append(path)
-    if same:
+            unchanged.append(path)
+    if unchanged:
         raise InputError(
-            f"{len(same)} layers come out of merging as they are in the base", where=str(folder), got=", ".join(same[:5]),
-            expected="changes that the base's dtype can store", fix=_UNMERGED,
+            f"{len(unchanged)} layers come out of merging as they are in the base", where=str(folder),
+            expected="changes that the base's dtype can store", got=", ".join(unchanged[:5]), fix=_UNMERGED,
         )  # fmt: skip
     return Read(served.factors(spec, state), Merged(layers), prompts_of(folder, vocabulary))
 
@@ -81,7 +82,9 @@ def merged_layer(base: nn.Module, update: Update, path: str) -> tuple[nn.Module,
     own, quantized = base_weight(base), callable(getattr(base, "dequantize", None))
     stored = torch.empty_like(own, dtype=torch.bfloat16) if quantized else torch.empty_like(base.weight)  # type: ignore[arg-type]
     matrix, changed = stored.t() if is_conv1d(base) else stored, False
-    for rows, values in merged_rows(own, [update], _ALONE, path):
+    a, b, magnitude = (None if t is None else t.to(own.device) for t in (update.a, update.b, update.magnitude))
+    assert a is not None and b is not None
+    for rows, values in merged_rows(own, [Update(a, b, update.scale, magnitude)], _ALONE, path):
         if not torch.isfinite(values).all():
             raise InputError("a merged weight is not finite", where=path, fix="check the adapter")
         matrix[rows] = values.to(stored.dtype)
@@ -138,7 +141,7 @@ def prompts_of(folder: Path, vocabulary: int) -> tuple[tuple[int, ...], ...]:
     golden = load_card(folder).template["golden"] if (folder / CARD).is_file() else ()
     own = [tuple(entry["ids"][-PROOF_TOKENS:]) for entry in golden[:PROOF_ROWS]]
     usable = tuple(ids for ids in own if len(ids) > 1 and max(ids) < vocabulary)
-    spread = tuple(
-        tuple((37 * n + 11 * m * m + 3) * 2654435761 % vocabulary for m in range(PROOF_TOKENS)) for n in range(PROOF_ROWS)
-    )
-    return usable or spread
+    if usable:
+        return usable
+    g = torch.Generator().manual_seed(0)
+    return tuple(tuple(torch.randint(vocabulary, (PROOF_TOKENS,), generator=g).tolist()) for _ in range(PROOF_ROWS))
