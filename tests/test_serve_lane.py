@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import os
+import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from registry_fixtures import Place
+from served import FakeEngine, make_adapter, served_base, until
 from test_engine_scheduler import GREEDY, NEW, SPECS, adapter_folder, alone, answers, compiled, loaded, prompts, row
+from test_serve_engine import job, whole, with_engine
 from tiny import tiny_base
-from tunegate.adapter.files import load_adapter, save_adapter
+from tunegate.adapter.files import adapter_hash, load_adapter, save_adapter
 from tunegate.adapter.inject import inject
 from tunegate.adapter.segmented import Merged, Served
 from tunegate.adapter.spec import AdapterSpec
+from tunegate.cli import main
 from tunegate.engine.runner import Runner
+from tunegate.engine.sampling import Chooser
 from tunegate.engine.scheduler import Row, Scheduler
 from tunegate.errors import InputError, TunegateError
 from tunegate.export.deltas import Mix, Update
@@ -28,7 +36,14 @@ from tunegate.export.plan import plan_merge
 from tunegate.kernels.nf4 import QuantizedLinear
 from tunegate.kernels.stored import StoredLinear
 from tunegate.model.loading import empty_model, load_model
+from tunegate.registry.adding import add
+from tunegate.registry.intake import read_folder
+from tunegate.registry.states import promote
+from tunegate.serve.admission import House
+from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.engine_core import EngineCore
+from tunegate.serve.engine_process import EngineProcess
+from tunegate.serve.following import Follower
 from tunegate.serve.jobs import MERGED, EngineOptions, Job, Loaded, Tokens
 from tunegate.serve.lane import Proof, merged_layer, prompts_of, read_merged
 
@@ -129,8 +144,6 @@ def test_merged_rows_answer_as_the_adapter_beside_all_others(tmp_path: Path, fam
 
 @compiled
 def test_a_merged_rows_tokens_are_the_same_bytes_alone_and_in_company(base: Path, folders: list[Path]) -> None:
-    from tunegate.engine.sampling import Chooser
-
     runner, lanes = served(base)
     read = read_merged(lanes, folders[1], 400)
     slot = lanes.table.add(read.factors)
@@ -224,8 +237,6 @@ def test_a_proof_holds_and_sees_a_wrong_weight(base: Path, folders: list[Path]) 
 
 
 def test_what_a_proof_reads(tmp_path: Path, base: Path) -> None:
-    from served import make_adapter, served_base
-
     folder = make_adapter(tmp_path / "carded", served_base(base))
     own = prompts_of(folder, 1 << 20)
     assert len(own) == 2 and all(1 < len(ids) <= 24 for ids in own)  # the card's golden prompts
@@ -333,3 +344,80 @@ def test_one_that_fails_its_proof_leaves_nothing(
     stats = engine.core.stats()
     assert (stats["adapters"], stats["merged_bytes"], stats["pages_used"], stats["waiting"]) == (0, 0, 0, 0)
     assert all(slot is None for slot in engine.core.served.table.slots)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_in_the_lane_keeps_to_it_wherever_its_alias_moves(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a real engine: the new version is merged and proven while the old one answers, or nothing changes."""
+    at_hand = served_base(base)
+    folders = [make_adapter(tmp_path / f"a{n}", at_hand, seed=n) for n in range(3)]
+    registry = Place(str(tmp_path / "registry"), None).open()
+    asked, hashes = prompts(2)[1], [adapter_hash(folder) for folder in folders]
+    wanted = [as_adapter(base, folder, [asked])[0] for folder in folders]
+
+    def enter(folder: Path) -> None:
+        promote(registry, add(registry, read_folder(folder, name="a")).version.ref, why="good", to="production")
+
+    async def body(engine: EngineProcess) -> None:
+        catalogue = Catalogue(engine, House(at_hand, registry), roots=(tmp_path,), merged=("a",))
+        follower = Follower(catalogue, registry, every=60)
+        await catalogue.register("a", "a@production")
+        await catalogue.register("b", str(folders[0]))
+        catalogue.pin("a")
+        one, other = await catalogue.resolve("a"), await catalogue.resolve("b")
+        assert (one.key, one.fingerprint, other.key) == (hashes[0] + MERGED, hashes[0], hashes[0])
+        assert [await whole(engine, job(asked, key)) for key in (one.key, other.key)] == [wanted[0]] * 2
+        assert engine.pid is not None
+        running = engine.generate(job(asked, one.key))
+        ids = [*(await anext(running)).ids]
+        enter(folders[1])
+        await follower.look()
+        new = await catalogue.resolve("a")
+        assert (new.key, new.root) == (hashes[1] + MERGED, "a:2") and (await engine.stats())["merged"] == 2
+        assert await whole(engine, job(asked, new.key)) == wanted[1]
+        ids += [i for part in [p async for p in running] for i in part.ids]
+        assert tuple(ids) == wanted[0]
+        os.kill(engine.pid, signal.SIGKILL)  # the next engine merges and proves it again
+        await until(lambda: not engine.alive)
+        await until(lambda: engine.alive)
+        assert await whole(engine, job(asked, new.key)) == wanted[1]
+        replaced = await catalogue.load("a", str(folders[2].name), replace=True)
+        assert replaced.key == hashes[2] + MERGED and await whole(engine, job(asked, replaced.key)) == wanted[2]
+
+    enter(folders[0])
+    with caplog.at_level("INFO", "tunegate.serve"):
+        with_engine(base, body)
+    assert "merged weights" in caplog.text
+
+
+def test_names_that_are_not_served_have_no_lane(
+    capsys: pytest.CaptureFixture[str], base: Path, folders: list[Path]
+) -> None:
+    named = [str(base), "--adapter", f"support={folders[0]}", "--allow-ungated", "--port", "0"]
+    assert main(["serve", *named, "--merged", "suport"]) == 2
+    told = capsys.readouterr()
+    assert "no such model" in told.err and "support" in told.err
+    assert main(["serve", *named, "--merged", "support", "--engine", "vllm"]) == 2
+    assert "no adapter on weights of its own" in capsys.readouterr().err
+
+
+@compiled
+def test_enrolled_names_have_their_lane_too(tmp_path: Path, base: Path) -> None:
+    at_hand = served_base(base)
+    registry = Place(str(tmp_path / "registry"), None).open()
+    folder = make_adapter(tmp_path / "adapter", at_hand)
+    promote(registry, add(registry, read_folder(folder, name="a")).version.ref, why="good", to="production")
+
+    async def body() -> None:
+        engine = FakeEngine()
+        catalogue = Catalogue(engine, House(at_hand, registry), merged=("a",))  # type: ignore[arg-type]
+        await Follower(catalogue, registry, everything=True).look()
+        served = await catalogue.resolve("a")
+        assert (served.key, served.fingerprint) == (adapter_hash(folder) + MERGED, adapter_hash(folder))
+        assert list(engine.holds) == [served.key]
+
+    asyncio.run(body())
