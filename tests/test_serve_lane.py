@@ -363,6 +363,9 @@ def test_a_name_in_the_lane_keeps_to_it_wherever_its_alias_moves(
         promote(registry, add(registry, read_folder(folder, name="a")).version.ref, why="good", to="production")
 
     async def body(engine: EngineProcess) -> None:
+        def ask(key: str | None) -> Any:
+            return whole(engine, job(asked, key, max_new_tokens=NEW))
+
         catalogue = Catalogue(engine, House(at_hand, registry), roots=(tmp_path,), merged=("a",))
         follower = Follower(catalogue, registry, every=60)
         await catalogue.register("a", "a@production")
@@ -370,23 +373,25 @@ def test_a_name_in_the_lane_keeps_to_it_wherever_its_alias_moves(
         catalogue.pin("a")
         one, other = await catalogue.resolve("a"), await catalogue.resolve("b")
         assert (one.key, one.fingerprint, other.key) == (hashes[0] + MERGED, hashes[0], hashes[0])
-        assert [await whole(engine, job(asked, key)) for key in (one.key, other.key)] == [wanted[0]] * 2
+        assert [await whole(engine, job(asked, key, max_new_tokens=NEW)) for key in (one.key, other.key)] == [
+            wanted[0]
+        ] * 2
         assert engine.pid is not None
-        running = engine.generate(job(asked, one.key))
+        running = engine.generate(job(asked, one.key, max_new_tokens=NEW))
         ids = [*(await anext(running)).ids]
         enter(folders[1])
         await follower.look()
         new = await catalogue.resolve("a")
         assert (new.key, new.root) == (hashes[1] + MERGED, "a:2") and (await engine.stats())["merged"] == 2
-        assert await whole(engine, job(asked, new.key)) == wanted[1]
+        assert await ask(new.key) == wanted[1]
         ids += [i for part in [p async for p in running] for i in part.ids]
         assert tuple(ids) == wanted[0]
         os.kill(engine.pid, signal.SIGKILL)  # the next engine merges and proves it again
         await until(lambda: not engine.alive)
         await until(lambda: engine.alive)
-        assert await whole(engine, job(asked, new.key)) == wanted[1]
+        assert await ask(new.key) == wanted[1]
         replaced = await catalogue.load("a", str(folders[2].name), replace=True)
-        assert replaced.key == hashes[2] + MERGED and await whole(engine, job(asked, replaced.key)) == wanted[2]
+        assert replaced.key == hashes[2] + MERGED and await ask(replaced.key) == wanted[2]
 
     enter(folders[0])
     with caplog.at_level("INFO", "tunegate.serve"):
