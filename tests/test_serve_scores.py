@@ -54,7 +54,7 @@ def model_of(base: ServedBase, adapter: Path | None) -> Any:
 def test_a_prompts_scores_are_transformers(
     address: str, base: ServedBase, adapter: Path, adapted: bool, new: int
 ) -> None:  # fmt: skip
-    asked, text = client(address), "Where is my order? zwölf 你好 " * 12  # more tokens than one pass takes
+    asked, text = client(address), "Where is my order? zwölf 你好 " * 18  # more tokens than one pass takes
     model = model_of(base, adapter if adapted else None)
     ids = load_tokenizer(base.resolved.path)(text)["input_ids"]
     assert len(ids) > 256
