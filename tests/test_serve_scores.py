@@ -58,7 +58,7 @@ def test_a_prompts_scores_are_transformers(
     model = model_of(base, adapter if adapted else None)
     ids = load_tokenizer(base.resolved.path)(text)["input_ids"]
     assert len(ids) > 256
-    wanted = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    wanted = model(torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
     for prompt in (text, ids, text):  # the last time its pages are known
         found = asked.completions.create(
             model="a" if adapted else base.name, prompt=prompt, echo=True, logprobs=2, max_tokens=new, temperature=0,

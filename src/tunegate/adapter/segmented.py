@@ -37,7 +37,7 @@ class Merged:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.weight.nbytes for layer in self.layers.values())  # type: ignore[operator, misc]
+        return sum(layer.weight.nbytes for layer in self.layers.values())  # type: ignore[misc]
 
 
 class SegmentedLinear(Wrapper):

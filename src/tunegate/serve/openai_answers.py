@@ -137,9 +137,9 @@ class Shape:
             every = [*zip(self._places(number)[1:], prompt, strict=True), *every]
         names = [self._name(entry.token) for _, entry in every]
         chosen: list[float | None] = [_finite(entry.logprob) for _, entry in every]
-        likeliest: list[dict[str, float | None] | None] = [
-            {self._name(token): _finite(p) for token, p in reversed(entry.top)} | {name: own}
-            for (_, entry), name, own in zip(every, names, chosen, strict=True)
+        likeliest: list[dict[str, float] | None] = [
+            {self._name(token): _finite(p) for token, p in reversed(entry.top)} | {name: _finite(entry.logprob)}
+            for (_, entry), name in zip(every, names, strict=True)
         ]
         places = [place for place, _ in every]
         if prompt is not None:  # nothing says how likely a first token is
