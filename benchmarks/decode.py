@@ -4,8 +4,9 @@
 
 The engine's scheduler on one base, no server and no prompts in the measured time: every row has its prompt behind it
 and adds ``--steps`` tokens. Rows take turns among 0, 1, 4, 16 or 64 LoRA adapters (rank 16 on all linear layers, random
-and not zero). Repetitions are interleaved. The last line is one JSON object: tokens a second by rows and adapters, what
-adapters cost against the base alone, and milliseconds a token that an adapter adds at ranks 16 and 64.
+and not zero); ``merged`` ones run on merged weights. Repetitions are interleaved. The last line is one JSON object:
+tokens a second by rows and adapters, what adapters cost against the base alone, and milliseconds a token that an
+adapter adds at ranks 16 and 64, and merged.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from typing import Any
 import common
 import torch
 
-CASES = ((1, 0), (1, 1), (4, 4), (16, 0), (16, 1), (16, 4), (16, 16), (64, 0), (64, 64))
+CASES: dict[str, dict[str, int]] = {
+    **{
+        f"{rows} rows, {adapters} adapters": {"rows": rows, "adapters": adapters}
+        for rows, adapters in ((1, 0), (1, 1), (4, 4), (16, 0), (16, 1), (16, 4), (16, 16), (64, 0), (64, 64))
+    },
+    "1 row, rank 64": {"rows": 1, "adapters": 1, "rank": 64},
+    "1 row, merged": {"rows": 1, "merged": 1},
+    "16 rows, 1 adapter of rank 64": {"rows": 16, "adapters": 1, "rank": 64},
+    "16 rows, merged": {"rows": 16, "merged": 16},
+    "16 rows, 12 merged and 4 of 4 adapters": {"rows": 16, "adapters": 4, "merged": 12},
+    "16 rows, 12 of 1 adapter and 4 of 4 others": {"rows": 16, "adapters": 5, "first": 12},
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -55,6 +67,7 @@ class Bench:
         self.vocabulary = int(model.config.vocab_size)
         self.prompt_tokens = prompt_tokens
         self.slots: dict[int, list[int]] = {}
+        self._merged: Any = None
 
     def adapters(self, rank: int, count: int) -> list[int]:
         from tunegate.kernels.segments import Factors
@@ -73,8 +86,27 @@ class Bench:
             known.append(self.served.table.add(factors))
         return known[:count]
 
-    def run(self, rows: int, adapters: int, steps: int, rank: int = 16) -> float:
-        """Generated tokens a second, after the prompts and two steps."""
+    def merged(self) -> Any:
+        """The first adapter in weights of its own; its rank makes no difference any more."""
+        from tunegate.adapter.segmented import Merged
+        from tunegate.export.deltas import Update
+        from tunegate.serve.lane import merged_layer
+
+        if self._merged is None:
+            factors = self.served.table.slots[self.adapters(16, 1)[0]]
+            assert factors is not None
+            layers = {}
+            for path, layer in self.served.layers.items():
+                f = factors[layer.column]
+                layers[layer.column] = merged_layer(layer.base, Update(f.a, f.b.t(), f.scale), path)[0]
+            self._merged = Merged(layers)
+        return self._merged
+
+    def run(
+        self, steps: int, rows: int, adapters: int = 0, rank: int = 16, merged: int = 0, first: int = 0
+    ) -> float:  # fmt: skip
+        """Generated tokens a second, after the prompts and two steps. The first ``merged`` rows are on merged weights,
+        or the ``first`` ones all have the first adapter."""
         from tunegate.engine.sampling import Chooser, Picking
         from tunegate.engine.scheduler import Row
 
@@ -82,14 +114,15 @@ class Bench:
         for n in range(rows):
             g = torch.Generator().manual_seed(n)  # known after the first time: prompts are not what is measured
             prompt = torch.randint(5, self.vocabulary, (self.prompt_tokens,), generator=g).tolist()
-            slot = slots[n % adapters] if adapters else None
-            chooser = Chooser(Picking(temperature=0.0), prompt)
-            self.scheduler.add(Row(prompt, 500, chooser, frozenset(), slot, str(slot).encode()))
+            slot = slots[0 if n < first else n % adapters] if adapters and n >= merged else None
+            weights = self.merged() if n < merged else None
+            chooser, salt = Chooser(Picking(temperature=0.0), prompt), f"{slot} {n < merged}".encode()
+            self.scheduler.add(Row(prompt, 500, chooser, frozenset(), slot, salt, weights))
         while self.scheduler.waiting or any(len(row.answer) < 2 for row in self.scheduler.running):
             self.scheduler.step()
         ahead = sum(len(row.answer) for row in self.scheduler.running)
         started = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(steps * (2 if 0 < merged < rows else 1)):  # passes take turns where there are two kinds
             self.scheduler.step()
         seconds = time.perf_counter() - started
         made = sum(len(row.answer) for row in self.scheduler.running) - ahead
@@ -122,14 +155,10 @@ def main() -> None:
 def measure(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {}
     for number in range(rounds + 1):  # the first one records passes and fills caches
-        for rows, adapters in CASES:
-            speed = bench.run(rows, adapters, steps)
+        for name, case in CASES.items():
+            speed = bench.run(steps, **case)
             if number:
-                speeds.setdefault(f"{rows} rows, {adapters} adapters", []).append(speed)
-        for rank in (16, 64):
-            speed = bench.run(1, 1, steps, rank)
-            if number:
-                speeds.setdefault(f"rank {rank}", []).append(speed)
+                speeds.setdefault(name, []).append(speed)
     medians = {name: common.summary(values) for name, values in speeds.items()}
 
     def of(name: str) -> float:
@@ -141,9 +170,16 @@ def measure(bench: Bench, rounds: int, steps: int) -> dict[str, Any]:
         "batch16_4_adapters": round(of("16 rows, 4 adapters"), 1),
         "cost_of_4_adapters": round(of("16 rows, 0 adapters") / of("16 rows, 4 adapters") - 1, 3),
         "cost_of_64_adapters": round(of("64 rows, 0 adapters") / of("64 rows, 64 adapters") - 1, 3),
+        "cost_of_1_adapter": round(of("16 rows, 0 adapters") / of("16 rows, 1 adapters") - 1, 3),
+        "cost_of_1_adapter_of_rank_64": round(of("16 rows, 0 adapters") / of("16 rows, 1 adapter of rank 64") - 1, 3),
+        "cost_merged": round(of("16 rows, 0 adapters") / of("16 rows, merged") - 1, 3),
+        "mixed_merged_against_unmerged": round(
+            of("16 rows, 12 merged and 4 of 4 adapters") / of("16 rows, 12 of 1 adapter and 4 of 4 others"), 3
+        ),
         "ms_a_token_alone": round(1000 / alone, 2),
-        "ms_added_at_rank_16": round(1000 / of("rank 16") - 1000 / alone, 2),
-        "ms_added_at_rank_64": round(1000 / of("rank 64") - 1000 / alone, 2),
+        "ms_added_at_rank_16": round(1000 / of("1 rows, 1 adapters") - 1000 / alone, 2),
+        "ms_added_at_rank_64": round(1000 / of("1 row, rank 64") - 1000 / alone, 2),
+        "ms_added_merged": round(1000 / of("1 row, merged") - 1000 / alone, 2),
     }
     return {"speeds": medians, "headline": headline}
 

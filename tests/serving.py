@@ -75,6 +75,8 @@ class FakeEngine:
                     ("stop" if stopped else "length") if last else None,
                     None if job.logprobs is None else tuple(self._logprob(job, i) for i in part),
                     cached=4,
+                    waited=0.02 if start == 0 else None,
+                    prompt=self._prompt(job) if start == 0 else None,
                 )
         finally:
             self.running -= 1
@@ -109,6 +111,12 @@ class FakeEngine:
     def _logprob(self, job: Job, token: int) -> TokenLogprob:
         top = tuple((other, -0.5 - n) for n, other in enumerate((token, 5, 6)[: job.logprobs or 0]))
         return TokenLogprob(token, -0.5, top)
+
+    def _prompt(self, job: Job) -> tuple[TokenLogprob, ...] | None:
+        if job.prompt_logprobs is None:
+            return None
+        top = tuple((other, -0.25 - n) for n, other in enumerate((7, 8)[: job.prompt_logprobs]))
+        return tuple(TokenLogprob(token, -2.0, top) for token in job.tokens[1:])
 
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         return Loaded(key, 1, 8, 0.0, 1.0)

@@ -295,6 +295,52 @@ def test_log_probabilities_of_completions(plain: Serving) -> None:
     assert found.top_logprobs[0]["Y"] == -0.5 and len(found.top_logprobs[0]) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_prompts(plain: Serving, stream: bool) -> None:
+    client, prompt = plain.client(), "the fox 你好 runs"
+    ids = tiny_tokenizer()(prompt)["input_ids"]
+    asked = {"model": "tiny", "prompt": [prompt, "a"], "echo": True, "logprobs": 2, "max_tokens": 3, "stream": stream}
+    told: list[Any] = [[], []]
+    for choices in (event.choices for event in client.completions.create(**asked)) if stream else ():
+        for choice in choices:
+            told[choice.index].append(choice)
+    if not stream:
+        told = [[choice] for choice in client.completions.create(**asked).choices]
+    assert [job.prompt_logprobs for job in plain.engine.jobs[-2:]] == [2, 2]
+    for n, own in ((0, prompt), (1, "a")):
+        text = "".join(choice.text for choice in told[n])
+        assert text.startswith(own) and ANSWER.startswith(text[len(own) :])
+        parts = {
+            name: [value for choice in told[n] if choice.logprobs for value in getattr(choice.logprobs, name)]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        count = len(tiny_tokenizer()(own)["input_ids"])
+        assert parts["token_logprobs"] == [None] + [-2.0] * (count - 1) + [-0.5] * 3
+        assert parts["top_logprobs"][0] is None and all(parts["top_logprobs"][1:])
+        for token, offset in zip(parts["tokens"], parts["text_offset"], strict=True):
+            assert token.startswith("bytes:") or text[offset:].startswith(token)
+        assert parts["text_offset"][0] == 0 and parts["text_offset"][count] == len(own)
+    alone = client.completions.create(model="tiny", prompt=ids, echo=True, logprobs=0, max_tokens=0)
+    assert (alone.choices[0].text, alone.choices[0].finish_reason, alone.usage.completion_tokens) == (
+        prompt,
+        "length",
+        0,
+    )
+    assert [len(top or ()) for top in alone.choices[0].logprobs.top_logprobs] == [0] + [1] * (len(ids) - 1)
+    found, _ = raw(plain, "/v1/completions", {"model": "tiny", "prompt": "a", "echo": True, "logprobs": 1})
+    documents.Completion.model_validate(found)
+
+
+def test_time_in_the_queue_is_a_figure(plain: Serving) -> None:
+    chat(plain, n=2)
+    url = plain.url + "/metrics"
+    lines = urllib.request.urlopen(url, timeout=20).read().decode().splitlines()
+    name = 'tunegate_time_in_queue_seconds_{}{{model="support"}}'
+    counts = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    assert counts[name.format("count")] >= 2
+    assert counts[name.format("sum")] == pytest.approx(0.02 * counts[name.format("count")])
+
+
 def test_tokenize_and_back(plain: Serving) -> None:
     found, _ = raw(plain, "/tokenize", {"model": "tiny", "messages": HELLO, "return_token_strs": True})
     documents.Tokenized.model_validate(found)

@@ -19,7 +19,7 @@ from tunegate.adapter.files import load_adapter
 from tunegate.engine.sampling import Picking
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve.engine_process import EngineProcess
-from tunegate.serve.jobs import EngineFull, EngineGone, EngineOptions, Job, Tokens, to_json
+from tunegate.serve.jobs import EngineFull, EngineGone, EngineOptions, Job, TokenLogprob, Tokens, to_json
 from tunegate.serve.wire import error_json, error_of
 
 GREEDY = Picking(temperature=0.0)
@@ -138,7 +138,7 @@ def test_what_is_wrong_with_a_job_is_said_to_its_sender_alone(base: Path) -> Non
             (job([400]), "outside of the vocabulary"),
             (job([-1]), "outside of the vocabulary"),
             (job([]), "nothing to continue"),
-            (job(prompt, max_new_tokens=0), "nothing to continue"),
+            (job(prompt, max_new_tokens=-1), "nothing to continue"),
             (job([5] * (engine.facts.context + 1)), "longer than what can be read"),
             (job(prompt, form=("regex", "(?=a)b", False), stop_ids=(2,)), "cannot be enforced"),
         ):
@@ -211,10 +211,10 @@ def test_a_base_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
 
 def test_messages_survive_the_wire() -> None:
-    one = Job((1, 2), 3, (4,), "b3:x", Picking(logit_bias=((1, 0.5),), seed=7), ("choices", ("a", "b"), False), 2)
-    assert Job.from_json(to_json(one)) == one
-    part = Tokens((5,), "stop", None, 3, 0.5, 2)
-    assert Tokens.from_json(to_json(part)) == part
+    one = Job((1, 2), 3, (4,), "b3:x", Picking(logit_bias=((1, 0.5),), seed=7), ("choices", ("a", "b"), False), 2, 1)
+    assert Job.from_json(json.loads(json.dumps(to_json(one)))) == one
+    part = Tokens((5,), "stop", None, 3, 0.5, 2, (TokenLogprob(1, -0.5, ((1, -0.5), (2, -3.0))),))
+    assert Tokens.from_json(json.loads(json.dumps(to_json(part)))) == part
     for error in (InputError("what", where="here", fix="so"), EngineFull("full"), TunegateError("plain")):
         found = error_of(error_json(error))
         assert type(found) is type(error) and found.problems == error.problems

@@ -3,7 +3,8 @@
 :class:`Served` wraps every linear layer that can carry an adapter, keeps the adapters' factors in one
 :class:`~tunegate.kernels.segments.FactorTable`, and holds the segments of the pass under way. A layer computes the
 base's product for all rows at once and adds each row's own adapter. Adapters come and go between passes without
-touching the model.
+touching the model. A pass may also run on :class:`Merged` weights, for rows of one adapter: the wrapped layers give way
+to its own.
 
 LoRA, rsLoRA and DoRA with any ranks. DoRA's gain, m over the norm of W + s B A, is computed once, when an adapter is
 read. No adapters on the head or on embeddings, no dropout, no gradients: this is for answering.
@@ -12,7 +13,8 @@ read. No adapters on the head or on embeddings, no dropout, no gradients: this i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +23,21 @@ from torch import Tensor, nn
 from tunegate.adapter.files import Known, checked_state, module_paths, tensor_name
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
+from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """One adapter's copies of the layers that it adapts, its update in their weights, by column; all other layers are
+    the base's own."""
+
+    layers: Mapping[int, nn.Module]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.weight.nbytes for layer in self.layers.values())  # type: ignore[misc]
 
 
 class SegmentedLinear(Wrapper):
@@ -37,8 +52,14 @@ class SegmentedLinear(Wrapper):
         assert sizes is not None  # servable() gives layers that can carry an adapter
         self.in_features, self.out_features = sizes
 
+    @property
+    def now(self) -> nn.Module:
+        """The layer that the pass under way runs on."""
+        merged = self.served.merged
+        return self.base if merged is None else merged.layers.get(self.column, self.base)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
+        out = self.now(x)
         segments = self.served.segments
         if segments is not None and self.column in segments.columns:
             flat = x.reshape(-1, x.shape[-1])
@@ -58,6 +79,7 @@ class Served:
         self.skeleton = skeleton
         self.layers: dict[str, SegmentedLinear] = {}
         self.segments: Segments | None = None
+        self.merged: Merged | None = None
         self.rows = 0
         for column, (path, layer) in enumerate(servable(model).items()):
             self.layers[path] = SegmentedLinear(layer, column, self)
@@ -68,17 +90,24 @@ class Served:
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
 
     @contextlib.contextmanager
-    def using(self, segments: Segments | None, rows: int) -> Iterator[None]:
-        """A pass over ``rows`` rows that have the adapters of ``segments``."""
-        self.segments, self.rows = segments, rows
+    def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
+        """A pass over ``rows`` rows that have the adapters of ``segments``, or all run on ``merged``."""
+        self.segments, self.rows, self.merged = segments, rows, merged
         try:
             yield
         finally:
-            self.segments, self.rows = None, 0
+            self.segments, self.rows, self.merged = None, 0, None
+
+    def checked(self, folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
+        """Spec and tensors of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong."""
+        return checked_state(self.skeleton, folder, known=self._known)
 
     def read(self, folder: Path) -> dict[int, Factors]:
-        """The adapter in a PEFT folder as factors by column. :class:`InputError` with everything that is wrong."""
-        spec, state = checked_state(self.skeleton, folder, known=self._known)
+        """The adapter in a PEFT folder as factors by column; errors as of :meth:`checked`."""
+        return self.factors(*self.checked(folder))
+
+    def factors(self, spec: AdapterSpec, state: Mapping[str, Tensor]) -> dict[int, Factors]:
+        """A checked adapter as factors by column."""
         found = {}
         for path in module_paths(state):
             layer = self.layers[path]

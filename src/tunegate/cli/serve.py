@@ -82,6 +82,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--allow-ungated", action="store_true", help="also adapters without a card, or held by the gate; always shown"
     )
     parser.add_argument("--pin", action="append", default=[], metavar="NAME", help="load now, never push out")
+    parser.add_argument(
+        "--merged", action="append", default=[], metavar="NAME",
+        help="run on weights of its own, as fast as the base and in as much memory again; loaded now",
+    )  # fmt: skip
     parser.add_argument("--preload", action="append", default=[], metavar="NAME", help="load now")
     _add_network(parser)
     _add_engine(parser)
@@ -162,7 +166,7 @@ async def _run(
     torch.set_num_threads(1)  # the cores are the engine's; this process hashes and checks
     base = find_base(wanted, console.line)
     engine = _engine(arguments, base, wanted, console)
-    catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots)
+    catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=arguments.merged)
     app: Any = create_app(engine, catalogue, admin=admin)
     if key is not None:
         app = KeyGuard(app, key)
@@ -211,7 +215,7 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
         base=arguments.base, revision=arguments.revision, base_as=arguments.base_name,
         adapters=tuple(arguments.adapters), registry=registry, everything=followed and not arguments.adapters,
         allow_ungated=arguments.allow_ungated, quantization=arguments.quantization, roots=tuple(arguments.roots),
-        pinned=tuple(arguments.pin), preload=tuple(arguments.preload), poll=arguments.poll,
+        pinned=(*arguments.pin, *arguments.merged), preload=tuple(arguments.preload), poll=arguments.poll,
         trust_remote_code=arguments.trust_remote_code,
     )  # fmt: skip
 
@@ -245,6 +249,11 @@ def _vllm(arguments: argparse.Namespace, base: ServedBase, wanted: Wanted, conso
     from tunegate.serve.vllm_engine import VllmEngine
 
     at_hand = base.at_hand
+    if arguments.merged:
+        raise InputError(
+            "vLLM runs no adapter on weights of its own beside the base", where="--merged",
+            fix="serve it with --engine native; or `tunegate merge` it and serve the merged folder as a base",
+        )  # fmt: skip
     if at_hand.recipe is not None:
         raise InputError(
             "vLLM does not quantize a base as the training did", where="--engine vllm",

@@ -96,7 +96,7 @@ class Projection:
 def resolve(module: nn.Module) -> Projection | None:
     """The projection, or None if the fused layer cannot compute it as it now is."""
     if isinstance(module, SegmentedLinear):
-        plain = resolve(module.base)
+        plain = resolve(module.now)
         return None if plain is None else replace(plain, served=module)
     adapter = module if isinstance(module, (LoRALinear, DoRALinear)) else None
     base = adapter.base if adapter is not None else module

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from tunegate.adapter.segmented import Merged
 from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context
 from tunegate.engine.fused_shape import Shape
@@ -31,8 +33,17 @@ from tunegate.kernels.segments import Segments
 RECORD_AFTER = 3  # passes of the same kind: a recording costs about one pass, and each replay saves a part of one
 
 
+@dataclass
+class _Programs:
+    """Recordings on one set of weights, by kind of pass and then by layer, and how often each kind was seen."""
+
+    of: dict[Any, dict[int, Recording | None]] = field(default_factory=dict)
+    passes: Counter[Any] = field(default_factory=Counter)
+
+
 class RecordedSteps:
-    """Recordings for 1 to ``most_rows`` rows of at most ``most_pages`` pages of ``store``."""
+    """Recordings for 1 to ``most_rows`` rows of at most ``most_pages`` pages of ``store``. Those on merged weights end
+    with these."""
 
     def __init__(self, store: PageStore, most_rows: int, most_pages: int):
         self.store = store
@@ -43,13 +54,15 @@ class RecordedSteps:
         self._hidden: list[Tensor] = []
         self._angles: list[tuple[Tensor, Tensor]] = []
         self._keep, self._scratch = Workspace(), Workspace()
-        self._programs: dict[Any, dict[int, Recording | None]] = {}
-        self._passes: Counter[Any] = Counter()
+        self._own = _Programs()
+        self._merged: WeakKeyDictionary[Merged, _Programs] = WeakKeyDictionary()
         self._seen: dict[int, int] = {}
 
-    def begin(self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None) -> None:
+    def begin(
+        self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None, merged: Merged | None
+    ) -> None:
         """The next pass: every row's pages, its tokens with the new one, and the adapters (with the memory of their
-        numbers, which stays the same)."""
+        numbers, which stays the same) or the merged weights."""
         self.rows = len(pages)
         table = self.table[: self.rows * self.most_pages].view(self.rows, self.most_pages)
         most = max(len(row) for row in pages)
@@ -61,10 +74,11 @@ class RecordedSteps:
         if segments is not None:
             table_at = segments.table.numbers.data_ptr()
             adapters = (bool(segments.gains), segments.most_rank, table_at, segments.numbers.data_ptr())
+        programs = self._own if merged is None else self._merged.setdefault(merged, _Programs())
         kind = (self.rows, adapters)
-        self._passes[kind] += 1
-        self._recording = self._passes[kind] > RECORD_AFTER
-        self._layers = self._programs.setdefault(kind, {})
+        programs.passes[kind] += 1
+        self._recording = programs.passes[kind] > RECORD_AFTER
+        self._layers = programs.of.setdefault(kind, {})
         self._seen.clear()
 
     def replay(self, number: int, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor | None:

@@ -5,28 +5,30 @@ prompts, in pieces, the oldest first, so that a long prompt does not hold up the
 in known pages (see ``paging``) does not compute it again. Where pages run out, the newest row gives its own back and
 is computed anew later: pages bound how much runs at a time, never what is answered.
 
-Rows with different adapters share a pass; its tokens are ordered so that each adapter's lie together. A base with two
-sets of rotary frequencies (LongRoPE) takes long and short rows in passes of their own; a row that grows long is
-computed anew.
+Rows with different adapters share a pass; its tokens are ordered so that each adapter's lie together. Some rows cannot
+share one: those on merged weights, and on a base with two sets of rotary frequencies (LongRoPE) long ones and short
+ones. Their passes take turns. A row that grows long is computed anew.
 
-No beams, no speculative decoding; a row's place in the queue is its arrival.
+A row whose prompt is read (``prompt_scores``) takes nothing from known pages. No beams, no speculative decoding; a
+row's place in the queue is its arrival.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
-from tunegate.adapter.segmented import Served
+from tunegate.adapter.segmented import Merged, Served
 from tunegate.engine.page_store import PageStore
 from tunegate.engine.paged import PagedPass, Piece
 from tunegate.engine.paging import PagePool, page_keys
+from tunegate.engine.prompt_scores import PromptReader
 from tunegate.engine.recorded import RecordedSteps
 from tunegate.engine.runner import Runner
 from tunegate.engine.sampling import Chooser, Chosen, choose
@@ -39,8 +41,8 @@ STEP_TOKENS = 256
 
 @dataclass(eq=False)
 class Row:
-    """A prompt and its answer so far. ``slot``: its adapter's in ``Served.table``, None for the base; ``salt`` names
-    that adapter for the pages. ``room``: tokens that the answer may have."""
+    """A prompt and its answer so far. ``slot``: its adapter's in ``Served.table``; ``merged``: weights that it runs on
+    instead; neither: the base's own. ``salt`` names either for the pages. ``room``: tokens that the answer may have."""
 
     tokens: list[int]
     room: int
@@ -48,6 +50,8 @@ class Row:
     stop_ids: frozenset[int]
     slot: int | None = None
     salt: bytes = b""
+    merged: Merged | None = None
+    reader: PromptReader | None = None
     prompt: int = field(init=False)
     arrived: float = field(init=False)
     begun: float | None = None  # when its prompt was first computed
@@ -56,6 +60,7 @@ class Row:
     keys: list[bytes] = field(default_factory=list)  # of its full pages
     computed: int = 0  # tokens whose keys lie in the pages
     long: bool = False
+    turn: int = 0  # the last one of its kind
 
     def __post_init__(self) -> None:
         self.prompt = len(self.tokens)
@@ -64,6 +69,16 @@ class Row:
     @property
     def answer(self) -> list[int]:
         return self.tokens[self.prompt :]
+
+    @property
+    def kind(self) -> tuple[bool, Merged | None]:
+        """Rows of one kind share a pass."""
+        return self.long, self.merged
+
+    @property
+    def left(self) -> int:
+        """Tokens whose keys are to be computed."""
+        return len(self.tokens) - self.computed
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,7 @@ class Scheduler:
             most_pages = -(-self.room(1, 2**31) // page_tokens)
             self._recorded = RecordedSteps(self.store, most_rows, most_pages)
             self._numbers = torch.zeros(1 + 3 * most_rows, dtype=torch.long)
-        self._turn = False  # whether long rows go next, where there are both kinds
+        self._turn = 0
 
     @property
     def busy(self) -> bool:
@@ -165,42 +180,42 @@ class Scheduler:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """One pass; the new tokens of the rows that got one."""
-        long = self._next_kind()
-        self._admit(long)
-        steps, pieces = self._plan(long)
+        self._admit()
+        steps, pieces = self._plan()
         if not steps and not pieces:
             return []
         self.counters.steps += 1
         hidden = self._run(steps, pieces)
-        ready = []
-        for row, count in [*((row, 1) for row in steps), *pieces]:
+        parts = [*((row, 1) for row in steps), *pieces]
+        rows, ends = [], []
+        for (row, count), end in zip(parts, accumulate(count for _, count in parts), strict=True):
+            if row.reader is not None:
+                row.reader.take(row.computed, hidden[end - count : end], self.runner.head)
             row.computed += count
             self._remember(row, row.computed - count)
-            ready.append(row.computed == len(row.tokens))
-        rows = [row for row, is_ready in zip([*steps, *(row for row, _ in pieces)], ready, strict=True) if is_ready]
+            if not row.left:
+                rows.append(row)
+                ends.append(end - 1)
         if not rows:
             return []
-        chosen = choose(self.runner.head, hidden[torch.tensor(ready)], [row.chooser for row in rows])
+        chosen = choose(self.runner.head, hidden[torch.tensor(ends)], [row.chooser for row in rows])
         return [self._took(row, c) for row, c in zip(rows, chosen, strict=True)]
 
     # --- what goes into a pass ------------------------------------------------------------------------------------
 
-    def _next_kind(self) -> bool:
-        kinds = {row.long for row in self.running} or {row.long for row in list(self.waiting)[:1]}
-        if len(kinds) == 2:
-            self._turn = not self._turn
-            return self._turn
-        return kinds.pop() if kinds else False
-
-    def _admit(self, long: bool) -> None:
-        """Waiting rows of this kind into the running ones, while there are places and pages for their prompts."""
-        tokens = sum(len(row.tokens) - row.computed for row in self.running if row.long == long)
-        while self.waiting and len(self.running) < self.most_rows and tokens < self.step_tokens:
+    def _admit(self) -> None:
+        """Waiting rows into the running ones, while there are places, and pages and passes for their prompts."""
+        tokens: Counter[tuple[bool, Merged | None]] = Counter()
+        for row in self.running:
+            tokens[row.kind] += row.left
+        while self.waiting and len(self.running) < self.most_rows:
             row = self.waiting[0]
-            if row.long != long and self.running:
+            if tokens[row.kind] >= self.step_tokens:
                 break
             row.keys = page_keys(row.tokens, self.pool.size, self._salt(row))
             usable = row.keys[: (len(row.tokens) - 1) // self.pool.size]  # the last token is computed in any case
+            if row.reader is not None:
+                usable = []
             needed = -(-len(row.tokens) // self.pool.size)
             if self.running and needed > self.pool.available - len(self.running):  # each may need a page soon
                 break
@@ -211,28 +226,34 @@ class Scheduler:
                 row.begun, row.cached = time.monotonic(), row.computed
                 self.counters.cached_tokens += row.computed
                 self.counters.prompt_tokens += row.prompt
+            row.turn = self._turn
             self.running.append(row)
-            tokens += len(row.tokens) - row.computed
+            tokens[row.kind] += row.left
 
     def _salt(self, row: Row) -> bytes:
         return row.salt + (b"long" if row.long else b"")
 
-    def _plan(self, long: bool) -> tuple[list[Row], list[tuple[Row, int]]]:
-        """Rows that add one token, and pieces of prompts, each with pages for it and in the order of their adapters."""
+    def _plan(self) -> tuple[list[Row], list[tuple[Row, int]]]:
+        """Rows that add one token, and pieces of prompts, each with pages for it and in the order of their adapters:
+        of the kind whose turn is longest ago."""
         steps: list[Row] = []
         pieces: list[tuple[Row, int]] = []
-        left = self.step_tokens - sum(1 for row in self.running if len(row.tokens) - row.computed == 1)
-        for row in list(self.running):
-            if row.long != long or row not in self.running:  # it gave its pages back meanwhile
+        self._turn += 1
+        kind = min(self.running, key=lambda row: row.turn).kind if self.running else None
+        mine = [row for row in self.running if row.kind == kind]
+        left = self.step_tokens - sum(1 for row in mine if row.left == 1)
+        for row in mine:
+            row.turn = self._turn
+            if row not in self.running:  # it gave its pages back meanwhile
                 continue
-            count = len(row.tokens) - row.computed
+            count = row.left
             if count > 1:
                 # the model rotates a pass by its last position, so a long row's tokens go at once
-                count = count if long else min(count, left)
+                count = count if row.long else min(count, left)
                 left -= count
             if count < 1 or not self._get_pages(row, count):
                 continue
-            if len(row.tokens) - row.computed == 1:
+            if row.left == 1:
                 steps.append(row)
             else:
                 pieces.append((row, count))
@@ -266,13 +287,14 @@ class Scheduler:
     # --- the pass -------------------------------------------------------------------------------------------------
 
     def _run(self, steps: Sequence[Row], pieces: Sequence[tuple[Row, int]]) -> Tensor:
-        """The last hidden state of every row in the pass."""
+        """The last hidden states of all tokens in the pass."""
         parts = [(row, 1) for row in steps] + list(pieces)
-        segments = self._segments(parts, recorded=not pieces)
+        merged = parts[0][0].merged
+        segments = None if merged is not None else self._segments(parts, recorded=not pieces)
         recorded = None
         if self._recorded is not None and not pieces:
             recorded = self._recorded
-            recorded.begin([row.pages for row in steps], [row.computed + 1 for row in steps], segments)
+            recorded.begin([row.pages for row in steps], [row.computed + 1 for row in steps], segments, merged)
         paged = PagedPass(
             self.store,
             [Piece(row.pages, row.computed, 1) for row in steps],
@@ -281,11 +303,10 @@ class Scheduler:
             recorded,
         )
         ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
-        ends = torch.tensor([count for _, count in parts]).cumsum(0) - 1
         if self.served is None:
-            return self.runner.run(ids, paged.positions, paged)[ends]
-        with self.served.using(segments, len(ids)):
-            return self.runner.run(ids, paged.positions, paged)[ends]
+            return self.runner.run(ids, paged.positions, paged)
+        with self.served.using(segments, len(ids), merged):
+            return self.runner.run(ids, paged.positions, paged)
 
     def _segments(self, parts: Iterable[tuple[Row, int]], *, recorded: bool) -> Segments | None:
         """The pass's adapters, where a recording looks for them if it is ``recorded``."""

@@ -11,6 +11,7 @@ from tunegate.kernels.cross_entropy import (
     all_logits,
     argmax_logits,
     linear_cross_entropy,
+    logit_chunks,
     target_log_probs,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "all_logits",
     "argmax_logits",
+    "logit_chunks",
     "attention",
     "decode_attention",
     "linear_cross_entropy",

@@ -289,6 +289,11 @@ def all_logits(hidden: Tensor, head: Head) -> Tensor:
     return _mapped(logits, head.scale, head.softcap)
 
 
+def logit_chunks(hidden: Tensor, head: Head) -> Iterator[Tensor]:
+    """:func:`all_logits` of (N, H), some rows at a time."""
+    return (all_logits(part, head) for part in hidden.split(_chunk_rows(head)))
+
+
 @torch.no_grad()
 def argmax_logits(hidden: Tensor, head: Head) -> Tensor:
     """The id of each row's largest logit, (N,) int64; the lowest of equal ones.

@@ -119,6 +119,7 @@ class Front:
         name, first = plan.served.name, 0.0
         self.metrics.prompt_tokens.labels(name).inc(plan.prompt_tokens)
         made, cached = [0] * len(plan.jobs), [0] * len(plan.jobs)
+        waiting = set(range(len(plan.jobs)))
         try:
             async with aclosing(pieces):
                 async for number, piece in pieces:
@@ -126,6 +127,9 @@ class Front:
                         first = time.monotonic()
                         self.metrics.first_token.labels(name).observe(first - began)
                     made[number], cached[number] = piece.made, max(cached[number], piece.cached)
+                    if piece.waited is not None and number in waiting:
+                        waiting.remove(number)
+                        self.metrics.queue.labels(name).observe(piece.waited)
                     if piece.finish is not None:
                         self.metrics.answers.labels(name, piece.finish).inc()
                     yield number, piece

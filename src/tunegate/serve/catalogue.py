@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tunegate.registry.pulling import materialize
 from tunegate.serve.admission import Admitted, House, Stamp, admit, stamp_of
 from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.held import Held
+from tunegate.serve.jobs import MERGED
 from tunegate.serve.once import Locks, Once
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._@:-]*"
@@ -56,10 +57,10 @@ class ModelRefused(InputError):
 class Served:
     """What a request's ``model`` means at this moment.
 
-    ``name``: as the client wrote it. ``key``: the adapter's content hash, None for the base alone. ``fingerprint``:
-    that hash, or the base's. ``standing``: ``ship``, ``hold (override: why)``, ``hold (ungated)``, ``unverified``,
-    ``base``; in lists also ``refused: why``. ``root``: the folder or the registry's version that it came from.
-    ``parent``: the base's name. ``created``: Unix time in seconds.
+    ``name``: as the client wrote it. ``key``: what the engine calls the adapter (:mod:`~tunegate.serve.jobs`), None for
+    the base alone. ``fingerprint``: the adapter's content hash, or the base's. ``standing``: ``ship``, ``hold
+    (override: why)``, ``hold (ungated)``, ``unverified``, ``base``; in lists also ``refused: why``. ``root``: the
+    folder or the registry's version that it came from. ``parent``: the base's name. ``created``: Unix time in seconds.
     """
 
     name: str
@@ -89,11 +90,15 @@ class Entry:
 
 class Catalogue:
     """All calls on one event loop. ``roots``: the folders that :meth:`load` may take adapters from; registry references
-    are taken where ``house`` has a registry."""
+    are taken where ``house`` has a registry. ``merged``: names whose adapters run on merged weights, whatever they
+    mean."""
 
-    def __init__(self, engine: EngineClient, house: House, *, roots: Sequence[Path] = ()):
+    def __init__(
+        self, engine: EngineClient, house: House, *, roots: Sequence[Path] = (), merged: Collection[str] = ()
+    ):  # fmt: skip
         self.house = house
         self.base = house.base.name
+        self._merged = frozenset(merged)
         self._roots = [root.resolve() for root in roots]
         self._held = Held(engine)
         self._entries: dict[str, Entry] = {}
@@ -158,8 +163,9 @@ class Catalogue:
         """Add a name whose adapter is known from the registry; False if the name is taken."""
         if name == self.base or name in self._entries:
             return False
-        self._held.count(entry.served)
-        self._entries[name] = entry
+        served = replace(entry.served, key=self._key(name, entry.served.fingerprint))
+        self._held.count(served)
+        self._entries[name] = replace(entry, served=served)
         return True
 
     async def move(self, name: str, version: Version) -> None:
@@ -215,9 +221,12 @@ class Catalogue:
         return self._entry(name, reference, admit(folder, self.house, version), version.ref)
 
     def _entry(self, name: str, reference: str | None, admitted: Admitted, root: str) -> Entry:
-        renderer, key = self.house.base.renderer(admitted.template), admitted.key
-        served = Served(name, key, renderer, key, admitted.standing, root, self.base, admitted.created)
+        renderer, key = self.house.base.renderer(admitted.template), self._key(name, admitted.key)
+        served = Served(name, key, renderer, admitted.key, admitted.standing, root, self.base, admitted.created)
         return Entry(served, reference, admitted.folder, admitted.stamp, admitted.version)
+
+    def _key(self, name: str, content: str) -> str:
+        return content + MERGED if name in self._merged else content
 
     def _version(self, reference: str) -> Version:
         if self.house.registry is None:

@@ -3,7 +3,8 @@
 Adapters are kept by key, least recently used pushed out first; one that running rows use, or that is pinned, stays. A
 job whose adapter was pushed out waits until it is read again. Reading and checking happen in a thread of their own,
 while passes go on; what takes a place in a pass is only its probe, a row of one token like all others, whose logits are
-held against the base's. An adapter that moves none is refused.
+held against the base's. An adapter that moves none is refused. One that is to run on merged weights (``lane``) is
+also proven on them, and then keeps these alone; they stay, beside what the others have.
 
 It speaks no protocol (``engine_worker`` does), and is for one thread but for :meth:`EngineCore.read`.
 """
@@ -21,15 +22,16 @@ from typing import Any
 
 import torch
 
-from tunegate.adapter.segmented import Served
+from tunegate.adapter.segmented import Merged, Served
 from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
 from tunegate.engine.page_store import token_bytes
+from tunegate.engine.prompt_scores import PromptScores
 from tunegate.engine.runner import Runner, evaluating
-from tunegate.engine.sampling import Chooser, Picking
+from tunegate.engine.sampling import Chooser, Chosen, Picking
 from tunegate.engine.scheduler import PAGE_TOKENS, STEP_TOKENS, Event, Row, Scheduler
 from tunegate.errors import InputError, TunegateError
+from tunegate.export.parity import Limits
 from tunegate.kernels import native
-from tunegate.kernels.segments import Factors
 from tunegate.model.loading import (
     DTYPES,
     choose_device,
@@ -41,7 +43,8 @@ from tunegate.model.loading import (
 )
 from tunegate.model.resolve import resolve_base
 from tunegate.model.weights import load_object
-from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
+from tunegate.serve.jobs import MERGED, EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
+from tunegate.serve.lane import Proof, Read, read_merged, read_plain
 
 _PROBE = 1  # the token that adapters are probed with
 _MOST_FORMS = 256  # compiled ones kept
@@ -49,25 +52,42 @@ _MOST_FORMS = 256  # compiled ones kept
 
 @dataclass
 class _Adapter:
-    """``slot`` None: known, but not in memory. ``probe``: the row that proves it, while it runs."""
+    """``slot`` and ``merged`` None: known, but not in memory. ``probes``: rows that prove it and are not done."""
 
     key: str
     folder: Path
     pinned: bool
     slot: int | None = None
+    merged: Merged | None = None
     bytes: int = 0
     rank: int = 0
     moved: float = 0.0
     users: int = 0  # rows that run or wait with it
-    reading: Future[dict[int, Factors]] | None = None
-    probe: Row | None = None
+    reading: Future[Read] | None = None
+    probes: set[Row] = field(default_factory=set)
+    proof: Proof | None = None
     begun: float = 0.0
     asked: list[Callable[[Loaded | TunegateError], None]] = field(default_factory=list)
     waiting: list[tuple[int, Job]] = field(default_factory=list)
 
     @property
+    def held(self) -> bool:
+        return self.slot is not None or self.merged is not None
+
+    @property
     def ready(self) -> bool:
-        return self.slot is not None and self.probe is None
+        return self.held and not self.probes
+
+
+@dataclass
+class _Running:
+    """A job and its row. ``scores`` of its prompt. ``told``: whether anything was sent."""
+
+    row: Row
+    job: Job
+    adapter: _Adapter | None
+    scores: PromptScores | None
+    told: bool = False
 
 
 class EngineCore:
@@ -104,7 +124,7 @@ class EngineCore:
             step_tokens=options.step_tokens or STEP_TOKENS,
         )  # fmt: skip
         self.adapters: OrderedDict[str, _Adapter] = OrderedDict()  # the least recently used first
-        self._jobs: dict[int, tuple[Row, Job, _Adapter | None]] = {}
+        self._jobs: dict[int, _Running] = {}
         self._rows: dict[Row, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
         self._forms: OrderedDict[Any, Constraint] = OrderedDict()
@@ -159,11 +179,12 @@ class EngineCore:
         bad = next((t for t in (*job.tokens, *(i for i, _ in job.picking.logit_bias)) if not 0 <= t < vocabulary), None)
         if bad is not None:
             raise InputError("a token id is outside of the vocabulary", expected=f"0 to {vocabulary - 1}", got=str(bad))
-        if not job.tokens or job.max_new_tokens < 1:
+        if not job.tokens or job.max_new_tokens < 0:
             raise InputError("nothing to continue", got=f"{len(job.tokens)} tokens, {job.max_new_tokens} to make")
-        if len(job.tokens) + 1 > self.facts.context:
+        most = self.facts.context - min(1, job.max_new_tokens)
+        if len(job.tokens) > most:
             raise InputError(
-                "the prompt is longer than what can be read", expected=f"at most {self.facts.context - 1} tokens",
+                "the prompt is longer than what can be read", expected=f"at most {most} tokens",
                 got=f"{len(job.tokens)}",
             )  # fmt: skip
         if len(self._jobs) >= self.options.most_rows + self.options.most_waiting:
@@ -171,7 +192,8 @@ class EngineCore:
 
     def _start(self, number: int, job: Job, adapter: _Adapter | None) -> None:
         state = None if job.form is None else self._form(job).start()
-        room = min(job.max_new_tokens, self.facts.context - len(job.tokens))
+        room = max(1, min(job.max_new_tokens, self.facts.context - len(job.tokens)))
+        scores = None if job.prompt_logprobs is None else PromptScores(job.tokens, job.prompt_logprobs)
         row = Row(
             list(job.tokens),
             self.scheduler.room(len(job.tokens), room),
@@ -179,9 +201,11 @@ class EngineCore:
             frozenset(job.stop_ids),
             None if adapter is None else adapter.slot,
             b"" if adapter is None else adapter.key.encode()[-48:],
+            None if adapter is None else adapter.merged,
+            None if scores is None else scores.reader,
         )
         self.scheduler.add(row)
-        self._jobs[number], self._rows[row] = (row, job, adapter), number
+        self._jobs[number], self._rows[row] = _Running(row, job, adapter, scores), number
         if adapter is not None:
             adapter.users += 1
             self.adapters.move_to_end(adapter.key)
@@ -199,16 +223,16 @@ class EngineCore:
 
     def cancel(self, number: int) -> None:
         if number in self._jobs:
-            self.scheduler.cancel(self._jobs[number][0])
+            self.scheduler.cancel(self._jobs[number].row)
             self._end(number)
         for adapter in self.adapters.values():
             adapter.waiting = [(n, job) for n, job in adapter.waiting if n != number]
 
     def _end(self, number: int) -> None:
-        row, _, adapter = self._jobs.pop(number)
-        del self._rows[row]
-        if adapter is not None:
-            adapter.users -= 1
+        running = self._jobs.pop(number)
+        del self._rows[running.row]
+        if running.adapter is not None:
+            running.adapter.users -= 1
             self._let_go()
 
     def step(self) -> None:
@@ -226,8 +250,9 @@ class EngineCore:
 
     def _fail_all(self, error: TunegateError) -> None:
         self.scheduler.clear()
-        for row in list(self._probes):
-            self._proven(self._probes.pop(row), Event(row, error, None))
+        while self._probes:
+            row, adapter = self._probes.popitem()
+            self._proven(adapter, Event(row, error, None))
         for number in list(self._jobs):
             self.send(number, error)
             self._end(number)
@@ -236,27 +261,14 @@ class EngineCore:
         if event.row in self._probes:
             self._proven(self._probes.pop(event.row), event)
             return
-        number, row = self._rows[event.row], event.row
+        number = self._rows[event.row]
+        running = self._jobs[number]
         if isinstance(event.chosen, TunegateError):
             self.send(number, event.chosen)
             self._end(number)
             return
-        chosen, stopped = event.chosen, event.finish == "stop"
-        logprobs = None
-        if chosen.logprob is not None and not stopped:
-            logprobs = (TokenLogprob(chosen.token, chosen.logprob, chosen.top),)
-        waited = (row.begun or row.arrived) - row.arrived
-        self.send(
-            number,
-            Tokens(
-                () if stopped else (chosen.token,),
-                event.finish,  # type: ignore[arg-type]
-                logprobs,
-                row.cached,
-                waited,
-                chosen.token if stopped else None,
-            ),
-        )
+        self.send(number, _tokens(running, event.chosen, event.finish))
+        running.told = True
         if event.finish is not None:
             self._end(number)
 
@@ -280,42 +292,53 @@ class EngineCore:
         if adapter is None:
             return
         self._refuse(adapter, InputError("the adapter was unloaded", got=key))
-        if adapter.slot is not None:
+        if adapter.held:
             self._leaving.append(adapter)
             self._let_go()
 
     def _let_go(self) -> None:
         """Unloaded adapters whose last row is done."""
-        for adapter in [a for a in self._leaving if not a.users and a.probe is None]:
+        for adapter in [a for a in self._leaving if not a.users and not a.probes]:
             self._leaving.remove(adapter)
             self._push_out(adapter)
 
     def _push_out(self, adapter: _Adapter) -> None:
-        assert adapter.slot is not None
-        self.served.table.remove(adapter.slot)
-        adapter.slot = None
+        self._drop_factors(adapter)
+        adapter.merged = None
+
+    def _drop_factors(self, adapter: _Adapter) -> None:
+        if adapter.slot is not None:
+            self.served.table.remove(adapter.slot)
+        adapter.slot = adapter.proof = None
 
     def _read(self, adapter: _Adapter) -> None:
-        if adapter.reading is None and adapter.probe is None:
+        if adapter.reading is None and not adapter.probes:
             adapter.begun = time.monotonic()
-            adapter.reading = self._reader.submit(self.served.read, adapter.folder)
+            read = read_merged if adapter.key.endswith(MERGED) else read_plain
+            adapter.reading = self._reader.submit(read, self.served, adapter.folder, self.facts.vocabulary)
 
     def _take(self, adapter: _Adapter) -> None:
-        """An adapter that was read into the table, if there is room, and its probe into the queue."""
+        """An adapter that was read into the table, if there is room, and its probes into the queue."""
         assert adapter.reading is not None
         reading, adapter.reading = adapter.reading, None
         try:
-            factors = reading.result()
-            adapter.bytes = sum(f.nbytes for f in factors.values())
-            adapter.rank = max(f.rank for f in factors.values())
-            self._make_room(adapter)
-            adapter.slot = self.served.table.add(factors)
+            read = reading.result()
+            adapter.bytes, adapter.rank = read.nbytes, max(f.rank for f in read.factors.values())
+            if read.merged is None:
+                self._make_room(adapter)
+            adapter.slot, adapter.merged = self.served.table.add(read.factors), read.merged
         except Exception as error:  # a file that changed under us, a full memory: this adapter's fault alone
             self._refuse(adapter, error if isinstance(error, TunegateError) else _unreadable(adapter.folder, error))
             return
-        adapter.probe = self._probe_row(adapter.slot, lambda logits: self._look(adapter, logits))
-        self._probes[adapter.probe] = adapter
-        self.scheduler.add(adapter.probe, first=True)
+        slot = adapter.slot if read.merged is None else None
+        rows = [self._probe_row(slot, read.merged, lambda logits: self._look(adapter, logits))]
+        if read.merged is not None:
+            adapter.proof = Proof(read, adapter.slot, adapter.folder)
+            rows += adapter.proof.rows
+        adapter.probes.update(rows)
+        for row in rows:
+            self._probes[row] = adapter
+            self.scheduler.add(row, first=True)
 
     def _look(self, adapter: _Adapter, logits: torch.Tensor) -> None:
         moved = float((logits - self._plain).abs().max())
@@ -326,11 +349,23 @@ class EngineCore:
         adapter.moved = moved
 
     def _proven(self, adapter: _Adapter, event: Event) -> None:
-        """The end of an adapter's probe: what waited for it begins."""
-        adapter.probe = None
-        if isinstance(event.chosen, TunegateError):
+        """The end of one of an adapter's probes; after the last one what waited for it begins."""
+        adapter.probes.discard(event.row)
+        try:
+            if isinstance(event.chosen, TunegateError):
+                raise event.chosen
+            if adapter.probes:
+                return
+            if adapter.proof is not None:
+                adapter.proof.require(Limits())
+                self._drop_factors(adapter)
+        except TunegateError as error:
+            for row in adapter.probes:
+                self.scheduler.cancel(row)
+                del self._probes[row]
+            adapter.probes.clear()
             self._push_out(adapter)
-            self._refuse(adapter, event.chosen)
+            self._refuse(adapter, error)
             return
         loaded = Loaded(adapter.key, adapter.bytes, adapter.rank, time.monotonic() - adapter.begun, adapter.moved)
         asked, adapter.asked = adapter.asked, []
@@ -344,14 +379,14 @@ class EngineCore:
                 self.send(number, error)
         self._let_go()
 
-    def _probe_row(self, slot: int | None, look: Callable[[torch.Tensor], None]) -> Row:
+    def _probe_row(self, slot: int | None, merged: Merged | None, look: Callable[[torch.Tensor], None]) -> Row:
         chooser = Chooser(Picking(temperature=0.0), (_PROBE,), look=look)
-        return Row([_PROBE], 1, chooser, frozenset(), slot, f"probe {slot}".encode())
+        return Row([_PROBE], 1, chooser, frozenset(), slot, b"probe", merged)
 
     def _probe_base(self) -> torch.Tensor:
         """The base's logits after the probe's token."""
         found: list[torch.Tensor] = []
-        self.scheduler.add(self._probe_row(None, lambda logits: found.append(logits.clone())))
+        self.scheduler.add(self._probe_row(None, None, lambda logits: found.append(logits.clone())))
         with evaluating(self.runner.model):
             self.scheduler.step()
         return found[0]
@@ -371,7 +406,7 @@ class EngineCore:
         for other in list(self.adapters.values()):
             if self.bytes_held + adapter.bytes <= budget:
                 return
-            if other.ready and not other.users and not other.pinned:
+            if other.ready and other.merged is None and not other.users and not other.pinned:
                 self._push_out(other)
         if self.bytes_held + adapter.bytes > budget:
             raise EngineFull(
@@ -381,7 +416,11 @@ class EngineCore:
 
     @property
     def bytes_held(self) -> int:
-        return sum(a.bytes for a in (*self.adapters.values(), *self._leaving) if a.slot is not None)
+        """Of factors."""
+        return sum(a.bytes for a in self._held() if a.merged is None)
+
+    def _held(self) -> list[_Adapter]:
+        return [a for a in (*self.adapters.values(), *self._leaving) if a.held]
 
     def stats(self) -> dict[str, Any]:
         scheduler = self.scheduler
@@ -391,9 +430,28 @@ class EngineCore:
             "pages": scheduler.pool.pages,
             "pages_used": scheduler.pool.used,
             **vars(scheduler.counters),
-            "adapters": sum(a.slot is not None for a in self.adapters.values()),
+            "adapters": sum(a.held for a in self.adapters.values()),
             "adapter_bytes": self.bytes_held,
+            "merged": sum(a.merged is not None for a in self.adapters.values()),
+            "merged_bytes": sum(a.bytes for a in self._held() if a.merged is not None),
         }
+
+
+def _tokens(running: _Running, chosen: Chosen, finish: Any) -> Tokens:
+    """What the job is told of its row's next token."""
+    row, job = running.row, running.job
+    stopped, made = finish == "stop", job.max_new_tokens > 0
+    logprobs, waited, prompt = None, None, None
+    if chosen.logprob is not None and made and (not stopped or job.prompt_logprobs is not None):
+        logprobs = (TokenLogprob(chosen.token, chosen.logprob, chosen.top),)
+    if not running.told:
+        waited = (row.begun or row.arrived) - row.arrived
+        if running.scores is not None:
+            prompt = tuple(TokenLogprob(c.token, c.logprob or 0.0, c.top) for c in running.scores.found)
+    return Tokens(
+        (chosen.token,) if made and not stopped else (), finish if made else "length", logprobs, row.cached, waited,
+        chosen.token if made and stopped else None, prompt,
+    )  # fmt: skip
 
 
 def _unreadable(folder: Path, error: Exception) -> InputError:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from tunegate.errors import TunegateError
 from tunegate.serve.engine_client import EngineClient
+from tunegate.serve.jobs import MERGED
 from tunegate.serve.once import Locks, Once
 
 log = logging.getLogger("tunegate.serve")
@@ -59,8 +60,10 @@ class Held:
 
     async def _put(self, key: str, folder: Path, pinned: bool) -> None:
         async with self._locks[key]:
-            await self._engine.load(key, folder, pinned=pinned)
+            found = await self._engine.load(key, folder, pinned=pinned)
             self._there[key] = (folder, pinned)
+            if key.endswith(MERGED):
+                log.info("%s runs on merged weights: %.0f MB beside the base's", key[:15], found.bytes / 1e6)
 
     def _from_anywhere(self, loop: asyncio.AbstractEventLoop, key: str) -> None:
         """An object may die in any thread."""

@@ -2,7 +2,8 @@
 
 The front (HTTP, templates, text) and the engine (the model) are two processes. A :class:`Job` is one answer to make;
 its :class:`Tokens` come back as they are made, and the last ones say why the answer ended. Adapters are named by a
-``key``, their content hash, so that a name can move to other weights while answers are under way.
+``key``, their content hash, so that a name can move to other weights while answers are under way. A key also says how
+they are computed: on merged weights if it ends in :data:`MERGED`, which rounds otherwise than on top of the base's.
 
 It holds no text: the front turns text into ids and ids into text, and looks for stop strings. Everything here is plain
 data that JSON can carry; :func:`to_json` and the ``from_json`` beside each class are the wire form.
@@ -18,6 +19,7 @@ from tunegate.engine.sampling import Picking
 from tunegate.errors import TunegateError
 
 Finish = Literal["stop", "length", "cancelled"]
+MERGED = "+merged"
 
 
 class EngineGone(TunegateError):
@@ -30,12 +32,14 @@ class EngineFull(TunegateError):
 
 @dataclass(frozen=True)
 class Job:
-    """One answer. ``tokens``: the prompt's ids, at least one. ``adapter``: its key, None for the base alone.
+    """One answer. ``tokens``: the prompt's ids, at least one. ``max_new_tokens`` 0: the prompt is computed and nothing
+    made. ``adapter``: its key, None for the base alone.
 
     ``stop_ids`` end the answer and are not part of it. ``form``: (kind, value, compact) of an
     :class:`~tunegate.engine.constrain.AnswerForm` that the answer keeps to. ``logprobs``: log-probabilities of the
     chosen token and of that many likeliest ones (0: the chosen one's only), of the distribution before temperature and
-    penalties; None for none.
+    penalties; None for none. ``prompt_logprobs``: the same of the prompt's tokens, and of a token of ``stop_ids`` that
+    ends the answer.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +49,7 @@ class Job:
     picking: Picking = field(default_factory=Picking)
     form: tuple[str, str | tuple[str, ...], bool] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Job:
@@ -62,6 +67,7 @@ class Job:
             Picking(**picking),
             form,
             data["logprobs"],
+            data["prompt_logprobs"],
         )
 
 
@@ -76,32 +82,37 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The next ids of a job's answer, stop tokens left out. ``finish``: set on the last one. ``cached``: tokens of the
-    prompt that were not computed again; ``waited``: seconds until the job's prompt was begun. ``stop_id``: the token
-    that ended the answer."""
+    """The next ids of a job's answer, stop tokens left out. ``finish``: set on the last one. ``logprobs``: of these
+    ids, and behind them of the stop token where the job asks for that. ``cached``: tokens of the prompt that were not
+    computed again. ``stop_id``: the token that ended the answer. On the first one only:
+    ``waited``, seconds until the job's prompt was begun, None where that is not known; ``prompt``, the prompt's tokens
+    from the second on, where their log-probabilities were asked for."""
 
     ids: tuple[int, ...]
     finish: Finish | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     cached: int = 0
-    waited: float = 0.0
+    waited: float | None = None
     stop_id: int | None = None
+    prompt: tuple[TokenLogprob, ...] | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tokens:
-        logprobs = data["logprobs"]
-        if logprobs is not None:
-            logprobs = tuple(
-                TokenLogprob(entry["token"], entry["logprob"], tuple((i, p) for i, p in entry["top"]))
-                for entry in logprobs
-            )
-        return cls(tuple(data["ids"]), data["finish"], logprobs, data["cached"], data["waited"], data["stop_id"])
+        logprobs, prompt = (
+            None
+            if entries is None
+            else tuple(TokenLogprob(e["token"], e["logprob"], tuple((i, p) for i, p in e["top"])) for e in entries)
+            for entries in (data["logprobs"], data["prompt"])
+        )
+        return cls(
+            tuple(data["ids"]), data["finish"], logprobs, data["cached"], data["waited"], data["stop_id"], prompt
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in the engine: its bytes there, its largest rank, seconds it took, and the largest change of a logit
-    that a probe saw (a load whose probe sees none is refused)."""
+    """An adapter in the engine: its bytes there (of merged weights: theirs), its largest rank, seconds it took, and the
+    largest change of a logit that a probe saw (a load whose probe sees none is refused)."""
 
     key: str
     bytes: int

@@ -39,6 +39,13 @@ class Metrics:
             buckets=SECONDS,
             **own,
         )
+        self.queue = Histogram(
+            "tunegate_time_in_queue_seconds",
+            "Until an answer's prompt is begun, where the engine says it",
+            ["model"],
+            buckets=SECONDS,
+            **own,
+        )
         self.request_seconds = Histogram(
             "tunegate_request_seconds", "From a request to the end of its answers", ["model"], buckets=SECONDS, **own
         )

@@ -19,7 +19,7 @@ from tunegate.serve.jobs import TokenLogprob
 from tunegate.serve.openai_errors import describe
 from tunegate.serve.openai_plan import Plan
 from tunegate.serve.openai_streams import Answer, Numbered, Piece
-from tunegate.serve.text import BROKEN
+from tunegate.serve.text import BROKEN, Detokenizer
 from tunegate.serve.tools import Call
 
 LEAST_LOGPROB = -9999.0  # for a token that cannot come: JSON has no infinity
@@ -53,7 +53,7 @@ class Shape:
         return {**self.head(chunk=False), "choices": choices, "usage": self.counts(answers)}
 
     def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
-        logprobs = self._logprobs(number, answer.logprobs)
+        logprobs = self._logprobs(number, answer.logprobs, answer.prompt)
         if not self.chat:
             text = self._echoed(number) + answer.text
             return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
@@ -101,18 +101,21 @@ class Shape:
         return event({**head, "choices": [choice]})
 
     def _opening(self, number: int) -> dict[str, Any] | None:
-        """A choice's first chunk: who speaks, or the prompt that is echoed."""
+        """A choice's first chunk: who speaks, or the prompt that is echoed. One with log-probabilities waits for
+        these."""
         if self.chat:
             delta = {"role": "assistant", "content": ""}
             return {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-        if not self.plan.echo:
+        if not self.plan.echo or self.plan.jobs[number].prompt_logprobs is not None:
             return None
         return {"index": number, "text": self._echoed(number), "logprobs": None, "finish_reason": None}
 
     def _delta(self, number: int, piece: Piece, sent: int) -> dict[str, Any]:
-        logprobs = self._logprobs(number, piece.logprobs) if piece.logprobs else None
+        told = piece.logprobs or piece.prompt is not None
+        logprobs = self._logprobs(number, piece.logprobs, piece.prompt) if told else None
         if not self.chat:
-            return {"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+            text = piece.text if piece.prompt is None else self._echoed(number) + piece.text
+            return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}
         delta: dict[str, Any] = {"content": piece.text} if piece.text or piece.logprobs else {}
         if piece.calls:
             delta["tool_calls"] = [{"index": sent + i, **_call(call)} for i, call in enumerate(piece.calls)]
@@ -123,19 +126,34 @@ class Shape:
     def _echoed(self, number: int) -> str:
         return self.plan.echo[number // self.plan.n] if self.plan.echo else ""
 
-    def _logprobs(self, number: int, entries: Entries) -> dict[str, Any] | None:
+    def _logprobs(self, number: int, entries: Entries, prompt: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         if self.plan.jobs[number].logprobs is None:
             return None
         if self.chat:
             return {"content": [self._token(entry) for _, entry in entries], "refusal": None}
-        names = [self._name(entry.token) for _, entry in entries]
-        chosen = [_finite(entry.logprob) for _, entry in entries]
-        likeliest = [
-            {self._name(token): _finite(p) for token, p in reversed(entry.top)} | {name: own}
-            for (_, entry), name, own in zip(entries, names, chosen, strict=True)
+        echoed = len(self._echoed(number))
+        every: list[tuple[int, TokenLogprob]] = [(echoed + place, entry) for place, entry in entries]
+        if prompt is not None:
+            every = [*zip(self._places(number)[1:], prompt, strict=True), *every]
+        names = [self._name(entry.token) for _, entry in every]
+        chosen: list[float | None] = [_finite(entry.logprob) for _, entry in every]
+        likeliest: list[dict[str, float] | None] = [
+            {self._name(token): _finite(p) for token, p in reversed(entry.top)} | {name: _finite(entry.logprob)}
+            for (_, entry), name in zip(every, names, strict=True)
         ]
-        offsets = [place for place, _ in entries]
-        return {"tokens": names, "token_logprobs": chosen, "top_logprobs": likeliest, "text_offset": offsets}
+        places = [place for place, _ in every]
+        if prompt is not None:  # nothing says how likely a first token is
+            first = self._name(self.plan.jobs[number].tokens[0])
+            names, chosen, likeliest, places = [first, *names], [None, *chosen], [None, *likeliest], [0, *places]
+        return {"tokens": names, "token_logprobs": chosen, "top_logprobs": likeliest, "text_offset": places}
+
+    def _places(self, number: int) -> list[int]:
+        """Where the text of each token of a prompt begins in the echo, in characters."""
+        words, places, read = Detokenizer(self.plan.words), [], 0
+        for token in self.plan.jobs[number].tokens:
+            places.append(min(read, len(self._echoed(number))))
+            read += len(words.push(token))
+        return places
 
     def _token(self, entry: TokenLogprob) -> dict[str, Any]:
         return {**self._alone(entry.token, entry.logprob), "top_logprobs": [self._alone(*pair) for pair in entry.top]}

@@ -92,8 +92,8 @@ class ChatCompletion(Document):
 
 class CompletionLogprobs(Document):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

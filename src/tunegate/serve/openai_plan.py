@@ -122,8 +122,10 @@ def completion_plan(asked: CompletionRequest, served: Served, facts: EngineFacts
             ids = text_prompt(renderer, prompt) if isinstance(prompt, str) else prompt
             _check_ids(ids, facts, f"prompt[{number}]" if len(asked.prompt) > 1 else "prompt")
             prompts.append(ids)
-    limit = asked.max_tokens or COMPLETION_TOKENS
+    limit = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
     job = _job(asked, served, facts, problems, form, asked.logprobs)
+    if asked.echo:
+        job = replace(job, prompt_logprobs=asked.logprobs)
     jobs = _fitted(prompts, job, limit, facts, problems, "prompt")
     if problems:
         raise InputError(problems)
@@ -231,12 +233,12 @@ def _fitted(
     for number, prompt in enumerate(prompts):
         where = f"{at}[{number}]" if len(prompts) > 1 else at
         room = facts.context - len(prompt)
-        if room < (limit or 1):
+        if room < (1 if limit is None else limit):
             asks = f"{len(prompt)} tokens" + (f" and {limit} for the answer" if limit else "")
             fix = "shorten the prompt" if room < 1 else f"shorten the prompt, or ask for at most {room} tokens"
             problems.append(Problem("longer than the context", where, f"{facts.context} tokens in all", asks, fix))
         else:
-            jobs.append(replace(job, tokens=tuple(prompt), max_new_tokens=limit or room))
+            jobs.append(replace(job, tokens=tuple(prompt), max_new_tokens=room if limit is None else limit))
     return jobs
 
 

@@ -304,6 +304,7 @@ class CompletionRequest(Sampling):
     prompt: Prompt
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     best_of: int | None = None
     suffix: None = None
 
@@ -311,8 +312,8 @@ class CompletionRequest(Sampling):
     def _together(self) -> CompletionRequest:
         if self.best_of not in (None, self.n or 1):
             raise ValueError("`best_of` other than `n` is not supported")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("`echo` with `logprobs` is not supported: the prompt's log-probabilities are not computed")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("`max_tokens: 0` asks for nothing without `echo: true`")
         if len(self.prompt) * (self.n or 1) > MOST_ANSWERS:
             raise ValueError(f"prompts times `n` is more than {MOST_ANSWERS}")
         return self

@@ -27,7 +27,9 @@ Numbered = tuple[int, "Piece"]
 @dataclass(frozen=True)
 class Piece:
     """What came since the last piece. ``logprobs``: with the place, in characters, at which the token's text begins.
-    ``made``: tokens of the answer so far; ``cached``: tokens of its prompt that were not computed."""
+    ``prompt``: those of the prompt's tokens from the second on, once. ``made``: tokens of the answer so far;
+    ``cached``: tokens of its prompt that were not computed; ``waited``: seconds until it was begun, None if not
+    known."""
 
     text: str = ""
     calls: tuple[Call, ...] = ()
@@ -35,10 +37,12 @@ class Piece:
     finish: str | None = None
     made: int = 0
     cached: int = 0
+    waited: float | None = None
+    prompt: tuple[TokenLogprob, ...] | None = None
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.calls or self.logprobs or self.finish)
+        return not (self.text or self.calls or self.logprobs or self.finish or self.prompt is not None)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Answer:
     text: str = ""
     calls: list[Call] = field(default_factory=list)
     logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+    prompt: tuple[TokenLogprob, ...] | None = None
     finish: str | None = None
     made: int = 0
     cached: int = 0
@@ -56,6 +61,7 @@ class Answer:
         self.text += piece.text
         self.calls += piece.calls
         self.logprobs += piece.logprobs
+        self.prompt = piece.prompt if self.prompt is None else self.prompt
         self.finish = piece.finish or self.finish
         self.made, self.cached = piece.made, max(self.cached, piece.cached)
 
@@ -75,10 +81,12 @@ class Reader:
         self._scanner = StopScanner(plan.stops)
         self._entries: list[tuple[int, TokenLogprob]] = []
         self._read = self._released = self._made = self._cached = 0  # the first two in characters
+        self._waited: float | None = None
 
     def take(self, tokens: Tokens) -> Piece:
         released, finish = "", None if tokens.finish is None else str(tokens.finish)
         self._cached = max(self._cached, tokens.cached)
+        self._waited = tokens.waited if self._waited is None else self._waited
         for place, token in enumerate(tokens.ids):
             if tokens.logprobs is not None:
                 self._entries.append((self._read, tokens.logprobs[place]))
@@ -86,6 +94,8 @@ class Reader:
             released += self._scan(self._words.push(token))
             if self._scanner.hit:
                 break
+        if tokens.logprobs is not None and not self._scanner.hit:
+            self._entries += [(self._read, entry) for entry in tokens.logprobs[len(tokens.ids) :]]
         if finish is not None and not self._scanner.hit:
             released += self._scan(self._words.finish())
             released += self._scanner.finish()
@@ -97,7 +107,8 @@ class Reader:
         text, calls = self._sort(released, finish is not None)
         if self._calls is not None and self._calls.calls and (finish == "stop" or self._single):
             finish = "tool_calls"
-        return Piece(text, tuple(calls), tuple(entries), finish, self._made, self._cached)
+        counts = (self._made, self._cached, self._waited)
+        return Piece(text, tuple(calls), tuple(entries), finish, *counts, prompt=tokens.prompt)
 
     def _scan(self, text: str) -> str:
         self._read += len(text)

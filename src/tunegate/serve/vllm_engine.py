@@ -120,7 +120,7 @@ class VllmEngine:
             self._client = None
 
     async def generate(self, job: Job) -> AsyncIterator[Tokens]:
-        """See :class:`EngineClient`. ``waited`` is not known of vLLM and stays 0."""
+        """See :class:`EngineClient`. ``waited`` is not known of vLLM."""
         import httpx2
 
         if not self.alive:
@@ -263,6 +263,9 @@ def request_body(job: Job, name: str) -> dict[str, Any]:
     """A job as vLLM's ``/v1/completions`` takes it. :class:`InputError` for what it cannot do."""
     if job.logprobs is not None and job.logprobs > MOST_LOGPROBS:
         raise InputError("too many log-probabilities", expected=f"at most {MOST_LOGPROBS}", got=str(job.logprobs))
+    if job.prompt_logprobs is not None:
+        what, fix = "vLLM's streams hold no log-probabilities of a prompt", "ask a server with --engine native"
+        raise InputError(what, where="echo with logprobs", fix=fix)
     p = job.picking
     body: dict[str, Any] = {
         "model": name, "prompt": list(job.tokens), "max_tokens": job.max_new_tokens,
