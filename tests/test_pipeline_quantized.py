@@ -81,7 +81,7 @@ def test_a_base_stored_in_4_bits_is_taken_as_it_is(tmp_path: Path, tiny_llama: P
     original = write_task(tmp_path / "original", tiny_llama)
     assert card["base"]["parameters"] == _parameters(original)
     said = call("check", task, *NF4)
-    assert said.code == 2 and "stored in 4 bits already" in said.err
+    assert said.code == 2 and "stored quantized already" in said.err
     said = call("merge", adapter(task), "-o", tmp_path / "merged")
     assert said.code == 2 and "16-bit original" in said.err
 
@@ -110,9 +110,9 @@ def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path, tiny_llama:
     (device,) = json.loads(call("plan", "--base", tmp_path / "base", *flags, "--json").out)["devices"]
     assert device["method"] == "qlora"
     said = call("plan", "--base", tmp_path / "base", *flags, "--method", "lora")
-    assert said.code == 2 and "stored in 4 bits" in said.err
+    assert said.code == 2 and "stored quantized" in said.err
     said = call("plan", task, *NF4)
-    assert said.code == 2 and "stored in 4 bits already" in said.err
+    assert said.code == 2 and "stored quantized already" in said.err
 
 
 def _parameters(task: Path) -> int:
