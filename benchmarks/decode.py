@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and repetitions")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="packaged name or folder")
-    parser.add_argument("--quantization", nargs="+", default=["none", "nf4", "int8"], choices=["none", "nf4", "int8"])
+    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4", "int8"])
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--steps", type=int, help="default 12 quick, 32 otherwise")
     parser.add_argument("--rounds", type=int, help="default 3 quick, 5 otherwise")

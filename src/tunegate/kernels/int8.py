@@ -1,13 +1,14 @@
 """8-bit weights, bit for bit as LLM.int8() stores them: signed bytes and one scale for each row.
 
 Dettmers et al. 2022 (arXiv 2208.07339): a row's scale is its largest magnitude, an element's code is
-``round(w * (127 / scale))``, ties to even, and stands for ``code * scale / 127``. Codes, scales and what they give back
-are those of bitsandbytes' ``int8_vectorwise_quant`` on CPUs, for fp32, bf16 and fp16 weights. A row whose largest
-magnitude has no finite ``127 / scale`` (zeros, or less than 3.8e-37) has the code 0 everywhere, there as here.
+``round(w * (1 / scale * 127))``, ties to even, and stands for ``code * scale * (1 / 127)``, every step rounded to fp32.
+Codes, scales and what they give back are those of bitsandbytes' ``int8_vectorwise_quant`` on CPUs, for fp32, bf16 and
+fp16 weights. A row of zeros, or of magnitudes below 3.7e-37 whose factor is infinite, has the code 0 everywhere, there
+as here.
 
-Only the weight is quantized. LLM.int8() also rounds activations to 8 bits and takes outlying columns out of that;
-here activations keep their 16 or 32 bits, so that no column has to be treated apart. What the codes are computed with
-is ``linear``, the layer is ``nf4.QuantizedLinear``.
+Only the weight is quantized. LLM.int8() also rounds activations to 8 bits and takes outlying columns out of that; here
+activations keep their 16 or 32 bits, so that no column has to be treated apart. What the codes are computed with is
+``linear``, the layer is ``nf4.QuantizedLinear``.
 """
 
 from __future__ import annotations
