@@ -157,7 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=6144, help="of each text")
-    parser.add_argument("--quick", action="store_true", help="two windows of each text, the default of each format, no files")
+    parser.add_argument(
+        "--quick", action="store_true", help="two windows of each text, the default of each format, no files"
+    )
     arguments = parser.parse_args()
     base = resolve_base(arguments.base)
     recipes = [r for r in RECIPES if r == Recipe.of(r.format)] if arguments.quick else list(RECIPES)

@@ -61,7 +61,7 @@ def test_the_parts_are_those_of_bitsandbytes(recipe, dtype) -> None:
 def test_what_is_packed_is_unpacked(rows, columns, recipe, dtype) -> None:
     weight = quantize(matrix(rows, columns, dtype), recipe)
     entries = packed_entries(NAME, (rows, columns), recipe, 256)
-    parts = pack(NAME, weight, state_bytes=entries[-1].shape[0])
+    parts = pack(NAME, weight, state_bytes=entries[-1].end - entries[-1].start)
     assert {e.name: (e.shape, e.end - e.start) for e in entries} == {
         name: (tuple(t.shape), t.nbytes) for name, t in parts.items()
     }

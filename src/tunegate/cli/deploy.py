@@ -86,7 +86,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=_whole, default=64, metavar="N", help="of a batch; default: 64")
     parser.add_argument("--max-context", type=_whole, metavar="TOKENS")
     parser.add_argument("--cpus", type=_positive, default=2.0, metavar="N", help="cores of each server; default: 2")
-    parser.add_argument("--quantization", choices=("nf4", "int8", "none"), default="none", help="of the base; default: none")
+    parser.add_argument(
+        "--quantization", choices=("nf4", "int8", "none"), default="none", help="of the base; default: none"
+    )
     parser.add_argument("--image", default="tunegate:local", metavar="TAG", help="default: tunegate:local")
     parser.add_argument("--replicas", type=_whole, default=1, metavar="N", help="of each server (kubernetes)")
     parser.add_argument("--allow-ungated", action="store_true", help="also adapters that the gate did not ship")

@@ -220,9 +220,7 @@ def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
     quantize.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     quantize.add_argument("--revision", help="of a hub id: branch, tag or commit")
     quantize.add_argument("--format", choices=("nf4", "fp4", "int8"), default="nf4", help="default: nf4")
-    quantize.add_argument(
-        "--block", type=int, metavar="N", help="of 4 bits: 32 to 4096, a power of 2 (default: 64)"
-    )
+    quantize.add_argument("--block", type=int, metavar="N", help="of 4 bits: 32 to 4096, a power of 2 (default: 64)")
     quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, as int8 does")
     quantize.add_argument(
         "--skip",
@@ -231,9 +229,7 @@ def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="further layers to keep: paths or endings, by comma",
     )
-    quantize.add_argument(
-        "--compare", action="store_true", help="measure the error of every format on each weight"
-    )
+    quantize.add_argument("--compare", action="store_true", help="measure the error of every format on each weight")
     quantize.add_argument("--report", metavar="FILE", help="write the error of each weight as JSON")
     quantize.add_argument(
         "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"

@@ -108,9 +108,7 @@ class Recipe:
     def of(cls, format: str, block: int | None = None, double: bool | None = None) -> Recipe:
         """The recipe of a format with what is asked for, None being its default; ValueError where it has no choice."""
         rows = format == INT8
-        return cls(
-            format, (0 if rows else BLOCK) if block is None else block, (not rows) if double is None else double
-        )
+        return cls(format, (0 if rows else BLOCK) if block is None else block, (not rows) if double is None else double)
 
     def __str__(self) -> str:
         """``nf4-64-double``, ``nf4-64`` or ``int8``: stable, and read back by :meth:`parse`."""

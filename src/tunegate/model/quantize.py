@@ -6,7 +6,8 @@ their headers written before the first tensor is read, and memory holds one tens
 ``.OUT.partial`` and gets its name when it is whole: there is no half-written OUT.
 
 Kept as they are: norms, embeddings, the output head, tied weights, expert routers, and what the caller names. Blocks
-of 4 bits run along the flat index, so no dimension has to divide by the block size. NaN and infinity are refused by tensor.
+of 4 bits run along the flat index, so no dimension has to divide by the block size. NaN and infinity are refused by
+tensor.
 
 It never loads the model, judges its answers (``benchmarks/quantization_error.py`` does) or quantizes twice.
 """

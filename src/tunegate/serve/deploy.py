@@ -177,7 +177,9 @@ def memory_of(shape: ModelShape, sizes: Sizes) -> tuple[Part, ...]:
     weights, constants = weight_bytes(inputs)
     width = 3 * shape.intermediate + 4 * shape.hidden
     working = 4 * (WORKING_TOKENS * width + sizes.rows * shape.vocab)
-    how = f"{shape.parameters:,} parameters" + (f", linear layers in {sizes.quantization}" if sizes.quantization else "")
+    how = f"{shape.parameters:,} parameters" + (
+        f", linear layers in {sizes.quantization}" if sizes.quantization else ""
+    )
     parts = (
         Part("weights", weights + constants, how),
         Part("KV cache", sizes.kv_cache, "as it is limited"),
