@@ -1,4 +1,5 @@
-"""What four and eight bits cost: the error of each weight, and the perplexity of a base on prose and code of this repository.
+"""What four and eight bits cost: the error of each weight, and the perplexity of a base on prose and code of this
+repository.
 
 Every format quantizes the same layers (all linear ones but the head) of the same base, which then computes in fp32.
 Perplexity is exp of the mean negative log likelihood over windows of 512 tokens, the first of each unpredicted. The
@@ -124,7 +125,8 @@ def markdown(result: dict[str, Any]) -> str:
     nearer = ", ".join(f"{n} of {errors['weights']} against {form}" for form, n in errors["nf4_nearer"].items())
     lines = [
         f"Base: {result['base']}. {common.describe(result['machine'])}",
-        f"Error of {errors['weights']} weights, means; 4 bits in blocks of 64 with double quantization. NF4 is nearer in {nearer}.",
+        f"Error of {errors['weights']} weights, means; 4 bits in blocks of 64 with double quantization. "
+        f"NF4 is nearer in {nearer}.",
         common.table(["format", "RMSE", "relative", "cosine"], rows),
         "Perplexity, and nats a token above the unquantized base with their standard error over "
         + " and ".join(f"{n} windows of {name}" for name, n in models["windows"].items())

@@ -3,7 +3,8 @@
 :func:`multiply` computes ``out = column_scale * (alpha * sum of x @ w) + bias + add`` for each :class:`Product`, in
 fp32, and rounds to ``out``'s dtype once. A base layer with its adapter is one product of two terms (``x W^T + h B^T``);
 query, key and value are three products of one call. Weights may be fp32, bf16 or codes of 4 or 8 bits whatever the
-activations are: they are widened in pieces on their way through the cache. Results are the same bytes on any number of threads.
+activations are: they are widened in pieces on their way through the cache. Results are the same bytes on any number of
+threads.
 
 Beside it: :func:`dequantize`, the plain twin of the kernels' reading of quantized weights, and :func:`lora_linear`, a
 stand-alone LoRA layer as a torch operator. Quantizing lives elsewhere, and nothing here allocates except the operator.

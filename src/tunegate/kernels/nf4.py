@@ -1,10 +1,10 @@
 """Quantized weights, bit for bit in bitsandbytes' formats, and the linear layer that computes from them.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): blocks along the flat index (64 elements by default) are divided by
-their largest magnitude and each element becomes the nearest of 16 values, the lower one in a tie; two codes a byte,
-the first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit codes of a dynamic map
-in blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values
-(NF4, FP4 or INT4), the block size and whether the scales are quantized; 8-bit codes and scales are made in ``int8``.
+their largest magnitude and each element becomes the nearest of 16 values, the lower one in a tie; two codes a byte, the
+first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit codes of a dynamic map in
+blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values (NF4,
+FP4 or INT4), the block size and whether the scales are quantized; 8-bit codes and scales are made in ``int8``.
 
 bitsandbytes' rules for 4 bits on CPUs that the format alone does not fix: a full block is multiplied by the fp32 reciprocal of
 its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536 points from

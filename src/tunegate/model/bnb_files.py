@@ -1,12 +1,12 @@
 """Quantized checkpoints: bitsandbytes' safetensors read and written, every other kind refused by name.
 
-In 4 bits bitsandbytes stores a linear layer's weight ``X.weight`` as packed codes ((n + 1) / 2, 1) with its parts beside
-it: ``.absmax`` (fp32, or uint8 codes when doubly quantized), ``.quant_map`` (the sixteen values), ``.nested_absmax`` and
-``.nested_quant_map`` (double quantization), and ``.quant_state.bitsandbytes__nf4`` or ``__fp4``: a JSON object as
-bytes, with block size, shape, dtype and the mean of the scales. In 8 bits ``X.weight`` is int8 (n, k) with ``X.SCB``, the
-rows' largest magnitudes in fp32 (n,), and mostly ``X.weight_format``, 0 for codes that lie row after row; the dtype that
-the weight had is not told. config.json carries ``quantization_config``, from which transformers and vLLM know which
-layers were left alone.
+In 4 bits bitsandbytes stores a linear layer's weight ``X.weight`` as packed codes ((n + 1) / 2, 1) with its parts
+beside it: ``.absmax`` (fp32, or uint8 codes when doubly quantized), ``.quant_map`` (the sixteen values),
+``.nested_absmax`` and ``.nested_quant_map`` (double quantization), and ``.quant_state.bitsandbytes__nf4`` or ``__fp4``:
+a JSON object as bytes, with block size, shape, dtype and the mean of the scales. In 8 bits ``X.weight`` is int8 (n, k)
+with ``X.SCB``, the rows' largest magnitudes in fp32 (n,), and mostly ``X.weight_format``, 0 for codes that lie row
+after row; the dtype that the weight had is not told. config.json carries ``quantization_config``, from which
+transformers and vLLM know which layers were left alone.
 
 Files come from outside: every part's dtype and size is checked against the shape before it is used. Layout:
 bitsandbytes 0.50 ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt``; 4-bit weights stored under another dtype

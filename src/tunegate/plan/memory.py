@@ -10,8 +10,9 @@ keeps what it needs, they are counted per layer and token:
 - ``compiled``: elementwise results are computed again, as ``torch.compile`` and fused kernels do.
 
 Quantized weights take 4 bits and their constants ``8/64 + 32/(64*256)`` bits a weight with double quantization
-(arXiv:2305.14314, section 3), 32/64 without; in int8 they take 8 bits and an fp32 constant a row. AdamW keeps two moments a parameter; blockwise 8-bit ones take a byte
-and an fp32 constant for every 256 (arXiv:2110.02861), in tensors that are not small.
+(arXiv:2305.14314, section 3), 32/64 without; in int8 they take 8 bits and an fp32 constant a row. AdamW keeps two
+moments a parameter; blockwise 8-bit ones take a byte and an fp32 constant for every 256 (arXiv:2110.02861), in tensors
+that are not small.
 
 It measures nothing; ``calibrate`` corrects it by what was measured.
 """

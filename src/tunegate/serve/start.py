@@ -43,8 +43,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @dataclass(frozen=True)
 class Wanted:
     """What is to be served. ``base``: None where the adapters say it. ``adapters``: (name, source) pairs.
-    ``everything``: also all that ``registry`` has in production on this base. ``quantization``: nf4, int8, none,
-    or None for that of the training. ``roots``: where load requests may find adapters. ``pinned`` and ``preload`` are names."""
+    ``everything``: also all that ``registry`` has in production on this base. ``quantization``: nf4, int8, none, or
+    None for that of the training. ``roots``: where load requests may find adapters. ``pinned`` and ``preload`` are
+    names."""
 
     base: str | None = None
     revision: str | None = None
