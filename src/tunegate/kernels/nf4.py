@@ -6,10 +6,10 @@ first in the high nibble. Double quantization stores the scales, less their mean
 blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values (NF4,
 FP4 or INT4), the block size and whether the scales are quantized; 8-bit codes and scales are made in ``int8``.
 
-bitsandbytes' rules for 4 bits on CPUs that the format alone does not fix: a full block is multiplied by the fp32 reciprocal of
-its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536 points from
--1 to 1, not to the value itself; a block of 256 equal scales gets code 0; FP4's second zero stands for what is just
-above zero. The mean is ``torch.mean``'s, taken on one thread.
+bitsandbytes' rules for 4 bits on CPUs that the format alone does not fix: a full block is multiplied by the fp32
+reciprocal of its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536
+points from -1 to 1, not to the value itself; a block of 256 equal scales gets code 0; FP4's second zero stands for what
+is just above zero. The mean is ``torch.mean``'s, taken on one thread.
 
 It does not train the weight or quantize activations.
 """
