@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and repetitions")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="packaged name or folder")
-    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"])
+    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4", "int8"])
     parser.add_argument("--prompt-tokens", type=int, default=48)
     parser.add_argument("--steps", type=int, help="default 12 quick, 32 otherwise")
     parser.add_argument("--rounds", type=int, help="default 3 quick, 5 otherwise")
@@ -59,7 +59,7 @@ class Bench:
         from tunegate.model.resolve import resolve_base
 
         folder = resolve_base(base).path
-        recipe = None if quantization == "none" else {**Recipe(quantization).to_json(), "keep": [], "stored": False}
+        recipe = None if quantization == "none" else {**Recipe.of(quantization).to_json(), "keep": [], "stored": False}
         model = load_model(folder, dtype=choose_dtype("auto")[0], recipe=recipe, narrow=True)
         runner = Runner(model)
         self.served = Served(model, empty_model(folder))

@@ -1,11 +1,11 @@
-"""NF4: quantize and dequantize, against bitsandbytes' CPU code where it is installed.
+"""NF4 and int8: quantize and dequantize, against bitsandbytes' CPU code where it is installed.
 
 Every repetition times each contestant once, so that a busy machine slows all alike; medians and bests are shown.
 GB/s are those of the weight in 16 bits, read (quantize) or written (dequantize), whatever the dtype.
 
     python benchmarks/kernels_nf4.py [--quick] [--threads N]
 
-The last line is one JSON object. Not measured: products with NF4 weights (see kernels_gemm.py).
+The last line is one JSON object. Not measured: products with such weights (see kernels_gemm.py).
 """
 
 from __future__ import annotations
@@ -32,17 +32,20 @@ def bitsandbytes() -> Any:
         return None
 
 
-def contestants(size: int, dtype: torch.dtype, double: bool) -> dict[str, Callable[[], object]]:
+def contestants(size: int, dtype: torch.dtype, recipe: Recipe) -> dict[str, Callable[[], object]]:
     weight = (torch.randn(size, size) * 0.02).to(dtype)
-    recipe = Recipe(double=double)
     made, out = nf4.quantize(weight, recipe), torch.empty_like(weight)
     runs: dict[str, Callable[[], object]] = {
         "quantize": lambda: nf4.quantize(weight, recipe),
         "dequantize": lambda: nf4.dequantize(made, out),
     }
     peer = bitsandbytes()
-    if peer is not None:
-        options = {"quant_type": "nf4", "compress_statistics": double}
+    if peer is not None and recipe.format == "int8":
+        rows, scales, _ = peer.int8_vectorwise_quant(weight)
+        runs["quantize, bitsandbytes"] = lambda: peer.int8_vectorwise_quant(weight)
+        runs["dequantize, bitsandbytes"] = lambda: peer.int8_vectorwise_dequant(rows, scales)
+    elif peer is not None:
+        options = {"quant_type": recipe.format, "compress_statistics": recipe.double}
         codes, state = peer.quantize_4bit(weight, **options)
         runs["quantize, bitsandbytes"] = lambda: peer.quantize_4bit(weight, **options)
         runs["dequantize, bitsandbytes"] = lambda: peer.dequantize_4bit(codes, state)
@@ -60,11 +63,11 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {level}, {arguments.threads} threads, {size} x {size}")
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        for double in (False, True):
-            for name, times in interleaved(contestants(size, dtype, double), repetitions).items():
+        for recipe in (Recipe(double=False), Recipe(), Recipe.of("int8")):
+            for name, times in interleaved(contestants(size, dtype, recipe), repetitions).items():
                 rate = [2 * size * size / t / 1e9 for t in (median(times), min(times))]
-                kind = f"{str(dtype).removeprefix('torch.')}, {'double' if double else 'single'}"
-                print(f"{kind:18} {name:26} median {rate[0]:6.2f} GB/s  best {rate[1]:6.2f}")
+                kind = f"{str(dtype).removeprefix('torch.')}, {recipe}"
+                print(f"{kind:24} {name:26} median {rate[0]:6.2f} GB/s  best {rate[1]:6.2f}")
                 results.append({"kind": kind, "name": name, "median_gb_s": rate[0], "best_gb_s": rate[1]})
     print(json.dumps({"level": level, "threads": arguments.threads, "size": size, "results": results}))
 

@@ -1,4 +1,5 @@
-"""What four bits cost: the error of each weight, and the perplexity of a base on prose and code of this repository.
+"""What four and eight bits cost: the error of each weight, and the perplexity of a base on prose and code of this
+repository.
 
 Every format quantizes the same layers (all linear ones but the head) of the same base, which then computes in fp32.
 Perplexity is exp of the mean negative log likelihood over windows of 512 tokens, the first of each unpredicted. The
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from tunegate.files import hash_bytes
-from tunegate.kernels.formats import Recipe
+from tunegate.kernels.formats import FORMATS, Recipe
 from tunegate.kernels.nf4 import quantize_linears
 from tunegate.model.loading import load_model, load_tokenizer
 from tunegate.model.quantize import errors_of, mean_errors
@@ -37,7 +38,7 @@ PAGE = ROOT / "docs" / "quantization.md"
 MARKERS = "<!-- results of benchmarks/quantization_error.py -->", "<!-- end of results -->"
 TEXTS = {
     "prose": ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "benchmarks/README.md"),
-    "code": ("src/tunegate/gate.py", "src/tunegate/files.py", "src/tunegate/adapter/layers.py"),
+    "code": ("src/tunegate/gate_rules.py", "src/tunegate/files.py", "src/tunegate/adapter/layers.py"),
 }
 RECIPES = (
     Recipe("nf4"),
@@ -46,6 +47,7 @@ RECIPES = (
     Recipe("int4"),
     Recipe("nf4", block=128),
     Recipe("int4", block=128),
+    Recipe.of("int8"),
 )
 WINDOW = 512
 
@@ -100,10 +102,10 @@ def measure(base: Path, tokens: int, recipes: Sequence[Recipe]) -> dict[str, Any
 
 
 def weight_errors(base: Path) -> dict[str, Any]:
-    """Format -> errors over all quantized weights, and how often NF4 is nearer than each other format."""
+    """Format -> errors over all quantized weights, and how often NF4 is nearer than each other 4-bit format."""
     model = load_model(base, dtype=torch.float32)
     head = model.get_output_embeddings()
-    forms = [Recipe(form) for form in ("nf4", "fp4", "int4")]
+    forms = [Recipe.of(form) for form in FORMATS]
     found = {
         name: errors_of(layer.weight.detach(), forms)
         for name, layer in model.named_modules()
@@ -123,7 +125,8 @@ def markdown(result: dict[str, Any]) -> str:
     nearer = ", ".join(f"{n} of {errors['weights']} against {form}" for form, n in errors["nf4_nearer"].items())
     lines = [
         f"Base: {result['base']}. {common.describe(result['machine'])}",
-        f"Error of {errors['weights']} weights, means, block 64 with double quantization. NF4 is nearer in {nearer}.",
+        f"Error of {errors['weights']} weights, means; 4 bits in blocks of 64 with double quantization. "
+        f"NF4 is nearer in {nearer}.",
         common.table(["format", "RMSE", "relative", "cosine"], rows),
         "Perplexity, and nats a token above the unquantized base with their standard error over "
         + " and ".join(f"{n} windows of {name}" for name, n in models["windows"].items())
@@ -156,10 +159,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--tokens", type=int, default=6144, help="of each text")
-    parser.add_argument("--quick", action="store_true", help="two windows of each text, three recipes, no files")
+    parser.add_argument(
+        "--quick", action="store_true", help="two windows of each text, the default of each format, no files"
+    )
     arguments = parser.parse_args()
     base = resolve_base(arguments.base)
-    recipes = [r for r in RECIPES if r.block == 64 and r.double] if arguments.quick else list(RECIPES)
+    recipes = [r for r in RECIPES if r == Recipe.of(r.format)] if arguments.quick else list(RECIPES)
     result = {
         "base": base.name,
         "machine": common.machine(),

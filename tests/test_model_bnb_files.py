@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit files: written and read as bitsandbytes does, damage and other kinds named."""
+"""bitsandbytes' files of 4 and 8 bits: written and read as bitsandbytes does, damage and other kinds named."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tunegate.model.weights import TensorEntry
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 RECIPES = [Recipe(form, block, double) for form in ("nf4", "fp4") for block in (64, 4096) for double in (False, True)]
+INT8 = Recipe.of("int8")
+SCALES, LAYOUT = NAME.replace(".weight", ".SCB"), NAME.replace(".weight", ".weight_format")
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 
 
@@ -52,24 +54,21 @@ def test_the_parts_are_those_of_bitsandbytes(recipe, dtype) -> None:
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 90),
-    form=st.sampled_from(["nf4", "fp4"]),
-    block=st.sampled_from(BLOCKS),
-    double=st.booleans(),
+    recipe=st.builds(Recipe, st.sampled_from(["nf4", "fp4"]), st.sampled_from(BLOCKS), st.booleans()) | st.just(INT8),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 @settings(max_examples=60)
-def test_what_is_packed_is_unpacked(rows, columns, form, block, double, dtype) -> None:
-    recipe = Recipe(form, block, double)
+def test_what_is_packed_is_unpacked(rows, columns, recipe, dtype) -> None:
     weight = quantize(matrix(rows, columns, dtype), recipe)
     entries = packed_entries(NAME, (rows, columns), recipe, 256)
-    parts = pack(NAME, weight, state_bytes=entries[-1].shape[0])
+    parts = pack(NAME, weight, state_bytes=entries[-1].end - entries[-1].start)
     assert {e.name: (e.shape, e.end - e.start) for e in entries} == {
         name: (tuple(t.shape), t.nbytes) for name, t in parts.items()
     }
-    assert all(e.start % (4 if e.dtype == "F32" else 1) == 0 for e in entries) and entries[-1].end % 8 == 0
     again = read(parts)
-    assert again.recipe == recipe and again.dtype == dtype and again.shape == (rows, columns)
-    assert torch.equal(dequantize(again), dequantize(weight))
+    assert again.recipe == recipe and again.shape == (rows, columns)
+    assert again.dtype == (torch.float32 if recipe == INT8 else dtype)  # which an int8 file does not say
+    assert torch.equal(dequantize(again, dtype=dtype), dequantize(weight))
 
 
 def test_codes_stored_under_another_dtype_are_the_same_bytes() -> None:
@@ -114,6 +113,37 @@ DAMAGED = {
 }
 
 
+DAMAGED_ROWS = {
+    "codes of another dtype": ({NAME: torch.zeros(8, 64, dtype=torch.uint8)}, "a matrix of int8"),
+    "flat codes": ({NAME: torch.zeros(512, dtype=torch.int8)}, "a matrix of int8"),
+    "too few scales": ({SCALES: torch.zeros(7)}, "8 floating-point numbers"),
+    "scales of integers": ({SCALES: torch.zeros(8, dtype=torch.int32)}, "8 floating-point numbers"),
+    "NaN": ({SCALES: torch.full((8,), float("nan"))}, "finite numbers"),
+    "a negative scale": ({SCALES: torch.full((8,), -1.0)}, "magnitudes"),
+    "another layout": ({LAYOUT: torch.tensor(2, dtype=torch.uint8)}, "codes row after row"),
+}
+
+
+@pytest.mark.parametrize("changed", DAMAGED_ROWS)
+def test_damage_of_int8_is_named(changed) -> None:
+    changes, says = DAMAGED_ROWS[changed]
+    with pytest.raises(InputError) as error:
+        read(pack(NAME, quantize(matrix(8, 64), INT8)) | changes)
+    assert says in str(error.value) and next(iter(changes)) in str(error.value)
+
+
+def test_int8_files_are_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = matrix(66, 130)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.clone())
+    made = pack(NAME, quantize(weight, INT8))
+    assert set(made) == {NAME, SCALES, LAYOUT} and made[LAYOUT].item() == 0
+    assert torch.equal(made[NAME], codes) and torch.equal(made[SCALES], scales)
+    assert read({NAME: codes, SCALES: scales}).recipe == INT8  # files without a layout are row after row too
+    with pytest.raises(InputError, match="not whole"):
+        quantized_names([SCALES])
+
+
 @pytest.mark.parametrize("changed", DAMAGED)
 def test_damage_is_named(changed) -> None:
     changes, says = DAMAGED[changed]
@@ -138,6 +168,7 @@ def entries(*names: str, dtype: str = "BF16") -> list[TensorEntry]:
     return [TensorEntry(name, dtype, (2, 2), 0, 8) for name in names]
 
 
+EIGHT_BIT = bnb_files.quantization_config(INT8, ["lm_head"], torch.bfloat16)
 FOUR_BIT = bnb_files.quantization_config(Recipe(), ["lm_head"], torch.bfloat16)
 
 
@@ -147,6 +178,11 @@ def test_what_is_accepted() -> None:
     assert stored_quantization({"quantization_config": FOUR_BIT}, bnb, "x") is True
     assert stored_quantization({"text_config": {"quantization_config": FOUR_BIT}}, bnb, "x") is True
     assert stored_quantization({}, bnb, "x") is True  # the tensors say it themselves
+    rows = [*entries("a.weight", dtype="I8"), *entries("a.SCB", dtype="F32")]
+    assert stored_quantization({"quantization_config": EIGHT_BIT}, rows, "x") is True
+    assert stored_quantization({}, rows, "x") is True
+    assert bnb_files.stored_in_config({"quantization_config": EIGHT_BIT}) == ("int8", False, ("lm_head",))
+    assert bnb_files.stored_in_config({"quantization_config": FOUR_BIT}) == ("nf4", True, ("lm_head",))
     older = {k: v for k, v in FOUR_BIT.items() if k != "quant_method"}
     assert stored_quantization({"quantization_config": older}, bnb, "x") is True
 
@@ -159,9 +195,9 @@ def test_what_is_accepted() -> None:
         ({"quant_method": "fp8"}, entries("a.weight", dtype="F8_E4M3"), "as FP8"),
         ({"quant_method": "compressed-tensors"}, entries("a.weight"), "as 'compressed-tensors'"),
         ({"quant_method": "mxfp4"}, entries("a_blocks"), "as 'mxfp4'"),
-        ({**FOUR_BIT, "load_in_4bit": False, "load_in_8bit": True}, entries("a.SCB"), "as bitsandbytes 8-bit"),
+        (EIGHT_BIT, entries("a.weight"), "bitsandbytes 8-bit, and none is"),
         (None, entries("a.qweight", "a.qzeros"), "as GPTQ or AWQ"),
-        (None, entries("a.weight", "a.SCB"), "as bitsandbytes 8-bit"),
+        (None, entries("a.weight", dtype="I8"), "as integers"),
         (None, entries("a.weight", dtype="F8_E5M2"), "as FP8"),
         (["nf4"], entries("a.weight"), "as something unknown"),
         (FOUR_BIT, entries("a.weight"), "and none is"),

@@ -46,7 +46,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe("fp4", 32, False)], ids=str)
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe("fp4", 32, False), Recipe.of("int8")], ids=str)
 def test_the_file_holds_what_quantizing_in_memory_gives(family, recipe, tmp_path) -> None:
     base = recast(tiny_base(tmp_path / "base", family), torch.bfloat16)
     before, after = stored(base), stored(make(base, tmp_path / "out", recipe))
@@ -54,7 +54,7 @@ def test_the_file_holds_what_quantizing_in_memory_gives(family, recipe, tmp_path
     assert weights
     for name, weight in weights.items():
         for part, tensor in pack(name, quantize(before[name], recipe)).items():
-            if part == weight.state_name:
+            if part == weight.parts[-1] and weight.format != "int8":
                 assert json.loads(after[part].numpy().tobytes()) == json.loads(tensor.numpy().tobytes())
             else:
                 assert torch.equal(after[part], tensor)
@@ -147,6 +147,40 @@ def test_transformers_loads_ours_with_the_logits_of_its_own(family, recipe, tmp_
     assert torch.equal(logits(ours), logits(dense))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_loads_our_int8_files(family, tmp_path) -> None:
+    """Codes and scales arrive as they are. In training mode bitsandbytes computes on CPUs from the dequantized weights;
+    otherwise it rounds the activations to 8 bits too."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    base = tiny_base(tmp_path / "base", family, hidden_size=36, head_dim=10, intermediate_size=70)  # odd sizes
+    ours = transformers_model(make(base, tmp_path / "out", Recipe.of("int8"), skip=["o_proj"]), dtype=torch.float32)
+    dense = transformers_model(base)
+    with torch.no_grad():
+        for name, module in ours.named_modules():
+            if type(module).__name__ == "Linear8bitLt":
+                weight = dense.get_submodule(name).weight
+                made = quantize(weight, Recipe.of("int8"))
+                assert torch.equal(module.weight.data.view(-1), made.codes)
+                assert torch.equal(module.weight.SCB, made.absmax) and not name.endswith("o_proj")
+                weight.copy_(dequantize(made))
+    assert not torch.equal(logits(dense), logits(transformers_model(base)))
+    torch.testing.assert_close(logits(ours.train()), logits(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_an_int8_checkpoint_that_transformers_wrote_is_read(tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    from transformers import BitsAndBytesConfig
+
+    base = recast(tiny_base(tmp_path / "base", "llama"), torch.float16)
+    theirs = transformers_model(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs", dtype=torch.float32)
+    mine = load_model(base, dtype=torch.float32, recipe={**Recipe.of("int8").to_json(), "keep": []})
+    assert torch.equal(logits(loaded), logits(mine))
+
+
 @pytest.mark.parametrize("form", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
 def test_a_checkpoint_that_transformers_wrote_is_read(form, double, tmp_path) -> None:
@@ -222,7 +256,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path) -> None:
     refused(base, out, "not in the weights", up)
     change(base, **original)
     make(base, out)
-    refused(out, tmp_path / "again", "4-bit already")
+    refused(out, tmp_path / "again", "quantized already")
     with pytest.raises(InputError, match="the output exists"):
         make(base, out)
     with pytest.raises(InputError, match="int4 has no file format"):
@@ -282,10 +316,15 @@ def test_the_command(tiny_llama, tmp_path, capsys) -> None:
     assert "10 weights in nf4-32-double" in text and "up_proj (2)" in text and "mean of 10" in text
     found = json.loads(report.read_text())
     assert set(found["tensors"]) == set(quantized_names(stored(out)))
-    assert set(found["errors"]) == {"nf4", "fp4", "int4"}
+    assert set(found["errors"]) == {"nf4", "fp4", "int4", "int8"}
+    assert found["errors"]["int8"]["relative"] < found["errors"]["nf4"]["relative"] / 5
     assert main(arguments) == 2
     assert "the output exists" in capsys.readouterr().err
     assert main(["quantize", str(tiny_llama), str(tmp_path / "no"), "--block", "48", "--json"]) == 2
     assert "block size 48" in capsys.readouterr().out
+    rows = ["quantize", str(tiny_llama), str(tmp_path / "rows"), "--format", "int8"]
+    assert main([*rows, "--block", "64", "--json"]) == 2
+    assert "one fp32 scale for each row" in capsys.readouterr().out
+    assert main(rows) == 0 and "14 weights in int8" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["quantize", str(tiny_llama), str(out), "--max-shard-size", "big"])

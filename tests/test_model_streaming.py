@@ -54,7 +54,7 @@ def test_streaming_equals_quantizing_the_loaded_model(family, tmp_path):
     assert not streamed.training and not any(p.requires_grad for p in streamed.parameters())
 
 
-@pytest.mark.parametrize("form", ["nf4-64-double", "nf4-128", "fp4-64", "int4-32"])
+@pytest.mark.parametrize("form", ["nf4-64-double", "nf4-128", "fp4-64", "int4-32", "int8"])
 def test_other_recipes_and_stored_checkpoints_load_the_same(form, tiny_llama, tmp_path):
     recipe = Recipe.parse(form)
     streamed = load_model(tiny_llama, dtype=torch.float32, recipe={**recipe.to_json(), "keep": []})

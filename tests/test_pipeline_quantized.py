@@ -65,8 +65,44 @@ def test_the_saved_adapter_scores_as_it_did(finished: Path) -> None:
     assert sum(scores) / len(scores) == pytest.approx(best)
 
 
+def test_a_run_on_int8_and_a_merge_onto_the_weights_it_saw(tmp_path: Path, tiny_llama: Path) -> None:
+    int8 = ("--set", "base.quantization=int8")
+    task = write_task(tmp_path, tiny_llama)
+    said = call("run", task, *int8)
+    assert said.code == 0 and "linear layers in int8" in said.err, said.err
+    recipe = {"format": "int8", "block": 0, "double": False, "keep": [], "stored": False}
+    assert read_json(adapter(task) / "card.json")["base"]["recipe"] == recipe
+    said = call("merge", adapter(task), "-o", tmp_path / "merged", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["onto"] == "weights as int8 gives them back"
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_stored_base_answers_as_one_quantized_while_loading(form: str, tmp_path: Path, tiny_llama: Path) -> None:
+    import torch
+
+    from tunegate.engine.generate import Sampling, generate
+    from tunegate.engine.runner import Runner
+    from tunegate.kernels.formats import Recipe
+    from tunegate.model.loading import load_model
+
+    assert call("quantize", tiny_llama, tmp_path / "base", "--format", form).code == 0
+    stored = load_model(tmp_path / "base", dtype=torch.float32)
+    recipe = {**Recipe.of(form).to_json(), "keep": []}
+    loaded = load_model(tiny_llama, dtype=torch.float32, recipe=recipe)
+    dense = load_model(tiny_llama, dtype=torch.float32)
+    for name, layer in loaded.named_modules():
+        if hasattr(layer, "quantized"):
+            dense.get_submodule(name).weight.data.copy_(layer.dequantize())
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13], *([n, n + 1] for n in range(20, 40))]
+    answers = [generate(Runner(model), prompts, Sampling(8, ())) for model in (stored, loaded, dense)]
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_what_is_wrong_is_named(tmp_path: Path, tiny_llama: Path) -> None:
     task = write_task(tmp_path, tiny_llama)
+    said = call("check", task, "--set", "base.quantization=int8", "--set", "base.quantization_block=128")
+    assert said.code == 2 and "base.quantization_block" in said.err and "one scale for each row" in said.err
     said = call("check", task, "--set", "base.quantization=nf5")
     assert said.code == 2 and "base.quantization" in said.err and "nf4" in said.err
 
@@ -81,7 +117,7 @@ def test_a_base_stored_in_4_bits_is_taken_as_it_is(tmp_path: Path, tiny_llama: P
     original = write_task(tmp_path / "original", tiny_llama)
     assert card["base"]["parameters"] == _parameters(original)
     said = call("check", task, *NF4)
-    assert said.code == 2 and "stored in 4 bits already" in said.err
+    assert said.code == 2 and "stored quantized already" in said.err
     said = call("merge", adapter(task), "-o", tmp_path / "merged")
     assert said.code == 2 and "16-bit original" in said.err
 
@@ -94,6 +130,9 @@ def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path, tiny_llama:
     from tunegate.pipeline.reporter import Silent
 
     assert call("quantize", tiny_llama, tmp_path / "base", "--no-double-quant", "--skip", "k_proj").code == 0
+    assert call("quantize", tiny_llama, tmp_path / "rows", "--format", "int8").code == 0
+    rows = plan_task(load_config(write_task(tmp_path / "int8", tmp_path / "rows")), Silent()).inputs
+    assert rows.quantization == "int8" and not rows.double_quant
     task = write_task(tmp_path / "task", tmp_path / "base")
     light = plan_task(load_config(task), Silent()).inputs
     whole = plan_prepared(prepare(load_config(task), Silent())).inputs
@@ -110,9 +149,9 @@ def test_a_base_stored_in_4_bits_is_planned_as_it_is(tmp_path: Path, tiny_llama:
     (device,) = json.loads(call("plan", "--base", tmp_path / "base", *flags, "--json").out)["devices"]
     assert device["method"] == "qlora"
     said = call("plan", "--base", tmp_path / "base", *flags, "--method", "lora")
-    assert said.code == 2 and "stored in 4 bits" in said.err
+    assert said.code == 2 and "stored quantized" in said.err
     said = call("plan", task, *NF4)
-    assert said.code == 2 and "stored in 4 bits already" in said.err
+    assert said.code == 2 and "stored quantized already" in said.err
 
 
 def _parameters(task: Path) -> int:

@@ -117,6 +117,7 @@ def test_the_constants_of_double_quantization() -> None:
 
 
 def test_the_bytes_of_quantized_weights_are_those_of_the_kernel() -> None:
+    from tunegate.kernels.formats import Recipe
     from tunegate.kernels.nf4 import quantize
 
     made = quantize(torch.randn(96, 160))
@@ -125,6 +126,12 @@ def test_the_bytes_of_quantized_weights_are_those_of_the_kernel() -> None:
     one = SMALL.linears[0]
     assert constants == nf4_constants(one.elements)
     assert held == one.elements // 2 + 2 * (SMALL.embedding + SMALL.head) + 4 * SMALL.other
+    rows = quantize(torch.randn(96, 160), Recipe.of("int8"))
+    held, constants = weight_bytes(replace(p, quantization="int8", shape=replace(SMALL, linears=SMALL.linears[:1])))
+    assert (constants, held) == (
+        4 * one.outputs, one.elements + 2 * (SMALL.embedding + SMALL.head) + 4 * SMALL.other
+    )  # fmt: skip
+    assert rows.nbytes == 96 * 160 + 4 * 96
     stored = [made.codes, made.absmax_codes, made.nested_absmax]
     assert sum(t.numel() * t.element_size() for t in stored if t is not None) == 96 * 160 // 2 + nf4_constants(96 * 160)
 

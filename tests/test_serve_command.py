@@ -94,6 +94,8 @@ def test_the_base_is_quantized_as_the_adapters_were_trained(tmp_path: Path, base
         found(adapters=both)
     assert found(adapters=both, quantization="nf4").at_hand.recipe == {**NF4, "block": 128}
     assert found(base=str(base.resolved.path), quantization="nf4").at_hand.recipe == NF4
+    rows = {**NF4, "format": "int8", "block": 0, "double": False}
+    assert found(adapters=both, quantization="int8").at_hand.recipe == rows
     assert found(base=str(base.resolved.path), base_as="house/base").name == "house/base"
 
 

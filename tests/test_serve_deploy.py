@@ -66,7 +66,7 @@ def test_memory_by_hand() -> None:
     assert parts["KV cache"] == 1000 and parts["adapters"] == 500
     assert parts["working"] == 4 * (2048 * (3 * 128 + 4 * 64) + 10 * 1000)
     assert parts["engine"] == parts["front"] == 470_000_000
-    small = {part.name: part.bytes for part in memory_of(SHAPE, Sizes(1000, 500, rows=10, nf4=True))}
+    small = {part.name: part.bytes for part in memory_of(SHAPE, Sizes(1000, 500, rows=10, quantization="nf4"))}
     assert small["weights"] < parts["weights"] - linear  # 4 bits and scales, where 16 were
 
 
@@ -116,7 +116,7 @@ def test_unit_names_are_names(text: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kind", ["merged", "multi", "separate"])
 def test_no_secret_and_the_whole_command(target: str, kind: str, multi: Deployment) -> None:
-    merged = plan_deployment("merged", "some/base", [], [SHAPE], Sizes(nf4=True), name="one")
+    merged = plan_deployment("merged", "some/base", [], [SHAPE], Sizes(quantization="nf4"), name="one")
     deployment = {"merged": merged, "multi": multi, "separate": separate()}[kind]
     text = "\n".join(files_for(deployment, target).values())
     assert "hunter2" not in text and "postgresql://" not in text

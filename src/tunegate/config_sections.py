@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from tunegate.config_problems import Place
 from tunegate.errors import InputError
@@ -50,12 +50,21 @@ class BaseSection(Section):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the base")
     template: str | None = Field(None, description="plain, chatml or Jinja text; default: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the forward pass")
-    quantization: Literal["none", "nf4", "fp4", "int4"] = Field(
-        "none", description="nf4: 4 bits a weight while training (QLoRA); fp4 and int4 are less exact"
+    quantization: Literal["none", "nf4", "fp4", "int4", "int8"] = Field(
+        "none", description="nf4: 4 bits a weight while training (QLoRA); fp4 and int4 are less exact, int8 is more"
     )
-    quantization_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights per scale")
-    double_quantization: bool = Field(True, description="scales in 8 bits too")
+    quantization_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="weights per scale, of 4 bits; int8 has one scale for each row"
+    )
+    double_quantization: bool = Field(True, description="scales in 8 bits too, of 4 bits")
     keep_unquantized: tuple[str, ...] = Field((), description="layers to leave as they are, by name or path ending")
+
+    @field_validator("quantization_block")
+    @classmethod
+    def _rows_have_no_block(cls, value: int, info: ValidationInfo) -> int:
+        if value != 64 and info.data.get("quantization") == "int8":
+            raise ValueError("int8 has one scale for each row; a block size is for nf4, fp4 and int4")
+        return value
 
 
 class DataSection(Section):

@@ -26,11 +26,14 @@ EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-def quantized(n: int, k: int, nested: bool, generator: torch.Generator) -> QuantizedWeight:
-    """A random NF4 matrix: any codes and scales are valid."""
+def quantized(n: int, k: int, kind: str, generator: torch.Generator) -> QuantizedWeight:
+    """A random matrix in nf4, nested (doubly quantized) nf4 or int8: any codes and scales are valid."""
+    if kind == "int8":
+        codes = torch.randint(-128, 128, (n * k,), dtype=torch.int8, generator=generator)
+        return QuantizedWeight(codes, (n, k), torch.rand(n, generator=generator), format="int8", block=k)
     blocks = -(-n * k // 64)
     codes = torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8, generator=generator)
-    if not nested:
+    if kind == "nf4":
         return QuantizedWeight(codes, (n, k), absmax=torch.rand(blocks, generator=generator))
     return QuantizedWeight(
         codes,
@@ -51,8 +54,8 @@ def make_term(m: int, n: int, k: int, kind: tuple, generator: torch.Generator) -
     x_dtype, w_kind, w_is_kn, x_is_km = kind
     x = matrix(*((k, m) if x_is_km else (m, k)), x_dtype, generator, pad=3)
     shape = (k, n) if w_is_kn else (n, k)
-    if w_kind in ("nf4", "nested"):
-        return Term(x, quantized(*shape, w_kind == "nested", generator), w_is_kn, x_is_km)
+    if isinstance(w_kind, str):
+        return Term(x, quantized(*shape, w_kind, generator), w_is_kn, x_is_km)
     return Term(x, matrix(*shape, w_kind, generator, pad=5), w_is_kn, x_is_km)
 
 
@@ -96,7 +99,7 @@ def check(product: Product) -> None:
 
 KINDS = [
     kind
-    for kind in itertools.product((FP32, BF16), (FP32, BF16, "nf4", "nested"), (False, True), (False, True))
+    for kind in itertools.product((FP32, BF16), (FP32, BF16, "nf4", "nested", "int8"), (False, True), (False, True))
     if not (kind[3] and kind[1] == "nested")
 ]
 SIZES = [(1, 5, 7), (3, 66, 130), (16, 40, 1100), (17, 33, 65), (97, 130, 70), (200, 97, 401)]
@@ -243,15 +246,15 @@ def test_lora_linear_and_its_gradients(shape: tuple[int, int], dtype: torch.dtyp
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "nested"])
-@pytest.mark.parametrize(("n", "k"), [(64, 128), (33, 100), (150, 448), (7, 4), (96, 836)])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "nested", "int8"])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (33, 100), (150, 448), (7, 4), (96, 836), (40, 391)])
 def test_a_rows_bytes_do_not_depend_on_how_many_share_its_product(kind: str, n: int, k: int) -> None:
     """A few rows, some rows and many rows take different kernels; each output is the same sum in the same order."""
     g = torch.Generator().manual_seed(n)
     x, h, low = torch.randn(130, k, generator=g), torch.randn(130, 6, generator=g), torch.randn(n, 6, generator=g)
     plain = torch.randn(n, k, generator=g)
     weight = {"fp32": plain, "bf16": plain.to(BF16)}.get(kind)
-    w = quantized(n, k, kind == "nested", g) if weight is None else weight
+    w = quantized(n, k, kind, g) if weight is None else weight
 
     def product(rows: int) -> Tensor:
         out = torch.empty(rows, n)

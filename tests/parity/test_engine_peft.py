@@ -26,6 +26,7 @@ from tunegate.engine.runner import ATTENTION, Runner
 from tunegate.engine.train import _training_mode
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import Layout
+from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import quantize_linears
 
 # windows shorter than the rows and soft caps low enough to bend the scores
@@ -126,12 +127,12 @@ class Pair:
         }
 
 
-def make_pair(family: str, dora: bool = False, targets: Any = "all-linear", nf4: bool = False) -> Pair:
-    """``nf4`` quantizes our base; PEFT's then holds the same values as plain fp32."""
+def make_pair(family: str, dora: bool = False, targets: Any = "all-linear", recipe: str = "") -> Pair:
+    """``recipe`` quantizes our base; PEFT's then holds the same values as plain fp32."""
     theirs, ours = build(family), build(family)
-    if nf4:
+    if recipe:
         with torch.no_grad():
-            for name in quantize_linears(ours):
+            for name in quantize_linears(ours, recipe=Recipe.parse(recipe)):
                 theirs.get_submodule(name).weight.copy_(ours.get_submodule(name).dequantize())
     runner = Runner(ours)
     listed = targets if isinstance(targets, str) else tuple(targets)
@@ -175,9 +176,12 @@ def test_loss_and_every_gradient_equal_pefts(family: str, dora: bool) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2"])
-def test_an_nf4_base_equals_peft_on_its_dequantized_weights(family: str, dora: bool) -> None:
-    pair, rows = make_pair(family, dora, nf4=True), sample_rows()
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [(f, "nf4-64-double") for f in FAMILIES if f != "gpt2"] + [(f, "int8") for f in ("llama", "qwen3", "gpt_neox")],
+)
+def test_a_quantized_base_equals_peft_on_its_dequantized_weights(family: str, recipe: str, dora: bool) -> None:
+    pair, rows = make_pair(family, dora, recipe=recipe), sample_rows()
     assert pair.runner.path == "packed"
     plain = Runner(build(family))
     assert pair.runner.path_reason == plain.path_reason  # fused where the plain base is

@@ -86,7 +86,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=_whole, default=64, metavar="N", help="of a batch; default: 64")
     parser.add_argument("--max-context", type=_whole, metavar="TOKENS")
     parser.add_argument("--cpus", type=_positive, default=2.0, metavar="N", help="cores of each server; default: 2")
-    parser.add_argument("--quantization", choices=("nf4", "none"), default="none", help="of the base; default: none")
+    parser.add_argument(
+        "--quantization", choices=("nf4", "int8", "none"), default="none", help="of the base; default: none"
+    )
     parser.add_argument("--image", default="tunegate:local", metavar="TAG", help="default: tunegate:local")
     parser.add_argument("--replicas", type=_whole, default=1, metavar="N", help="of each server (kubernetes)")
     parser.add_argument("--allow-ungated", action="store_true", help="also adapters that the gate did not ship")
@@ -147,7 +149,7 @@ def _files(arguments: argparse.Namespace, console: Console) -> int:
 
 def _planned(arguments: argparse.Namespace, console: Console) -> Deployment:
     from tunegate.model.resolve import resolve_config
-    from tunegate.plan.shapes import shape_of_folder
+    from tunegate.plan.shapes import packing, shape_of_folder
     from tunegate.registry.entries import is_reference
     from tunegate.serve.deploy import Deployment, Sizes, plan_deployment
 
@@ -164,7 +166,7 @@ def _planned(arguments: argparse.Namespace, console: Console) -> Deployment:
     shapes = [shape_of_folder(folder, base) for folder, base in zip(folders, arguments.base, strict=True)]
     sizes = Sizes(
         arguments.kv_cache, arguments.adapter_cache, arguments.max_rows, arguments.cpus,
-        arguments.quantization == "nf4", arguments.max_context,
+        packing(arguments.quantization), arguments.max_context,
     )  # fmt: skip
     each = arguments.base if len(arguments.base) > 1 else ()
     return plan_deployment(

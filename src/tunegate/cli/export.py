@@ -61,7 +61,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="default: the base that the adapter's card names")
     parser.add_argument(
         "--onto", choices=("trained", "original"), default="trained",
-        help="GGUF models, after training on NF4: the dequantized weights that the adapter saw, or the original ones",
+        help="GGUF models, after training on a quantized base: the weights that the adapter saw, or the original ones",
     )  # fmt: skip
     parser.add_argument("--reader", metavar="NAME", help="what reads the export back; default: the first one installed")
     add_limits(parser)

@@ -186,7 +186,7 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
     merge.add_argument("--base", help="default: the base that the adapter's card names")
     merge.add_argument(
         "--onto", choices=("trained", "original"), default="trained",
-        help="after training on NF4: the dequantized weights that the adapter saw, or the original ones",
+        help="after training on a quantized base: the dequantized weights that the adapter saw, or the original ones",
     )  # fmt: skip
     add_limits(merge)
     merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
@@ -212,16 +212,16 @@ def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
     quantize = commands.add_parser(
         "quantize",
         parents=[common],
-        help="write a base as a 4-bit checkpoint",
-        description="Quantize the linear layers of a base, tensor by tensor, into bitsandbytes' 4-bit safetensors, "
+        help="write a base as a checkpoint of 4 or 8 bits",
+        description="Quantize the linear layers of a base, tensor by tensor, into bitsandbytes' safetensors, "
         "which tunegate, transformers and vLLM load. Norms, embeddings, the output head and routers are kept.",
     )
     quantize.add_argument("base", metavar="BASE", help="packaged name, local folder or hub id")
     quantize.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
     quantize.add_argument("--revision", help="of a hub id: branch, tag or commit")
-    quantize.add_argument("--format", choices=("nf4", "fp4"), default="nf4", help="default: nf4")
-    quantize.add_argument("--block", type=int, default=64, metavar="N", help="32 to 4096, a power of 2 (default: 64)")
-    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+    quantize.add_argument("--format", choices=("nf4", "fp4", "int8"), default="nf4", help="default: nf4")
+    quantize.add_argument("--block", type=int, metavar="N", help="of 4 bits: 32 to 4096, a power of 2 (default: 64)")
+    quantize.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32, as int8 does")
     quantize.add_argument(
         "--skip",
         action="append",
@@ -229,9 +229,7 @@ def _add_quantize(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="further layers to keep: paths or endings, by comma",
     )
-    quantize.add_argument(
-        "--compare", action="store_true", help="measure the error of nf4, fp4 and int4 on each weight"
-    )
+    quantize.add_argument("--compare", action="store_true", help="measure the error of every format on each weight")
     quantize.add_argument("--report", metavar="FILE", help="write the error of each weight as JSON")
     quantize.add_argument(
         "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"

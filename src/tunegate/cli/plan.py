@@ -105,7 +105,7 @@ def _of_flags(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device
         targets=shape.targets(spec),
         tokens=batch,
         loss_tokens=max(1, round(batch * TARGET_SHARE)),
-        quantization="nf4" if shape.four_bit else None,
+        quantization=shape.quantized,
         double_quant=shape.double_quant,
         unquantized=shape.kept,
         dropout=True,
@@ -134,7 +134,7 @@ def _methods(arguments: argparse.Namespace, inputs: PlanInputs) -> tuple[str, ..
     if arguments.method:
         possible = methods_for(inputs)
         problems = [
-            Problem("the base is stored in 4 bits", f"--method {name}", ", ".join(possible), fix="name the original")
+            Problem("the base is stored quantized", f"--method {name}", ", ".join(possible), fix="name the original")
             for name in arguments.method
             if name not in possible
         ]

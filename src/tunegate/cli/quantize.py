@@ -1,4 +1,4 @@
-"""``tunegate quantize``: a base's checkpoint into a 4-bit one that tunegate, transformers and vLLM load."""
+"""``tunegate quantize``: a base's checkpoint into one of 4 or 8 bits that tunegate, transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quantize(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.model.resolve import resolve_base
 
     try:
-        recipe = Recipe(arguments.format, arguments.block, not arguments.no_double_quant)
+        recipe = Recipe.of(arguments.format, arguments.block, False if arguments.no_double_quant else None)
     except ValueError as error:
         raise InputError(str(error)) from None
     report = Path(arguments.report) if arguments.report else None

@@ -115,7 +115,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--vllm-python", default=sys.executable, metavar="PATH", help="of the environment that has vLLM; default: this"
     )
     parser.add_argument(
-        "--quantization", choices=("nf4", "none"), help="of the base; default: as the adapters were trained"
+        "--quantization", choices=("nf4", "int8", "none"), help="of the base; default: as the adapters were trained"
     )
     parser.add_argument("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(

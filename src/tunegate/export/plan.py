@@ -71,7 +71,7 @@ def plan_merge(
         problems.append(Problem("a link stands where the output grows", str(partial_of(out)), fix="remove it"))
     if not problems and is_quantized(base):
         fix = "name the 16-bit original: --base, with --allow-base-mismatch, which is recorded"
-        what = "the base is stored in 4 bits, and nothing is merged into a 4-bit grid"
+        what = "the base is stored quantized, and nothing is merged into the grid of its codes"
         problems.append(Problem(what, str(base), fix=fix))
     if problems:
         raise InputError(problems)

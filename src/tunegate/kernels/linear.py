@@ -2,10 +2,11 @@
 
 :func:`multiply` computes ``out = column_scale * (alpha * sum of x @ w) + bias + add`` for each :class:`Product`, in
 fp32, and rounds to ``out``'s dtype once. A base layer with its adapter is one product of two terms (``x W^T + h B^T``);
-query, key and value are three products of one call. Weights may be fp32, bf16 or 4-bit whatever the activations are:
-they are widened in pieces on their way through the cache. Results are the same bytes on any number of threads.
+query, key and value are three products of one call. Weights may be fp32, bf16 or codes of 4 or 8 bits whatever the
+activations are: they are widened in pieces on their way through the cache. Results are the same bytes on any number of
+threads.
 
-Beside it: :func:`dequantize`, the plain twin of the kernels' reading of 4-bit weights, and :func:`lora_linear`, a
+Beside it: :func:`dequantize`, the plain twin of the kernels' reading of quantized weights, and :func:`lora_linear`, a
 stand-alone LoRA layer as a torch operator. Quantizing lives elsewhere, and nothing here allocates except the operator.
 """
 
@@ -18,22 +19,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tunegate.kernels import native
-from tunegate.kernels.formats import BLOCK, NESTED_BLOCK, Recipe, table
+from tunegate.kernels.formats import BLOCK, INT8, INT8_STEP, NESTED_BLOCK, Recipe, table
 
 MOST_TERMS = 8
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_QUANTIZED = 2
+_FOUR_BITS, _INT8 = 2, 3
 
 
 @dataclass(slots=True)
 class QuantizedWeight:
-    """A 4-bit matrix in bitsandbytes' layout (Dettmers et al. 2023, QLoRA).
+    """A quantized matrix in bitsandbytes' layout: 4 bits (Dettmers et al. 2023, QLoRA) or 8 (2022, LLM.int8()).
 
-    ``codes`` uint8 (ceil(n * k / 2),): two codes a byte, the first in the high nibble, flat over the rows of
-    ``shape``. Blocks of ``block`` along the flat index share a scale: ``absmax`` fp32 (blocks,), or doubly quantized
-    ``nested_code[absmax_codes[b]] * nested_absmax[b // 256] + offset`` with ``absmax_codes`` uint8 (blocks,),
-    ``nested_code`` fp32 (256,) and ``nested_absmax`` fp32 (ceil(blocks / 256),). ``format`` names the sixteen values
-    (see ``formats``); ``dtype`` is the type the matrix had, and has again when it is dequantized.
+    ``codes`` lie flat over the rows of ``shape``: uint8 (ceil(n * k / 2),), two a byte, the first in the high nibble;
+    for int8 they are int8 (n * k,). Blocks of ``block`` along the flat index (k for int8: the rows) share a scale:
+    ``absmax`` fp32 (blocks,), or doubly quantized ``nested_code[absmax_codes[b]] * nested_absmax[b // 256] + offset``
+    with ``absmax_codes`` uint8 (blocks,), ``nested_code`` fp32 (256,) and ``nested_absmax`` fp32 (ceil(blocks / 256),).
+    ``format`` says what a code stands for (see ``formats``); ``dtype`` is the type the matrix had, and has again when
+    it is dequantized.
     """
 
     codes: Tensor
@@ -53,11 +55,11 @@ class QuantizedWeight:
 
     @property
     def blocks(self) -> int:
-        return -(-self.numel // self.block)
+        return -(-self.numel // self.block) if self.block else self.shape[0]
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.format, self.block, self.absmax is None)
+        return Recipe(self.format, 0 if self.format == INT8 else self.block, self.absmax is None)
 
     @property
     def nbytes(self) -> int:
@@ -119,24 +121,26 @@ def multiply(*products: Product) -> None:
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """The fp32 matrix (n, k) of a 4-bit weight."""
+    """The fp32 matrix (n, k) of a quantized weight."""
     rows, columns = weight.shape
     return dequantize_range(weight, 0, rows * columns).view(rows, columns)
 
 
 def dequantize_range(weight: QuantizedWeight, begin: int, end: int) -> Tensor:
-    """The flat elements begin..end of a 4-bit weight in fp32."""
-    codes = weight.codes[begin // 2 : (end + 1) // 2]
-    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
-    first, last = begin // weight.block, -(-end // weight.block)
+    """The flat elements begin..end of a quantized weight in fp32."""
+    first, last = (begin // weight.block, -(-end // weight.block)) if end > begin else (0, 0)
     if weight.absmax is not None:
         scales = weight.absmax[first:last]
     else:
         assert weight.absmax_codes is not None and weight.nested_code is not None and weight.nested_absmax is not None
-        blocks = torch.arange(first, last, device=codes.device)
+        blocks = torch.arange(first, last, device=weight.codes.device)
         nested = weight.nested_absmax[blocks // NESTED_BLOCK]
         scales = weight.nested_code[weight.absmax_codes[first:last].long()] * nested + weight.offset
     each = scales.repeat_interleave(weight.block)[begin - first * weight.block :][: end - begin]
+    if weight.format == INT8:
+        return weight.codes[begin:end] * each * INT8_STEP
+    codes = weight.codes[begin // 2 : (end + 1) // 2]
+    codes = torch.stack((codes >> 4, codes & 15), 1).view(-1)[begin % 2 :][: end - begin].long()
     return table(weight.format).values.to(codes.device)[codes] * each
 
 
@@ -212,7 +216,7 @@ def _flatten_term(term: Term, m: int, n: int) -> tuple[int | float, ...]:
     tail: tuple[int | float, ...] = ()
     if isinstance(w, QuantizedWeight):
         w_rows, w_columns = w.shape
-        w_at, w_stride, w_type = w.codes.data_ptr(), w_columns, _QUANTIZED
+        w_at, w_stride, w_type = w.codes.data_ptr(), w_columns, _INT8 if w.format == INT8 else _FOUR_BITS
         tail = _flatten_scales(w)
     else:
         w_rows, w_columns, w_stride, w_type = _matrix(w, "w")
@@ -229,11 +233,17 @@ def _flatten_term(term: Term, m: int, n: int) -> tuple[int | float, ...]:
 
 def _flatten_scales(w: QuantizedWeight) -> tuple[int | float, ...]:
     weights, blocks = w.numel, w.blocks
-    if w.codes.dtype != torch.uint8 or w.codes.numel() != (weights + 1) // 2 or not w.codes.is_contiguous():
+    dtype, count = (torch.int8, weights) if w.format == INT8 else (torch.uint8, (weights + 1) // 2)
+    if w.codes.dtype != dtype or w.codes.numel() != count or not w.codes.is_contiguous():
         raise ValueError(
-            f"codes are {w.codes.dtype} of {w.codes.numel()}; expected contiguous uint8 of {(weights + 1) // 2} "
+            f"codes are {w.codes.dtype} of {w.codes.numel()}; expected contiguous {dtype} of {count} "
             f"for shape {w.shape}"
         )
+    if w.format == INT8:
+        if w.absmax is None or w.block != w.shape[1]:
+            raise ValueError(f"an int8 weight of {w.shape} has blocks of {w.block} and absmax {w.absmax is not None}")
+        _vector(w.absmax, blocks, "absmax", (torch.float32,))
+        return (w.absmax.data_ptr(),)
     head = (table(w.format).values.data_ptr(), w.block.bit_length() - 1)
     if w.absmax is not None:
         _vector(w.absmax, blocks, "absmax", (torch.float32,))

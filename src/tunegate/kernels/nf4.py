@@ -1,17 +1,17 @@
-"""4-bit weights, bit for bit in bitsandbytes' format, and the linear layer that computes from them.
+"""Quantized weights, bit for bit in bitsandbytes' formats, and the linear layer that computes from them.
 
 QLoRA (Dettmers et al. 2023, arXiv 2305.14314): blocks along the flat index (64 elements by default) are divided by
-their largest magnitude and each element becomes the nearest of 16 values, the lower one in a tie; two codes a byte,
-the first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit codes of a dynamic map
-in blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values
-(NF4, FP4 or INT4), the block size and whether the scales are quantized.
+their largest magnitude and each element becomes the nearest of 16 values, the lower one in a tie; two codes a byte, the
+first in the high nibble. Double quantization stores the scales, less their mean, as 8-bit codes of a dynamic map in
+blocks of 256: 4.127 bits a parameter instead of 4.5. A :class:`~tunegate.kernels.formats.Recipe` names the values (NF4,
+FP4 or INT4), the block size and whether the scales are quantized; 8-bit codes and scales are made in ``int8``.
 
-bitsandbytes' rules on CPUs that the format alone does not fix: a full block is multiplied by the fp32 reciprocal of
-its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536 points from
--1 to 1, not to the value itself; a block of 256 equal scales gets code 0; FP4's second zero stands for what is just
-above zero. The mean is ``torch.mean``'s, taken on one thread.
+bitsandbytes' rules for 4 bits on CPUs that the format alone does not fix: a full block is multiplied by the fp32
+reciprocal of its scale, a short last block is divided by it; the 8-bit code is the one nearest to the closest of 65536
+points from -1 to 1, not to the value itself; a block of 256 equal scales gets code 0; FP4's second zero stands for what
+is just above zero. The mean is ``torch.mean``'s, taken on one thread.
 
-It does not train the weight, quantize activations, or know 8-bit weights.
+It does not train the weight or quantize activations.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tunegate.kernels import gpu, native
-from tunegate.kernels.formats import NESTED_BLOCK, Recipe, table
+from tunegate.kernels import gpu, int8, native
+from tunegate.kernels.formats import INT8, NESTED_BLOCK, Recipe, table
 from tunegate.kernels.linear import QuantizedWeight, dequantize_range
 from tunegate.kernels.stored import FrozenProduct
 
@@ -66,32 +66,38 @@ def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # n
     infinity.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"4-bit formats take a floating-point matrix, got {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(f"a floating-point matrix is quantized, not {weight.dtype} {tuple(weight.shape)}")
     if weight.element_size() == 1:
         raise ValueError(f"{weight.dtype} values mean nothing without their scales; give the weight in 16 or 32 bits")
     if weight.dtype == torch.float64:
         weight = weight.float()
-    flat = weight.detach().contiguous().view(-1)
-    if flat.dtype not in native.KERNEL_DTYPES:
-        flat = flat.float()
-    n = flat.numel()
-    lib = native.library_for(flat)
-    if lib is not None:
-        codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-n // recipe.block))
-        values = table(recipe.format)
-        rank_is_code = torch.equal(values.order, torch.arange(16, dtype=torch.uint8))
-        form = (values.bounds.data_ptr(), 0 if rank_is_code else values.order.data_ptr(), recipe.block)
-        lib.nf4_quantize(flat.data_ptr(), flat.dtype == torch.float32, n, form, codes.data_ptr(), absmax.data_ptr())
-    else:
-        codes, absmax = _quantize_twin(flat, recipe)
+    dense = weight.detach().contiguous()
+    if dense.dtype not in native.KERNEL_DTYPES:
+        dense = dense.float()
+    codes, absmax = int8.codes_of(dense) if recipe.format == INT8 else _codes_of(dense.view(-1), recipe)
     if not torch.isfinite(absmax).all():
-        raise ValueError("the weight holds NaN or infinity, which 4 bits cannot store; check the model's files")
+        raise ValueError("the weight holds NaN or infinity, which no code stands for; check the model's files")
     shape = (weight.shape[0], weight.shape[1])
-    made = QuantizedWeight(codes, shape, absmax, format=recipe.format, block=recipe.block, dtype=weight.dtype)
+    block = recipe.block or shape[1]
+    made = QuantizedWeight(codes, shape, absmax, format=recipe.format, block=block, dtype=weight.dtype)
     if recipe.double and absmax.numel():
         _quantize_scales(made)
     return made
+
+
+def _codes_of(flat: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of a 4-bit format."""
+    n = flat.numel()
+    lib = native.library_for(flat)
+    if lib is None:
+        return _quantize_twin(flat, recipe)
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // recipe.block))
+    values = table(recipe.format)
+    rank_is_code = torch.equal(values.order, torch.arange(16, dtype=torch.uint8))
+    form = (values.bounds.data_ptr(), 0 if rank_is_code else values.order.data_ptr(), recipe.block)
+    lib.nf4_quantize(flat.data_ptr(), flat.dtype == torch.float32, n, form, codes.data_ptr(), absmax.data_ptr())
+    return codes, absmax
 
 
 def _quantize_twin(flat: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -174,6 +180,10 @@ def dequantize_rows(weight: QuantizedWeight, start: int, stop: int, out: Tensor)
         raise ValueError(f"out must be dense and {(stop - start, columns)}, got {tuple(out.shape)}, {out.stride()}")
     begin, end = start * columns, stop * columns
     lib = native.library_for(out) if weight.codes.device.type == "cpu" else None
+    if lib is not None and weight.format == INT8:
+        assert weight.absmax is not None
+        int8.decode_into(weight.codes[begin:end], weight.absmax[start:stop], out)
+        return out
     if lib is not None:
         scales = (weight.absmax, weight.absmax_codes, weight.nested_code, weight.nested_absmax)
         values = table(weight.format).values.data_ptr()
@@ -195,7 +205,7 @@ def _(codes: Tensor, absmax: Tensor, rows: int, columns: int, dtype: torch.dtype
 
 
 class DequantizedProduct(torch.autograd.Function):
-    """``x W^T + bias`` where no kernel reads 4 bits: the matrix is made for the product and, for x's gradient, again.
+    """``x W^T + bias`` where no kernel reads codes: the matrix is made for the product and, for x's gradient, again.
     Kept by autograd, the matrices of all layers would be a copy of the model in 16 bits."""
 
     @staticmethod
@@ -209,7 +219,7 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer with a 4-bit weight; (..., in) to (..., out) in the input's dtype.
+    """A frozen linear layer with a quantized weight; (..., in) to (..., out) in the input's dtype.
 
     Gradients reach the input only. :meth:`dequantize` gives the weight, (out, in), in the dtype it had.
     """
@@ -264,8 +274,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
-        even = self.codes.numel() * 2 == self.in_features * self.out_features
-        if not autocast and even and native.library_for(x) is not None:
+        if not autocast and native.library_for(x) is not None:
             out: Tensor = FrozenProduct.apply(x, self.quantized, self.bias)
             return out
         bias = None if self.bias is None else self.bias.to(x.dtype)

@@ -1,21 +1,23 @@
-"""Quantized checkpoints: bitsandbytes' 4-bit safetensors read and written, every other kind refused by name.
+"""Quantized checkpoints: bitsandbytes' safetensors read and written, every other kind refused by name.
 
-bitsandbytes stores a linear layer's weight ``X.weight`` as packed codes ((n + 1) / 2, 1) with its parts beside it:
-``.absmax`` (fp32, or uint8 codes when doubly quantized), ``.quant_map`` (the sixteen values), ``.nested_absmax`` and
-``.nested_quant_map`` (double quantization), and ``.quant_state.bitsandbytes__nf4`` or ``__fp4``: a JSON object as
-bytes, with block size, shape, dtype and the mean of the scales. config.json carries ``quantization_config``, from which
+In 4 bits bitsandbytes stores a linear layer's weight ``X.weight`` as packed codes ((n + 1) / 2, 1) with its parts
+beside it: ``.absmax`` (fp32, or uint8 codes when doubly quantized), ``.quant_map`` (the sixteen values),
+``.nested_absmax`` and ``.nested_quant_map`` (double quantization), and ``.quant_state.bitsandbytes__nf4`` or ``__fp4``:
+a JSON object as bytes, with block size, shape, dtype and the mean of the scales. In 8 bits ``X.weight`` is int8 (n, k)
+with ``X.SCB``, the rows' largest magnitudes in fp32 (n,), and mostly ``X.weight_format``, 0 for codes that lie row
+after row; the dtype that the weight had is not told. config.json carries ``quantization_config``, from which
 transformers and vLLM know which layers were left alone.
 
 Files come from outside: every part's dtype and size is checked against the shape before it is used. Layout:
-bitsandbytes 0.50 ``QuantState.as_dict(packed=True)``; weights stored under another dtype (``bnb_4bit_quant_storage``,
-for FSDP) are read as the bytes they are. It reads no files itself and never handles 8-bit weights.
+bitsandbytes 0.50 ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt``; 4-bit weights stored under another dtype
+(``bnb_4bit_quant_storage``, for FSDP) are read as the bytes they are. It reads no files itself.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,47 +25,63 @@ import torch
 from torch import Tensor
 
 from tunegate.errors import InputError, Problem
-from tunegate.kernels.formats import BLOCKS, NESTED_BLOCK, Recipe, table
+from tunegate.kernels.formats import BLOCKS, INT8, NESTED_BLOCK, Recipe, table
 from tunegate.kernels.linear import QuantizedWeight
 from tunegate.model.weights import TensorEntry
 
-STORED_FORMATS = ("nf4", "fp4")
+STORED_FORMATS = ("nf4", "fp4", INT8)
 _STATE = ".quant_state.bitsandbytes__"
+_ROWS, _LAYOUT = ".SCB", ".weight_format"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MOST_STATE_BYTES = 1 << 16
-_FOUR_BIT = "bitsandbytes 4-bit"
+_READ = {"bitsandbytes 4-bit": "nf4", "bitsandbytes 8-bit": INT8}  # kinds, and what a plan takes them for
 _ORIGINAL = (
     "name the original 16-bit checkpoint (its id usually stands on this one's page); `tunegate quantize` or "
-    "`base.quantization: nf4` make 4 bits of it"
+    "`base.quantization: nf4` make 4 bits of it, int8 makes 8"
 )
 _PLAIN_INTEGERS = "integers"
 _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 # Tensors that only a checkpoint of that kind holds.
-_MARKS = {".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".SCB": "bitsandbytes 8-bit", ".weight_scale_inv": "FP8"}
+_MARKS = {".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".weight_scale_inv": "FP8"}
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantized weight in a checkpoint: ``name`` is ``X.weight``, ``format`` nf4 or fp4."""
+    """A quantized weight in a checkpoint: ``name`` is ``X.weight``, ``format`` nf4, fp4 or int8, ``parts`` the names of
+    what lies beside it; that of a 4-bit weight's JSON is the last one."""
 
     name: str
     format: str
     double: bool
-
-    @property
-    def state_name(self) -> str:
-        return self.name + _STATE + self.format
+    parts: tuple[str, ...]
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Every tensor it consists of, the weight first."""
-        parts = _PARTS if self.double else _PARTS[:2]
-        return (self.name, *(f"{self.name}.{part}" for part in parts), self.state_name)
+        return (self.name, *self.parts)
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 1 if self.format == INT8 else 2
+
+
+def _stored_at(name: str, present: Collection[str]) -> StoredWeight | None:
+    """The weight that a tensor of this name belongs to, where only a quantized weight has such a tensor."""
+    weight, mark, kind = name.partition(_STATE)
+    if mark:
+        double = f"{weight}.nested_absmax" in present or f"{weight}.nested_quant_map" in present
+        parts = tuple(f"{weight}.{part}" for part in (_PARTS if double else _PARTS[:2]))
+        return StoredWeight(weight, kind, double, (*parts, name))
+    if name.endswith(_ROWS):
+        module = name.removesuffix(_ROWS)
+        layout = (module + _LAYOUT,) if module + _LAYOUT in present else ()
+        return StoredWeight(f"{module}.weight", INT8, False, (name, *layout))
+    return None
 
 
 def quantized_names(names: Iterable[str]) -> dict[str, StoredWeight]:
-    """Weight name -> what is stored, for the 4-bit weights among a checkpoint's tensor names.
+    """Weight name -> what is stored, for the quantized weights among a checkpoint's tensor names.
 
     :class:`InputError` names every weight that lacks a part.
     """
@@ -71,29 +89,29 @@ def quantized_names(names: Iterable[str]) -> dict[str, StoredWeight]:
     found: dict[str, StoredWeight] = {}
     problems = []
     for name in sorted(present):
-        weight, mark, kind = name.partition(_STATE)
-        if not mark:
+        stored = _stored_at(name, present)
+        if stored is None:
             continue
-        double = f"{weight}.nested_absmax" in present or f"{weight}.nested_quant_map" in present
-        stored = StoredWeight(weight, kind, double)
-        if kind not in STORED_FORMATS:
-            problems.append(Problem("unknown 4-bit format", name, " or ".join(STORED_FORMATS), repr(kind)))
+        if stored.format not in STORED_FORMATS:
+            expected = " or ".join(form for form in STORED_FORMATS if form != INT8)
+            problems.append(Problem("unknown 4-bit format", name, expected, repr(stored.format)))
         elif missing := [n for n in stored.tensor_names if n not in present]:
-            problems.append(Problem("a quantized weight is not whole", weight, "its parts", f"no {', '.join(missing)}"))
-        elif weight in found:
-            problems.append(Problem("a weight is stored in two formats", weight))
-        found[weight] = stored
+            lacks = f"no {', '.join(missing)}"
+            problems.append(Problem("a quantized weight is not whole", stored.name, "its parts", lacks))
+        elif stored.name in found:
+            problems.append(Problem("a weight is stored in two formats", stored.name))
+        found[stored.name] = stored
     if problems:
         raise InputError(problems)
     return found
 
 
 def stored_recipe(names: Iterable[str]) -> dict[str, Any] | None:
-    """How a checkpoint with tensors of these names is stored in 4 bits, as a card tells it; None if it is not."""
+    """How a checkpoint with tensors of these names is quantized, as a card tells it; None if it is not."""
     first = next(iter(quantized_names(names).values()), None)
     if first is None:
         return None
-    return {**Recipe(first.format, double=first.double).to_json(), "keep": [], "stored": True}
+    return {**Recipe.of(first.format, double=first.double).to_json(), "keep": [], "stored": True}
 
 
 def pack(name: str, weight: QuantizedWeight, *, state_bytes: int = 0) -> dict[str, Tensor]:
@@ -104,6 +122,10 @@ def pack(name: str, weight: QuantizedWeight, *, state_bytes: int = 0) -> dict[st
     """
     if weight.format not in STORED_FORMATS:
         raise ValueError(f"{weight.format} has no file format; expected {' or '.join(STORED_FORMATS)}")
+    if weight.format == INT8:
+        assert weight.absmax is not None
+        module, layout = name.removesuffix(".weight"), torch.zeros((), dtype=torch.uint8)
+        return {name: weight.codes.view(weight.shape), module + _ROWS: weight.absmax, module + _LAYOUT: layout}
     state: dict[str, Any] = {
         "quant_type": weight.format,
         "blocksize": weight.block,
@@ -124,52 +146,70 @@ def pack(name: str, weight: QuantizedWeight, *, state_bytes: int = 0) -> dict[st
 
 
 def packed_entries(name: str, shape: tuple[int, int], recipe: Recipe, state_bytes: int) -> list[TensorEntry]:
-    """Names, dtypes, shapes and sizes of what :func:`pack` makes; positions count from 0.
-
-    The order keeps every tensor aligned to its dtype, and the whole is a multiple of 8 bytes.
-    """
+    """Names, dtypes, shapes and sizes of what :func:`pack` makes, in its order; positions count from 0."""
     n = shape[0] * shape[1]
-    blocks = -(-n // recipe.block)
-    rows: list[tuple[str, str, tuple[int, ...]]] = [(f"{name}.quant_map", "F32", (16,))]
-    if recipe.double:
-        nested = -(-blocks // NESTED_BLOCK)
-        rows += [(f"{name}.nested_quant_map", "F32", (256,)), (f"{name}.nested_absmax", "F32", (nested,))]
-    rows.append((f"{name}.absmax", "U8" if recipe.double else "F32", (blocks,)))
-    rows.append((name, "U8", ((n + 1) // 2, 1)))
+    rows: list[tuple[str, str, tuple[int, ...]]]
+    if recipe.format == INT8:
+        module = name.removesuffix(".weight")
+        rows = [(name, "I8", shape), (module + _ROWS, "F32", (shape[0],)), (module + _LAYOUT, "U8", ())]
+    else:
+        blocks = -(-n // recipe.block)
+        rows = [(name, "U8", ((n + 1) // 2, 1)), (f"{name}.absmax", "U8" if recipe.double else "F32", (blocks,))]
+        rows.append((f"{name}.quant_map", "F32", (16,)))
+        if recipe.double:
+            rows.append((f"{name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)))
+            rows.append((f"{name}.nested_quant_map", "F32", (256,)))
+        rows.append((name + _STATE + recipe.format, "U8", (state_bytes,)))
     entries, position = [], 0
     for part, dtype, sizes in rows:
         end = position + math.prod(sizes) * (4 if dtype == "F32" else 1)
         entries.append(TensorEntry(part, dtype, sizes, position, end))
         position = end
-    padded = state_bytes + -(position + state_bytes) % 8
-    entries.append(TensorEntry(name + _STATE + recipe.format, "U8", (padded,), position, position + padded))
     return entries
 
 
 def unpack(stored: StoredWeight, get_tensor: Callable[[str], Tensor]) -> QuantizedWeight:
     """The weight whose parts ``get_tensor(name)`` returns; :class:`InputError` if they do not fit together."""
     tensors = {name: get_tensor(name) for name in stored.tensor_names}
-    state = _state_of(tensors[stored.state_name], stored)
+    if stored.format == INT8:
+        return _unpack_rows(stored, tensors)
+    state = _state_of(tensors[stored.parts[-1]], stored)
     shape, block, dtype = _described(state, stored)
     blocks = -(-shape[0] * shape[1] // block)
     codes = tensors[stored.name].contiguous().view(-1).view(torch.uint8)
     if codes.numel() != (shape[0] * shape[1] + 1) // 2:
         raise _misfit(stored.name, f"{(shape[0] * shape[1] + 1) // 2} bytes of codes for {shape}", codes.numel())
-    values = _part(tensors, stored, "quant_map", 16)
+    values = _numbers(tensors, f"{stored.name}.quant_map", 16)
     if not torch.allclose(values, table(stored.format).values, rtol=0, atol=1e-4):  # rounded in old files
         raise _misfit(f"{stored.name}.quant_map", f"the sixteen values of {stored.format}", values.tolist())
     made = QuantizedWeight(codes, shape, format=stored.format, block=block, dtype=dtype)
     if not stored.double:
-        made.absmax = _part(tensors, stored, "absmax", blocks)
+        made.absmax = _numbers(tensors, f"{stored.name}.absmax", blocks)
         return made
     scales = tensors[f"{stored.name}.absmax"].contiguous().view(-1)
     if scales.dtype != torch.uint8 or scales.numel() != blocks:
         raise _misfit(f"{stored.name}.absmax", f"{blocks} uint8", f"{scales.numel()} {scales.dtype}")
     made.absmax_codes = scales
-    made.nested_code = _part(tensors, stored, "nested_quant_map", 256)
-    made.nested_absmax = _part(tensors, stored, "nested_absmax", -(-blocks // NESTED_BLOCK))
+    made.nested_code = _numbers(tensors, f"{stored.name}.nested_quant_map", 256)
+    made.nested_absmax = _numbers(tensors, f"{stored.name}.nested_absmax", -(-blocks // NESTED_BLOCK))
     made.offset = float(state["nested_offset"])
     return made
+
+
+def _unpack_rows(stored: StoredWeight, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
+    """An int8 weight. Its dtype is fp32, which holds every value: the file does not say what it was."""
+    codes = tensors[stored.name]
+    if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
+        raise _misfit(stored.name, "a matrix of int8", f"{codes.dtype} {tuple(codes.shape)}")
+    for name in stored.parts[1:]:
+        layout = tensors[name]
+        if layout.numel() != 1 or layout.item() != 0:
+            raise _misfit(name, "0: codes row after row", layout.tolist())
+    absmax = _numbers(tensors, stored.parts[0], len(codes))
+    if (absmax < 0).any():
+        raise _misfit(stored.parts[0], "magnitudes", f"a least value of {absmax.min().item():g}")
+    rows, columns = codes.shape
+    return QuantizedWeight(codes.contiguous().view(-1), (rows, columns), absmax, format=INT8, block=columns)
 
 
 def _misfit(where: str, expected: str, got: object) -> InputError:
@@ -179,9 +219,8 @@ def _misfit(where: str, expected: str, got: object) -> InputError:
     )  # fmt: skip
 
 
-def _part(tensors: Mapping[str, Tensor], stored: StoredWeight, part: str, n: int) -> Tensor:
+def _numbers(tensors: Mapping[str, Tensor], name: str, n: int) -> Tensor:
     """A finite fp32 vector of n."""
-    name = f"{stored.name}.{part}"
     tensor = tensors[name]
     if not tensor.is_floating_point() or tensor.numel() != n:
         raise _misfit(name, f"{n} floating-point numbers", f"{tensor.numel()} {tensor.dtype}")
@@ -193,19 +232,19 @@ def _part(tensors: Mapping[str, Tensor], stored: StoredWeight, part: str, n: int
 
 def _state_of(tensor: Tensor, stored: StoredWeight) -> dict[str, Any]:
     if tensor.dtype != torch.uint8 or tensor.numel() > _MOST_STATE_BYTES:
-        raise _misfit(stored.state_name, "JSON as uint8, at most 64 KiB", f"{tensor.numel()} {tensor.dtype}")
+        raise _misfit(stored.parts[-1], "JSON as uint8, at most 64 KiB", f"{tensor.numel()} {tensor.dtype}")
     try:
         state = json.loads(tensor.contiguous().numpy().tobytes())
     except (ValueError, RecursionError) as error:
-        raise _misfit(stored.state_name, "a JSON object", error) from None
+        raise _misfit(stored.parts[-1], "a JSON object", error) from None
     if not isinstance(state, dict):
-        raise _misfit(stored.state_name, "a JSON object", type(state).__name__)
+        raise _misfit(stored.parts[-1], "a JSON object", type(state).__name__)
     return state
 
 
 def _described(state: Mapping[str, Any], stored: StoredWeight) -> tuple[tuple[int, int], int, torch.dtype]:
     """(shape, block size, dtype) as the JSON says, checked."""
-    where, shape, block = stored.state_name, state.get("shape"), state.get("blocksize")
+    where, shape, block = stored.parts[-1], state.get("shape"), state.get("blocksize")
     if state.get("quant_type") != stored.format:
         raise _misfit(where, f"quant_type {stored.format}", repr(state.get("quant_type")))
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(s) is int and 0 < s < 2**31 for s in shape):
@@ -229,50 +268,52 @@ def quantization_config(recipe: Recipe, kept: Sequence[str], compute_dtype: torc
     """config.json's ``quantization_config``, in the keys that transformers writes itself.
 
     ``kept`` are the paths of linear layers that are not quantized, the head among them: transformers replaces every
-    other one. It does not hold the block size, which each weight carries.
+    other one. It does not hold the block size, which each 4-bit weight carries.
     """
+    rows = recipe.format == INT8  # then what is said of 4 bits are transformers' defaults
     return {
-        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": "float32" if rows else str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": recipe.format,
+        "bnb_4bit_quant_type": "fp4" if rows else recipe.format,
         "bnb_4bit_use_double_quant": recipe.double,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": sorted(kept),
         "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
+        "load_in_4bit": not rows,
+        "load_in_8bit": rows,
         "quant_method": "bitsandbytes",
     }
 
 
 def config_problems(config: Mapping[str, Any], where: str) -> list[Problem]:
-    """What config.json alone tells: a quantization that is not read here (bitsandbytes 8-bit, GPTQ, AWQ, FP8, ...)."""
+    """What config.json alone tells: a quantization that is not read here (GPTQ, AWQ, FP8, ...)."""
     said = _said(config)
     kind = _kind_said(said) if said else ""
-    if kind in ("", _FOUR_BIT):
+    if not kind or kind in _READ:
         return []
     return [_refused(kind, where, f"quantization_config {json.dumps(said, default=str)[:120]}")]
 
 
-def stored_in_config(config: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]] | None:
-    """(double quantization, layers left alone) of a checkpoint whose config.json says that it is bitsandbytes 4-bit;
-    None for every other."""
+def stored_in_config(config: Mapping[str, Any]) -> tuple[str, bool, tuple[str, ...]] | None:
+    """(nf4 or int8, double quantization, layers left alone) of a checkpoint whose config.json says that it is
+    bitsandbytes' 4 or 8 bits; None for every other."""
     said = _said(config)
-    if not isinstance(said, dict) or _kind_said(said) != _FOUR_BIT:
+    if not isinstance(said, dict) or (form := _READ.get(_kind_said(said))) is None:
         return None
     kept = said.get("llm_int8_skip_modules")
-    return said.get("bnb_4bit_use_double_quant") is True, tuple(map(str, kept)) if isinstance(kept, list) else ()
+    double = form != INT8 and said.get("bnb_4bit_use_double_quant") is True
+    return form, double, tuple(map(str, kept)) if isinstance(kept, list) else ()
 
 
 def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry], where: str) -> bool:
-    """Whether a checkpoint holds bitsandbytes 4-bit weights; False where it is not quantized at all.
+    """Whether a checkpoint holds bitsandbytes' 4-bit or 8-bit weights; False where it is not quantized at all.
 
     ``config`` is config.json, ``entries`` all tensors, ``where`` names the folder in errors. :class:`InputError` for
     every other kind of quantization, from what the config says and from the tensors themselves.
     """
     problems = config_problems(config, where)
-    holds = any(_STATE in entry.name for entry in entries)
+    holds = any(_stored_at(entry.name, ()) is not None for entry in entries)
     marked = sorted(
         (e for e in entries if _mark(e)), key=lambda e: _mark(e) == _PLAIN_INTEGERS
     )  # the least telling last
@@ -280,10 +321,10 @@ def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry
         found = f"{len(marked)} tensors such as {marked[0].name!r} ({marked[0].dtype})"
         problems = [_refused(_mark(marked[0]), where, found)]
     if not problems and _said(config) and not holds:
-        what = "config.json says that the weights are bitsandbytes 4-bit, and none is"
+        what = f"config.json says that the weights are {_kind_said(_said(config))}, and none is"
         fix = "remove `quantization_config` from config.json if these are the full weights, or fetch the base again"
         got = f"{len(entries)} tensors without"
-        problems = [Problem(what, where, f"tensors named ...{_STATE}nf4", got, fix)]
+        problems = [Problem(what, where, f"tensors named ...{_STATE}nf4 or ...{_ROWS}", got, fix)]
     if problems:
         raise InputError(problems)
     return holds
@@ -291,7 +332,7 @@ def stored_quantization(config: Mapping[str, Any], entries: Sequence[TensorEntry
 
 def _refused(kind: str, where: str, got: str) -> Problem:
     what = f"the base is quantized already, as {kind}, which is not read here"
-    return Problem(what, where, "16- or 32-bit weights, or bitsandbytes 4-bit (nf4, fp4)", got, _ORIGINAL)
+    return Problem(what, where, "16- or 32-bit weights, or bitsandbytes' 4 or 8 bits", got, _ORIGINAL)
 
 
 def _said(config: Mapping[str, Any]) -> object:
@@ -308,7 +349,7 @@ def _kind_said(said: object) -> str:
         if said.get("load_in_8bit") or said.get("_load_in_8bit"):
             return "bitsandbytes 8-bit"
         if said.get("load_in_4bit") or said.get("_load_in_4bit"):
-            return _FOUR_BIT
+            return "bitsandbytes 4-bit"
     return {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "": "something unknown"}.get(method, repr(method))
 
 

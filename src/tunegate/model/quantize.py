@@ -1,4 +1,4 @@
-"""A checkpoint into a 4-bit checkpoint, tensor by tensor: what ``tunegate quantize`` does.
+"""A checkpoint into one of 4 or 8 bits, tensor by tensor: what ``tunegate quantize`` does.
 
 The architecture, built on the meta device, says which tensors are weights of linear layers; those become bitsandbytes'
 parts (``bnb_files``), everything else is copied byte for byte. Sizes follow from shapes, so the shards are planned and
@@ -6,7 +6,8 @@ their headers written before the first tensor is read, and memory holds one tens
 ``.OUT.partial`` and gets its name when it is whole: there is no half-written OUT.
 
 Kept as they are: norms, embeddings, the output head, tied weights, expert routers, and what the caller names. Blocks
-run along the flat index, so no dimension has to divide by the block size. NaN and infinity are refused by tensor.
+of 4 bits run along the flat index, so no dimension has to divide by the block size. NaN and infinity are refused by
+tensor.
 
 It never loads the model, judges its answers (``benchmarks/quantization_error.py`` does) or quantizes twice.
 """
@@ -33,7 +34,7 @@ from tunegate.model.fingerprint import fingerprint_base
 from tunegate.model.origin import MERGE, QUANTIZATION, origin_of
 from tunegate.model.shards import DTYPES, ShardWriter, fill, size_of
 from tunegate.model.streaming import checkpoint_names, on_meta, quantizable
-from tunegate.model.weights import INDEX_FILE, SINGLE_FILE, TensorEntry, load_object, tensors_of
+from tunegate.model.weights import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorEntry, load_object, tensors_of
 
 RECORD = QUANTIZATION
 SHARD_BYTES = 5_000_000_000
@@ -118,7 +119,7 @@ def plan_quantization(
     with collecting(problems):
         entries = [e for part in found.values() for e in part]
         if bnb_files.stored_quantization(config, entries, str(base)):
-            problems.append(Problem("the base is 4-bit already", str(base), fix="use it as it is, or its original"))
+            problems.append(Problem("the base is quantized already", str(base), fix="use it as it is, or its original"))
     if problems:
         raise InputError(problems)
     model = on_meta(AutoConfig.from_pretrained(base, local_files_only=True), torch.float32, False)
@@ -202,8 +203,7 @@ def _items(found: Mapping[Path, Sequence[TensorEntry]], targets: set[str], recip
 
 
 def _shards(items: Sequence[_Item], most: int) -> tuple[tuple[_Item, ...], ...]:
-    """Files of at most ``most`` bytes, unless one tensor is larger. In each, quantized weights come first (multiples
-    of 8 bytes), then the rest by falling width, so that every tensor is aligned to its dtype."""
+    """Files of at most ``most`` bytes, unless one tensor is larger."""
     shards: list[list[_Item]] = [[]]
     size = 0
     for item in items:
@@ -213,15 +213,7 @@ def _shards(items: Sequence[_Item], most: int) -> tuple[tuple[_Item, ...], ...]:
             size = 0
         shards[-1].append(item)
         size += more
-    return tuple(tuple(sorted(shard, key=lambda i: (not i.quantized, -_width(i.entry)))) for shard in shards)
-
-
-def _width(entry: TensorEntry) -> int:
-    """Bytes of an element (1 for narrower ones)."""
-    elements = 1
-    for n in entry.shape:
-        elements *= n
-    return size_of(entry) // elements if elements else 8
+    return tuple(map(tuple, shards))
 
 
 def _require_room(plan: Plan) -> None:
@@ -279,7 +271,8 @@ def _write_shard(
 ) -> None:  # fmt: skip
     """One file. After a tensor that cannot be stored, the others are only looked at."""
     problems: list[Problem] = []
-    with ShardWriter(target, [e for item in shard for e in item.writes]) as writer:
+    entries = sorted((e for item in shard for e in item.writes), key=lambda e: -DTYPE_BITS[e.dtype])  # so all aligned
+    with ShardWriter(target, entries) as writer:
         for item in shard:
             tensor = read_tensor(item.path, item.entry)
             found = _finite_problems(item, tensor)
@@ -328,7 +321,8 @@ def _finite_problems(item: _Item, data: Tensor) -> list[Problem]:
 
 
 def _like(recipe: Recipe, form: str) -> Recipe:
-    return Recipe(form, recipe.block, recipe.double)
+    same = recipe.code_bits == Recipe.of(form).code_bits
+    return Recipe(form, recipe.block, recipe.double) if same else Recipe.of(form)
 
 
 def errors_of(weight: Tensor, recipes: Iterable[Recipe]) -> dict[str, Error]:

@@ -36,6 +36,7 @@ from tunegate.model.experts import is_router
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry, tensors_of
 
+_CODES = {"U8": torch.uint8, "I8": torch.int8}
 _OTHER_DTYPE = "choose the base's 16-bit checkpoint; 8-bit weights need scales that are not read here"
 
 
@@ -67,7 +68,7 @@ def load_streamed(
     """The checkpoint in ``folder`` as a frozen model in eval mode that computes in ``dtype``.
 
     ``recipe`` says how linear layers are quantized; None leaves them alone. ``keep`` names further ones (or endings of
-    their paths) to leave as they are. Weights stored in bitsandbytes' 4-bit form are taken as they are.
+    their paths) to leave as they are. Weights stored in bitsandbytes' forms are taken as they are.
     :class:`InputError` names missing tensors, wrong shapes, dtypes that are not read, NaN or infinity in what is
     quantized, and, as :class:`Rearranged`, an architecture that cannot be read tensor by tensor.
     """
@@ -114,7 +115,7 @@ def keeps_16_bits(folder: Path) -> bool:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether weights in ``folder`` are stored in 4 bits."""
+    """Whether weights in ``folder`` are stored quantized."""
     return bool(quantized_names(entry.name for entries in tensors_of(folder).values() for entry in entries))
 
 
@@ -146,7 +147,7 @@ def _stored_problems(job: _Job, model: Any) -> list[Problem]:
     module = model.get_submodule(job.name.rpartition(".")[0])
     if type(module) is nn.Linear and module is not model.get_output_embeddings():
         return []
-    what = "4-bit weights are read for linear layers only"
+    what = "quantized weights are read for linear layers only"
     return [Problem(what, f"{job.path}: {job.entry.name}", got=type(module).__name__)]
 
 
@@ -249,14 +250,15 @@ def _read_ahead(jobs: list[_Job], passing: set[str]) -> Iterator[tuple[_Job, Ten
 
 
 def _any_tensor(path: Path, entry: TensorEntry) -> Tensor:
-    """A tensor of a stored 4-bit weight, whatever its dtype."""
+    """A tensor of a stored quantized weight; of a dtype that none has, its bytes."""
     buffer = torch.empty(size_of(entry), dtype=torch.uint8)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fill(descriptor, entry, buffer, path)
     finally:
         os.close(descriptor)
-    return buffer.view(DTYPES.get(entry.dtype, torch.uint8)).view(entry.shape if entry.dtype in DTYPES else (-1,))
+    dtype = _CODES.get(entry.dtype) or DTYPES.get(entry.dtype)
+    return buffer if dtype is None else buffer.view(dtype).view(entry.shape)
 
 
 def _quantized(job: _Job, tensor: Tensor, recipe: Recipe | None) -> QuantizedWeight:

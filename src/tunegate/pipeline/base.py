@@ -14,7 +14,7 @@ from tunegate.config import BaseSection, Config, TrainSection
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError
 from tunegate.kernels import native
-from tunegate.kernels.formats import Recipe
+from tunegate.kernels.formats import INT8, Recipe
 from tunegate.model.bnb_files import quantized_names, stored_recipe
 from tunegate.model.fingerprint import BaseFingerprint, fingerprint_base
 from tunegate.model.loading import choose_dtype, eos_ids, load_tokenizer, longest_row
@@ -81,20 +81,23 @@ def _recipe(section: BaseSection, folder: Path, names: Iterable[str]) -> dict[st
         return stored
     if stored:
         raise quantized_already(folder, f"weights stored in {stored['format']}")
-    recipe = Recipe(section.quantization, section.quantization_block, section.double_quantization)
+    form = section.quantization
+    four_bits = form != INT8  # which the other two settings are about
+    recipe = Recipe(form, section.quantization_block, section.double_quantization) if four_bits else Recipe.of(form)
     return {**recipe.to_json(), "keep": sorted(set(section.keep_unquantized)), "stored": False}
 
 
 def quantized_already(folder: Path, got: str) -> InputError:
     where, fix = f"base.quantization; {folder}", "remove `quantization`, or name the 16-bit original"
-    return InputError("the base is stored in 4 bits already", where=where, got=got, fix=fix)
+    return InputError("the base is stored quantized already", where=where, got=got, fix=fix)
 
 
 def _count(entries: Mapping[str, TensorEntry]) -> int:
-    """Parameters; a weight stored in 4 bits counts two for each byte of its codes, and its scales not."""
+    """Parameters; a weight stored in 4 bits counts two for each byte of its codes, and scales count nothing."""
     stored = quantized_names(entries)
     parts = {name for weight in stored.values() for name in weight.tensor_names} - stored.keys()
-    return sum((1 + (n in stored)) * _elements(e.shape) for n, e in entries.items() if n not in parts)
+    each = {name: weight.codes_per_byte for name, weight in stored.items()}
+    return sum(each.get(n, 1) * _elements(e.shape) for n, e in entries.items() if n not in parts)
 
 
 def base_name(config: Config) -> str:

@@ -41,7 +41,7 @@ from tunegate.plan import calibrate
 from tunegate.plan.devices import Device, available_memory, cpu_device, load_sheet, this_machine
 from tunegate.plan.memory import EVALUATION_ROWS, Checkpointing, Evaluation, PlanInputs, estimate
 from tunegate.plan.recommend import fit_problem
-from tunegate.plan.shapes import ModelShape, shape_of_folder
+from tunegate.plan.shapes import ModelShape, packing, shape_of_folder
 from tunegate.plan.time import Workload, answer_time, training_time
 from tunegate.records import RunRecord
 
@@ -92,7 +92,7 @@ def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
     device = choose_device(config.task.train.device)
     dtype, _ = choose_dtype(section.compute_dtype, device=device)
     shape = shape_of_folder(folder, name, trust_remote_code=section.trust_remote_code)
-    if shape.four_bit and section.quantization != "none":
+    if shape.quantized and section.quantization != "none":
         raise quantized_already(folder, "quantization_config in config.json")
     wanted = config.task.task.prompts
     prompts = PROMPTS if wanted is None else 1 + len(wanted)
@@ -112,7 +112,7 @@ def plan_prepared(prepared: Prepared, *, tested: bool = True) -> TaskPlan:
     itemsize = 2 if base.compute_dtype == "bfloat16" else 4
     rows = prepared.train_rows, prepared.valid_rows, len(prepared.data.splits.test) if tested else 0
     if base.recipe is not None and base.recipe["stored"]:  # its config.json need not say so
-        shape = replace(shape, four_bit=True, double_quant=base.recipe["double"])
+        shape = replace(shape, quantized=packing(base.recipe["format"]), double_quant=base.recipe["double"])
     return describe(config, shape, rows, itemsize=itemsize, prompts=len(prepared.prompts) if tested else 0)
 
 
@@ -148,10 +148,9 @@ def describe(
         engine="eager" if cuda else "native",
         itemsize=itemsize,
         narrow=keeps_16_bits(settings, device),
-        # other 4-bit formats are as large
-        quantization="nf4" if shape.four_bit or base.quantization != "none" else None,
-        double_quant=shape.double_quant if shape.four_bit else base.double_quantization,
-        unquantized=shape.kept if shape.four_bit else base.keep_unquantized,
+        quantization=shape.quantized or packing(base.quantization),
+        double_quant=shape.double_quant if shape.quantized else base.double_quantization,
+        unquantized=shape.kept if shape.quantized else base.keep_unquantized,
         optimizer=settings.optimizer,
         dropout=settings.dropout > 0,
         checkpointing=checkpointing,

@@ -10,8 +10,9 @@ keeps what it needs, they are counted per layer and token:
 - ``compiled``: elementwise results are computed again, as ``torch.compile`` and fused kernels do.
 
 Quantized weights take 4 bits and their constants ``8/64 + 32/(64*256)`` bits a weight with double quantization
-(arXiv:2305.14314, section 3), 32/64 without. AdamW keeps two moments a parameter; blockwise 8-bit ones take a byte
-and an fp32 constant for every 256 (arXiv:2110.02861), in tensors that are not small.
+(arXiv:2305.14314, section 3), 32/64 without; in int8 they take 8 bits and an fp32 constant a row. AdamW keeps two
+moments a parameter; blockwise 8-bit ones take a byte and an fp32 constant for every 256 (arXiv:2110.02861), in tensors
+that are not small.
 
 It measures nothing; ``calibrate`` corrects it by what was measured.
 """
@@ -35,7 +36,7 @@ from tunegate.engine.activations import (
 )
 from tunegate.kernels.adamw8 import LEAST, moment_bytes
 from tunegate.kernels.linear import BLOCK, NESTED_BLOCK
-from tunegate.plan.shapes import ModelShape, Target
+from tunegate.plan.shapes import ModelShape, Packing, Target
 
 Method = Literal["full", "lora", "dora"]
 Engine = Literal["native", "eager", "compiled"]
@@ -85,7 +86,7 @@ class PlanInputs:
     engine: Engine = "native"
     itemsize: int = 4
     narrow: bool = True
-    quantization: Literal["nf4"] | None = None
+    quantization: Packing | None = None
     double_quant: bool = True
     unquantized: tuple[str, ...] = ()
     adapter_itemsize: int = 4
@@ -202,11 +203,14 @@ def weight_bytes(p: PlanInputs) -> tuple[int, int]:
     stored = min(p.itemsize, shape.stored) if p.narrow else p.itemsize
     if p.quantization is None:
         return (shape.embedding + shape.head + shape.linear) * stored + shape.other * p.itemsize, 0
-    packed = [one.elements for one in shape.linears if not (p.unquantized and named(p.unquantized, one.path))]
+    packed = [one for one in shape.linears if not (p.unquantized and named(p.unquantized, one.path))]
+    counts = [one.elements for one in packed]
     rest = (shape.embedding + shape.head) * min(p.itemsize, shape.stored)
-    rest += (shape.linear - sum(packed)) * stored + shape.other * p.itemsize
-    codes = sum(-(-count // 2) for count in packed)
-    return rest + codes, sum(nf4_constants(count, double=p.double_quant) for count in packed)
+    rest += (shape.linear - sum(counts)) * stored + shape.other * p.itemsize
+    if p.quantization == "int8":
+        return rest + sum(counts), sum(4 * one.outputs for one in packed)
+    codes = sum(-(-count // 2) for count in counts)
+    return rest + codes, sum(nf4_constants(count, double=p.double_quant) for count in counts)
 
 
 def _weights(p: PlanInputs) -> list[Part]:
@@ -215,11 +219,12 @@ def _weights(p: PlanInputs) -> list[Part]:
         how = f"{p.shape.parameters:,} x {held / p.shape.parameters:.2g} bytes"
     else:
         rest = p.shape.parameters - p.shape.linear
-        how = f"{p.shape.linear:,} x 4 bits and {rest:,} of 16 or 32 (embeddings, head, norms)"
+        bits = 8 if p.quantization == "int8" else 4
+        how = f"{p.shape.linear:,} x {bits} bits and {rest:,} of 16 or 32 (embeddings, head, norms)"
     parts = [Part("weights", held, how)]
     if constants:
         double = "one 8-bit scale in 64 weights, one fp32 in 64 x 256" if p.double_quant else "one fp32 in 64 weights"
-        parts.append(Part("constants", constants, double))
+        parts.append(Part("constants", constants, "one fp32 a row" if p.quantization == "int8" else double))
     return parts
 
 

@@ -32,14 +32,13 @@ def as_method(p: PlanInputs, name: str) -> PlanInputs:
         raise ValueError(f"unknown method {name!r}")
     if name == "full":  # 16-bit weights, gradients and moments, as full fine-tuning recipes for one node have them
         return replace(p, method="full", quantization=None, targets=(), itemsize=2, adapter_itemsize=2, dropout=False)
-    return replace(
-        p, method="dora" if name.endswith("dora") else "lora", quantization="nf4" if name[0] == "q" else None
-    )
+    packing = (p.quantization or "nf4") if name[0] == "q" else None
+    return replace(p, method="dora" if name.endswith("dora") else "lora", quantization=packing)
 
 
 def methods_for(p: PlanInputs) -> tuple[str, ...]:
-    """Those of :data:`METHODS` that the base allows: one stored in 4 bits stays so."""
-    return tuple(name for name in METHODS if name[0] == "q" or not p.shape.four_bit)
+    """Those of :data:`METHODS` that the base allows: one stored quantized stays so."""
+    return tuple(name for name in METHODS if name[0] == "q" or p.shape.quantized is None)
 
 
 def method_name(p: PlanInputs) -> str:

@@ -14,13 +14,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.engine.activations import LayerSizes
 from tunegate.errors import InputError, Problem
+from tunegate.kernels.formats import INT8
 
 HEAD_DIM = 128
+Packing = Literal["nf4", "int8"]  # 4 bits of whatever format, 8 bits
 _FUSED_NORMS = 2  # RMS norms of hidden width in a plain decoder layer; Gemma 2 and 3 have four
 
 # (parameters, layers, hidden) of well-known decoders, for a size that comes alone.
@@ -29,6 +31,11 @@ _KNOWN = (
     (3.2e9, 28, 3072), (7e9, 32, 4096), (8e9, 32, 4096), (14e9, 48, 5120), (32e9, 64, 5120), (70e9, 80, 8192),
     (123e9, 88, 12288), (405e9, 126, 16384),
 )  # fmt: skip
+
+
+def packing(format: str) -> Packing | None:
+    """How large a format's weights are: those of all 4-bit formats are of one size. ``none`` is no packing."""
+    return None if format == "none" else "int8" if format == INT8 else "nf4"
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class ModelShape:
     tensor); ``other`` is everything that is none of the linear layers: norms, biases, experts, convolutions.
 
     ``fused`` says that the decoder layers are of a class the CPU engine fuses; ``packed`` that q, k and v (gate and
-    up) are one layer. ``stored`` is the bytes of a parameter in the checkpoint; ``four_bit`` that its linear layers are
-    stored in 4 bits (with ``double_quant``) but for those named by ``kept``. ``assumed`` tells what was not given.
+    up) are one layer. ``stored`` is the bytes of a parameter in the checkpoint; ``quantized`` how its linear
+    layers are stored (with ``double_quant``) but for those named by ``kept``. ``assumed`` tells what was not given.
     """
 
     name: str
@@ -81,7 +88,7 @@ class ModelShape:
     sandwich: bool = False
     packed: bool = False
     stored: int = 2
-    four_bit: bool = False
+    quantized: Packing | None = None
     double_quant: bool = True
     kept: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
@@ -137,7 +144,9 @@ def shape_of_folder(folder: Path, name: str, *, trust_remote_code: bool = False)
 
     shape = shape_of_model(empty_model(folder, trust_remote_code=trust_remote_code), name)
     packed = stored_in_config(load_object(folder / "config.json"))
-    return shape if packed is None else replace(shape, four_bit=True, double_quant=packed[0], kept=packed[1])
+    if packed is None:
+        return shape
+    return replace(shape, quantized=packing(packed[0]), double_quant=packed[1], kept=packed[2])
 
 
 def shape_of_model(model: Any, name: str) -> ModelShape:

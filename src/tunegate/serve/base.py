@@ -83,7 +83,7 @@ def open_base(
     stored = stored_recipe(e.name for entries in tensors_of(resolved.path).values() for e in entries)
     if stored is not None and recipe not in (None, stored):
         raise InputError(
-            "the base is stored in 4 bits already", where=str(resolved.path), expected=recipe_text(recipe),
+            "the base is stored quantized already", where=str(resolved.path), expected=recipe_text(recipe),
             got=recipe_text(stored), fix="serve it as it is stored, or name the 16-bit original",
         )  # fmt: skip
     short = resolved.path.name if resolved.source == "folder" else resolved.name

@@ -20,7 +20,7 @@ from typing import Literal
 
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.plan.memory import RUNTIME, Part, PlanInputs, weight_bytes
-from tunegate.plan.shapes import ModelShape
+from tunegate.plan.shapes import ModelShape, Packing
 
 Kind = Literal["merged", "multi", "separate"]
 KINDS: tuple[Kind, ...] = ("merged", "multi", "separate")
@@ -49,13 +49,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the KV cache and of the adapters in RAM, rows of a batch, cores; ``nf4``: the base is quantized."""
+    """Bytes of the KV cache and of the adapters in RAM, rows of a batch, cores; ``quantization`` of the base."""
 
     kv_cache: int = 1 << 30
     adapter_cache: int = 1 << 30
     rows: int = 64
     cpus: float = 2.0
-    nf4: bool = False
+    quantization: Packing | None = None
     context: int | None = None
 
 
@@ -173,11 +173,13 @@ def _problems(
 
 def memory_of(shape: ModelShape, sizes: Sizes) -> tuple[Part, ...]:
     """The parts of a server's memory, in bytes."""
-    inputs = PlanInputs(shape, (), WORKING_TOKENS, sizes.rows, quantization="nf4" if sizes.nf4 else None)
+    inputs = PlanInputs(shape, (), WORKING_TOKENS, sizes.rows, quantization=sizes.quantization)
     weights, constants = weight_bytes(inputs)
     width = 3 * shape.intermediate + 4 * shape.hidden
     working = 4 * (WORKING_TOKENS * width + sizes.rows * shape.vocab)
-    how = f"{shape.parameters:,} parameters" + (", 4 bits a weight of the linear layers" if sizes.nf4 else "")
+    how = f"{shape.parameters:,} parameters" + (
+        f", linear layers in {sizes.quantization}" if sizes.quantization else ""
+    )
     parts = (
         Part("weights", weights + constants, how),
         Part("KV cache", sizes.kv_cache, "as it is limited"),
@@ -203,7 +205,7 @@ def serve_command(
     line += ["--kv-cache", str(sizes.kv_cache), "--max-rows", str(sizes.rows)]
     if server.adapters:
         line += ["--adapter-cache", str(sizes.adapter_cache)]
-    line += ["--quantization", "nf4"] if sizes.nf4 else []
+    line += ["--quantization", sizes.quantization] if sizes.quantization else []
     line += ["--max-context", str(sizes.context)] if sizes.context else []
     line += ["--threads", str(max(1, math.floor(sizes.cpus)))]
     return [*line, *(["--allow-ungated"] if deployment.allow_ungated else [])]

@@ -43,8 +43,9 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 @dataclass(frozen=True)
 class Wanted:
     """What is to be served. ``base``: None where the adapters say it. ``adapters``: (name, source) pairs.
-    ``everything``: also all that ``registry`` has in production on this base. ``quantization``: nf4, none, or None for
-    that of the training. ``roots``: where load requests may find adapters. ``pinned`` and ``preload`` are names."""
+    ``everything``: also all that ``registry`` has in production on this base. ``quantization``: nf4, int8, none, or
+    None for that of the training. ``roots``: where load requests may find adapters. ``pinned`` and ``preload`` are
+    names."""
 
     base: str | None = None
     revision: str | None = None
@@ -128,19 +129,19 @@ def _the_base(told: Sequence[_Trained]) -> tuple[str, str | None]:
 
 
 def _recipe(quantization: str | None, told: Sequence[_Trained]) -> dict[str, Any] | None:
-    """How the base is to be quantized. ``nf4`` is the adapters' own NF4 where they agree on one."""
+    """How the base is to be quantized. A format is the adapters' own recipe of it where they agree on one."""
     if quantization == "none":
         return None
     found = {recipe_text(t.recipe): t for t in told}
     if quantization is not None:
         own = [t.recipe for t in found.values() if t.recipe and t.recipe.get("format") == quantization]
-        plain = {**Recipe(quantization).to_json(), "keep": [], "stored": False}
+        plain = {**Recipe.of(quantization).to_json(), "keep": [], "stored": False}
         return dict(own[0]) if len(own) == 1 and own[0] else plain
     if len(found) > 1:
         raise InputError(
             "the adapters were trained on different quantizations of the base", where="--quantization",
             got="; ".join(f"{t.who}: {text}" for text, t in found.items()),
-            fix="serve them apart; --quantization nf4 or none serves those that were trained so",
+            fix="serve them apart; --quantization nf4, int8 or none serves those that were trained so",
         )  # fmt: skip
     recipe = next(iter(found.values())).recipe if found else None
     return dict(recipe) if recipe else None

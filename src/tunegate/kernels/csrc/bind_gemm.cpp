@@ -50,7 +50,8 @@ tunegate::GemmTerm read_term(Reader& reader) {
   t.w_type = int32_t(reader.integer());
   t.w_is_kn = reader.integer() != 0;
   t.k = reader.integer();
-  if (t.w_type != tunegate::kQuantized) return t;
+  if (t.w_type == tunegate::kInt8) t.absmax = reader.pointer<const float>();
+  if (t.w_type != tunegate::kFourBits) return t;
   t.values = reader.pointer<const float>();
   t.block_shift = int32_t(reader.integer());
   t.absmax = reader.pointer<const float>();

@@ -4,18 +4,18 @@
 
 namespace tunegate {
 
-enum GemmType : int32_t { kFp32 = 0, kBf16 = 1, kQuantized = 2 };
+enum GemmType : int32_t { kFp32 = 0, kBf16 = 1, kFourBits = 2, kInt8 = 3 };
 
 // One summand x @ w.T; strides count elements between rows.
 struct GemmTerm {
   const void* x;  // (m, k), or (k, m) if x_is_km
-  const void* w;  // (n, k), or (k, n) if w_is_kn; for kQuantized the codes, two a byte, high nibble first
-  int64_t x_stride, w_stride;  // kQuantized: w_stride is the row length of the quantized matrix
+  const void* w;  // (n, k), or (k, n) if w_is_kn; of kFourBits the codes, two a byte, high nibble first; of kInt8 bytes
+  int64_t x_stride, w_stride;  // of codes: w_stride is the row length of the quantized matrix
   int64_t k;
   int32_t x_type, w_type;
   bool x_is_km, w_is_kn;
-  // kQuantized: code c stands for values[c], 2^block_shift codes share a scale; the scale of block b is absmax[b], or
-  // if absmax is null
+  // kInt8: code c of row r stands for c * absmax[r] / 127. kFourBits: code c stands for values[c], 2^block_shift codes
+  // share a scale; the scale of block b is absmax[b], or if absmax is null
   // nested_code[absmax_codes[b]] * nested_absmax[b / 256] + offset.
   const float* values;
   int32_t block_shift;

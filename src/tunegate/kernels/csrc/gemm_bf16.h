@@ -1,6 +1,6 @@
 // bf16 activations on machines with bf16 instructions (bf16_units.h): packing for them.
 //
-// A packed panel holds 32 columns of w in the units' pair layout: for every 32 k two tiles. fp32 and NF4 weights are
+// A packed panel holds 32 columns of w in the units' pair layout: for every 32 k two tiles. fp32 and quantized weights are
 // rounded to bf16 on the way. x is read in place where its tile is whole, else from a copy padded with zeros.
 #pragma once
 #include "bf16_units.h"

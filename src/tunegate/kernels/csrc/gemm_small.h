@@ -1,7 +1,7 @@
 // Products of few rows (decoding): every weight is read once, row by row as it lies, against all rows of x at a time.
 //
 // x is packed in panels of up to NR rows, k by k, so that it fills the vector lanes; some rows of w are widened into a
-// buffer of the first-level cache (bf16 and 4-bit codes; fp32 is read in place) and broadcast. For the fewest rows it is
+// buffer of the first-level cache (bf16 and codes; fp32 is read in place) and broadcast. For the fewest rows it is
 // w that fills the lanes: four rows at a time are transposed in registers, bf16 by pairs. Every output is one sum over k
 // in order, cut into the same blocks as in the products of many rows: a row's result is the same bytes whatever shares
 // its product. Only (n, k) weights.
@@ -199,6 +199,80 @@ inline void fewest_codes(const GemmTerm& t, const int64_t* numbers, int64_t k0, 
     }
 }
 
+// Sixteen bytes of each of W lines from `at` on, as four words a line: words[j] has bytes 4j .. 4j + 3, one line a lane.
+inline void words_of(const int8_t* const* lines, int64_t at, vuint* words) {
+  quad parts[W / 4][4];
+  for (int p = 0; p < W / 4; p++) {
+    for (int i = 0; i < 4; i++) memcpy(&parts[p][i], lines[4 * p + i] + at, 16);
+    transpose4(parts[p][0], parts[p][1], parts[p][2], parts[p][3]);
+  }
+  for (int j = 0; j < 4; j++) {
+#if TUNEGATE_WIDTH == 4
+    words[j] = (vuint)parts[0][j];
+#else
+    vfloat joined;
+#if TUNEGATE_WIDTH == 8
+    joined = __builtin_shufflevector(parts[0][j], parts[1][j], 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+    typedef float eight __attribute__((vector_size(32)));
+    eight low = __builtin_shufflevector(parts[0][j], parts[1][j], 0, 1, 2, 3, 4, 5, 6, 7);
+    eight high = __builtin_shufflevector(parts[2][j], parts[3][j], 0, 1, 2, 3, 4, 5, 6, 7);
+    joined = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+    words[j] = (vuint)joined;
+#endif
+  }
+}
+
+// acc[r] += code * scale / 127 * x[r] over the first `count` bytes of a word, the lowest first.
+template <int R>
+inline void add_bytes(vuint word, vfloat scale, int count, const float* x, vfloat* acc) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++) {
+    vint code = (vint)(word << (24 - 8 * i)) >> 24;
+    vfloat w = __builtin_convertvector(code, vfloat) * scale * kInt8Step;
+    for (int r = 0; r < R; r++) acc[r] += w * (x[i * W + r] - vfloat{});
+  }
+}
+
+// The same for 8-bit rows, each in a lane of its own.
+template <int R>
+inline void fewest_bytes(const GemmTerm& t, const int64_t* numbers, int64_t k0, int64_t kc, const float* x, float* c,
+                         bool first) {
+  constexpr int GROUPS = LINES / W;
+  const int8_t* lines[LINES];
+  float absmax[LINES];
+  for (int i = 0; i < LINES; i++) {
+    lines[i] = (const int8_t*)t.w + numbers[i] * t.w_stride + k0;
+    absmax[i] = t.absmax[numbers[i]];
+  }
+  vfloat acc[GROUPS][R] = {};
+  int64_t k = 0;
+  for (; k + 16 <= kc; k += 16)
+#pragma GCC unroll 4
+    for (int g = 0; g < GROUPS; g++) {
+      vuint words[4];
+      words_of(lines + g * W, k, words);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) add_bytes<R>(words[j], load(absmax + g * W), 4, x + (k + 4 * j) * W, acc[g]);
+    }
+  for (; k < kc; k += 4) {
+    int count = int(min_of(4, kc - k));
+    for (int g = 0; g < GROUPS; g++) {
+      uint32_t words[W] = {};
+      for (int i = 0; i < W; i++) memcpy(words + i, lines[g * W + i] + k, size_t(count));
+      vuint word;
+      memcpy(&word, words, sizeof word);
+      add_bytes<R>(word, load(absmax + g * W), count, x + k * W, acc[g]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int g = 0; g < GROUPS; g++) {
+      float* to = c + r * LINES + g * W;
+      store(to, first ? acc[g][r] : load(to) + acc[g][r]);
+    }
+}
+
 // The same for LINES rows of any w from n0 on; buffer: LINES x KC. Rows past n repeat the last one.
 template <int R>
 inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, const float* x,
@@ -208,9 +282,10 @@ inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, i
     for (int i = 0; i < LINES; i++) rows[i] = (const bf16*)t.w + min_of(n0 + i, n - 1) * t.w_stride + k0;
     return fewest_micro<R>(rows, x, kc, c, first);
   }
-  if (t.w_type == kQuantized && t.w_stride % 64 == 0 && t.block_shift >= 6) {
+  if (t.w_type == kInt8 || (t.w_type == kFourBits && t.w_stride % 64 == 0 && t.block_shift >= 6)) {
     int64_t lines[LINES];
     for (int i = 0; i < LINES; i++) lines[i] = min_of(n0 + i, n - 1);
+    if (t.w_type == kInt8) return fewest_bytes<R>(t, lines, k0, kc, x, c, first);
     return fewest_codes<R>(t, lines, k0, kc, x, c, first);
   }
   const float* rows[LINES];

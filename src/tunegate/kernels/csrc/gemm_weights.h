@@ -1,9 +1,10 @@
 // Reading weights as fp32, whatever they are stored as, and laying them out for the fp32 microkernel.
 //
-// A packed panel holds NR columns of the product (rows of an (n, k) weight): for each k, NR consecutive floats. 4-bit
+// A packed panel holds NR columns of the product (rows of an (n, k) weight): for each k, NR consecutive floats. Codes
 // and bf16 weights are decoded in pieces that stay in the first-level cache; no decoded copy of a matrix ever exists.
 #pragma once
 #include "gemm.h"
+#include "int8.h"
 #include "level.h"
 
 #if defined(__x86_64__)
@@ -101,7 +102,7 @@ inline void decode16(const Values& values, const uint8_t* codes, float scale, fl
 }
 #endif
 
-// n values of a quantized matrix from its flat index `at`.
+// n values of a 4-bit matrix from its flat index `at`.
 inline void decode(const GemmTerm& t, int64_t at, int64_t n, float* to) {
   const uint8_t* codes = (const uint8_t*)t.w;
   const Values values(t.values);
@@ -126,12 +127,27 @@ inline void decode(const GemmTerm& t, int64_t at, int64_t n, float* to) {
   }
 }
 
+// n values of one row of an 8-bit matrix: rounded after each multiplication, as in every kernel that reads such codes.
+template <typename T>
+inline void decode_bytes(const int8_t* codes, int64_t n, float absmax, T* to) {
+  typedef int8_t vbyte __attribute__((vector_size(W)));
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    vbyte some;
+    memcpy(&some, codes + i, sizeof some);
+    store(to + i, __builtin_convertvector(__builtin_convertvector(some, vint), vfloat) * absmax * kInt8Step);
+  }
+  for (; i < n; i++) set(to + i, float(codes[i]) * absmax * kInt8Step);
+}
+
 // n values of row `row` of the stored matrix from column `column`: in place if they are fp32, else in `buffer`.
 inline const float* read_row(const GemmTerm& t, int64_t row, int64_t column, int64_t n, float* buffer) {
   int64_t at = row * t.w_stride + column;
   if (t.w_type == kFp32) return (const float*)t.w + at;
   if (t.w_type == kBf16)
     widen((const bf16*)t.w + at, n, buffer);
+  else if (t.w_type == kInt8)
+    decode_bytes((const int8_t*)t.w + at, n, t.absmax[row], buffer);
   else
     decode(t, at, n, buffer);
   return buffer;

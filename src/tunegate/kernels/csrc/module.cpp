@@ -11,6 +11,7 @@ void bind_adamw(nb::module_&);
 void bind_attention(nb::module_&);
 void bind_elementwise(nb::module_&);
 void bind_gemm(nb::module_&);
+void bind_int8(nb::module_&);
 void bind_loss(nb::module_&);
 void bind_nf4(nb::module_&);
 void bind_recording(nb::module_&);
@@ -27,6 +28,7 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_elementwise(m);
   bind_gemm(m);
+  bind_int8(m);
   bind_loss(m);
   bind_nf4(m);
   bind_recording(m);

@@ -5,13 +5,14 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "gemm.h"
+#include "int8.h"
 #include "loss.h"
 #include "nf4.h"
 #include "segments.h"
 
 #define TUNEGATE_KERNELS(X) \
-  ADAMW_KERNELS(X) ATTENTION_KERNELS(X) ELEMENTWISE_KERNELS(X) GEMM_KERNELS(X) LOSS_KERNELS(X) NF4_KERNELS(X) \
-  SEGMENTS_KERNELS(X)
+  ADAMW_KERNELS(X) ATTENTION_KERNELS(X) ELEMENTWISE_KERNELS(X) GEMM_KERNELS(X) INT8_KERNELS(X) LOSS_KERNELS(X) \
+  NF4_KERNELS(X) SEGMENTS_KERNELS(X)
 
 namespace tunegate {
 
