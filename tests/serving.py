@@ -110,6 +110,9 @@ class FakeEngine:
         top = tuple((other, -0.5 - n) for n, other in enumerate((token, 5, 6)[: job.logprobs or 0]))
         return TokenLogprob(token, -0.5, top)
 
+    async def identify(self, folder: Path) -> str:
+        return f"b3:{folder.name}"
+
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         return Loaded(key, 1, 8, 0.0, 1.0)
 

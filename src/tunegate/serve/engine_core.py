@@ -274,6 +274,18 @@ class EngineCore:
         adapter.asked.append(tell)
         self._read(adapter)
 
+    def identify(self, folder: Path, tell: Callable[[str | TunegateError], None]) -> None:
+        """The content hash of the adapter in ``folder``, which may be loaded next. ``tell`` is called from the thread
+        that reads."""
+
+        def work() -> None:
+            try:
+                tell(self.served.identify(folder))
+            except Exception as error:
+                tell(error if isinstance(error, TunegateError) else _unreadable(folder, error))
+
+        self._reader.submit(work)
+
     def unload(self, key: str) -> None:
         """Forget an adapter; rows that run with it finish first."""
         adapter = self.adapters.pop(key, None)
@@ -298,7 +310,7 @@ class EngineCore:
     def _read(self, adapter: _Adapter) -> None:
         if adapter.reading is None and adapter.probe is None:
             adapter.begun = time.monotonic()
-            adapter.reading = self._reader.submit(self.served.read, adapter.folder)
+            adapter.reading = self._reader.submit(self.served.read, adapter.folder, adapter.key)
 
     def _take(self, adapter: _Adapter) -> None:
         """An adapter that was read into the table, if there is room, and its probe into the queue."""
