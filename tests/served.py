@@ -96,6 +96,9 @@ class FakeEngine:
             raise InputError("the engine has no such adapter", got=job.adapter)
         yield Tokens((1,), "stop")
 
+    async def identify(self, folder: Path) -> str:
+        return adapter_hash(folder)
+
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         self.loads.append(key)
         if self.gate is not None:

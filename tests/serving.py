@@ -118,6 +118,9 @@ class FakeEngine:
         top = tuple((other, -0.25 - n) for n, other in enumerate((7, 8)[: job.prompt_logprobs]))
         return tuple(TokenLogprob(token, -2.0, top) for token in job.tokens[1:])
 
+    async def identify(self, folder: Path) -> str:
+        return f"b3:{folder.name}"
+
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         return Loaded(key, 1, 8, 0.0, 1.0)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import FAMILIES, tiny_base
-from tunegate.adapter.files import load_adapter, save_adapter
+from tunegate.adapter.files import adapter_hash, load_adapter, save_adapter
 from tunegate.adapter.inject import inject, remove
 from tunegate.adapter.segmented import Served
 from tunegate.adapter.spec import AdapterSpec
@@ -184,7 +184,7 @@ def test_rows_with_different_adapters_share_a_pass(tmp_path: Path, family: str) 
         remove(model)
     model, runner = loaded(base)
     served = Served(model, empty_model(base))
-    slots = {served.table.add(served.read(folder)): n for n, folder in enumerate(folders)}
+    slots = {served.table.add(served.read(folder, adapter_hash(folder))): n for n, folder in enumerate(folders)}
     scheduler = Scheduler(runner, 300, served=served, page_tokens=4, step_tokens=40)
     for _ in range(2):  # computed, and then recorded and cached
         pairs = [(slot, n) for n in range(len(asked)) for slot in (None, *slots)]
@@ -202,7 +202,7 @@ def test_adapters_come_and_go_between_passes(tmp_path: Path, tiny_folder: Path) 
     plain = alone(loaded(tiny_folder)[1], asked)
     for n in range(12):
         folder = adapter_folder(tiny_folder, tmp_path / str(n), n, rank=1 + n % 5, use_dora=n % 3 == 0)
-        slot = served.table.add(served.read(folder))
+        slot = served.table.add(served.read(folder, adapter_hash(folder)))
         fresh, fresh_runner = loaded(tiny_folder)
         load_adapter(fresh, folder)
         rows = [row(p, s, salt=f"{n}{s}".encode()) for p in asked for s in (slot, None)]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunegate.adapter.files import checked_state
+from tunegate.adapter.files import adapter_hash, checked_state
 from tunegate.cli import main
 from tunegate.errors import InputError, TunegateError
 from tunegate.model.loading import empty_model
@@ -197,6 +197,9 @@ class FakeEngine:
             await asyncio.sleep(0)
             yield Tokens((number,), "length" if number + 1 == job.max_new_tokens else None)
         self.busy -= 1
+
+    async def identify(self, folder: Path) -> str:
+        return adapter_hash(folder)
 
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         self.loaded[key] = folder

@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from test_engine_scheduler import SPECS, adapter_folder, alone, loaded, prompts
 from tiny import tiny_base
-from tunegate.adapter.files import load_adapter
+from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, load_adapter
 from tunegate.engine.sampling import Picking
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve.engine_process import EngineProcess
@@ -60,14 +62,14 @@ async def whole(engine: EngineProcess, one: Job) -> tuple[int, ...]:
 def test_many_adapters_at_once_answer_as_each_alone(base: Path, adapters: list[Path]) -> None:
     asked = prompts(4)
     wanted = {None: alone(loaded(base)[1], asked, NEW)}
-    for n, folder in enumerate(adapters):
+    for folder in adapters:
         model, runner = loaded(base)
         load_adapter(model, folder)
-        wanted[f"key{n}"] = alone(runner, asked, NEW)
+        wanted[adapter_hash(folder)] = alone(runner, asked, NEW)
 
     async def body(engine: EngineProcess) -> None:
-        for n, folder in enumerate(adapters):
-            found = await engine.load(f"key{n}", folder)
+        for folder in adapters:
+            found = await engine.load(adapter_hash(folder), folder)
             assert found.moved > 0 and found.bytes > 0
         pairs = [(key, n) for n in range(len(asked)) for key in wanted]
         answers = await asyncio.gather(*(whole(engine, job(asked[n], key)) for key, n in pairs))
@@ -80,31 +82,33 @@ def test_many_adapters_at_once_answer_as_each_alone(base: Path, adapters: list[P
 
 def test_adapters_stay_within_their_bytes_and_come_back_when_asked_for(base: Path, adapters: list[Path]) -> None:
     async def body(engine: EngineProcess) -> None:
-        sizes = [(await engine.load(f"key{n}", folder)).bytes for n, folder in enumerate(adapters)]
+        keys = [adapter_hash(folder) for folder in adapters]
+        sizes = [(await engine.load(key, folder)).bytes for key, folder in zip(keys, adapters, strict=True)]
         stats = await engine.stats()
         assert stats["adapter_bytes"] <= engine.options.adapter_bytes < sum(sizes)
         prompt = prompts(2)[1]
-        first = [await whole(engine, job(prompt, f"key{n}")) for n in range(len(adapters))]
-        again = [await whole(engine, job(prompt, f"key{n}")) for n in reversed(range(len(adapters)))]
+        first = [await whole(engine, job(prompt, key)) for key in keys]
+        again = [await whole(engine, job(prompt, key)) for key in reversed(keys)]
         assert again == first[::-1] and len(set(first)) > 1
         assert (await engine.stats())["adapter_bytes"] <= engine.options.adapter_bytes
         with pytest.raises(EngineFull, match="no room for the adapter"):
-            await engine.load("key0", adapters[0], pinned=True)
-            await engine.load("key1", adapters[1], pinned=True)
-            await engine.load("key2", adapters[2], pinned=True)
+            await engine.load(keys[0], adapters[0], pinned=True)
+            await engine.load(keys[1], adapters[1], pinned=True)
+            await engine.load(keys[2], adapters[2], pinned=True)
 
     with_engine(base, body, adapter_bytes=36_000)
 
 
 def test_an_unloaded_adapter_finishes_what_it_began(base: Path, adapters: list[Path]) -> None:
     async def body(engine: EngineProcess) -> None:
-        await engine.load("key", adapters[0])
+        key = adapter_hash(adapters[0])
+        await engine.load(key, adapters[0])
         prompt = prompts(2)[1]
-        stream = engine.generate(job(prompt, "key", max_new_tokens=60))
+        stream = engine.generate(job(prompt, key, max_new_tokens=60))
         ids = list((await anext(stream)).ids)
-        await engine.unload("key")
+        await engine.unload(key)
         with pytest.raises(InputError, match="no adapter with this hash"):
-            await whole(engine, job(prompt, "key"))
+            await whole(engine, job(prompt, key))
         ids += [i async for part in stream for i in part.ids]
         assert len(ids) == 60
         assert (await engine.stats())["adapters"] == 0
@@ -124,8 +128,43 @@ def test_an_adapter_that_changes_nothing_or_does_not_fit_is_refused(
         with pytest.raises(InputError, match="no such file"):
             await engine.load("gone", tmp_path / "nowhere")
         prompt = prompts(1)[0]
-        await engine.load("key", adapters[0])  # it goes on
-        assert await whole(engine, job(prompt, "key"))
+        key = adapter_hash(adapters[0])
+        await engine.load(key, adapters[0])  # it goes on
+        assert await whole(engine, job(prompt, key))
+
+    with_engine(base, body)
+
+
+def test_what_was_hashed_is_what_answers(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """An adapter is identified by what the engine read; files that are others by then, or later, are not loaded."""
+    folder, bad = tmp_path / "moving", tmp_path / "bad"
+    for place in (folder, bad):
+        shutil.copytree(adapters[0], place)
+    tensors = load_file(bad / TENSORS)
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, bad / TENSORS)
+
+    async def body(engine: EngineProcess) -> None:
+        key = await engine.identify(folder)
+        assert key == adapter_hash(folder) and (await engine.stats())["adapters"] == 0
+        with pytest.raises(InputError, match="not finite"):
+            await engine.identify(bad)
+        with pytest.raises(InputError, match="no such file"):
+            await engine.identify(tmp_path / "nowhere")
+        prompt = prompts(2)[1]
+        await engine.load(await engine.identify(folder), folder)
+        answer = await whole(engine, job(prompt, key))
+        await engine.unload(key)
+        for file in (CONFIG, TENSORS):
+            shutil.copy(adapters[1] / file, folder)
+        with pytest.raises(InputError, match="not those that were admitted"):
+            await engine.load(key, folder)
+        await engine.load(key, adapters[0])
+        assert await whole(engine, job(prompt, key)) == answer
+        await engine.identify(adapters[0])  # kept for a load of this hash only
+        other = adapter_hash(adapters[1])
+        await engine.load(other, adapters[1])
+        assert await whole(engine, job(prompt, other)) != answer
 
     with_engine(base, body)
 
@@ -183,9 +222,10 @@ def test_a_full_queue_says_so(base: Path) -> None:
 def test_a_killed_engine_is_started_again(base: Path, adapters: list[Path]) -> None:
     async def body(engine: EngineProcess) -> None:
         prompt = prompts(2)[1]
-        await engine.load("pinned", adapters[0], pinned=True)
-        await engine.load("other", adapters[1])
-        before = [await whole(engine, job(prompt, key)) for key in (None, "pinned", "other")]
+        pinned, other = (adapter_hash(folder) for folder in adapters[:2])
+        await engine.load(pinned, adapters[0], pinned=True)
+        await engine.load(other, adapters[1])
+        before = [await whole(engine, job(prompt, key)) for key in (None, pinned, other)]
         stream = engine.generate(job(prompt, max_new_tokens=400))
         await anext(stream)
         assert engine.pid is not None
@@ -199,7 +239,7 @@ def test_a_killed_engine_is_started_again(base: Path, adapters: list[Path]) -> N
             with contextlib.suppress(EngineGone):
                 await whole(engine, job(prompt))
             await asyncio.sleep(0.1)
-        assert [await whole(engine, job(prompt, key)) for key in (None, "pinned", "other")] == before
+        assert [await whole(engine, job(prompt, key)) for key in (None, pinned, other)] == before
 
     with_engine(base, body)
 

@@ -45,7 +45,11 @@ from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.engine_process import EngineProcess
 from tunegate.serve.following import Follower
 from tunegate.serve.jobs import MERGED, EngineOptions, Job, Loaded, Tokens
-from tunegate.serve.lane import Proof, merged_layer, prompts_of, read_merged
+from tunegate.serve.lane import Proof, Read, merged_layer, prompts_of, read
+
+
+def read_merged(served: Served, folder: Path) -> Read:
+    return read(served, folder, adapter_hash(folder) + MERGED, 400)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,7 @@ def test_merged_layers_are_what_a_merge_writes(tmp_path: Path, folders: list[Pat
     model = load_model(stored, dtype=torch.float32, narrow=True)
     lane = Served(model, empty_model(stored))
     for number, folder in enumerate(folders[:3]):
-        merged = read_merged(lane, folder, 400).merged
+        merged = read_merged(lane, folder).merged
         assert merged is not None
         plan = plan_merge(stored, [folder], tmp_path / f"out{number}", Mix("linear", (1.0,)))
         written = load_file(write_merged(plan).folder / "model.safetensors")
@@ -115,7 +119,7 @@ def test_what_rounding_swallows_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path / "small", injection, base_name="tiny")
     lane = Served(load_model(stored, dtype=torch.float32, narrow=True), empty_model(stored))
     with pytest.raises(InputError, match="come out of merging as they are in the base"):
-        read_merged(lane, tmp_path / "small", 400)
+        read_merged(lane, tmp_path / "small")
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def test_merged_rows_answer_as_the_adapter_beside_all_others(tmp_path: Path, fam
     wanted: dict[Any, list[tuple[int, ...]]] = {None: alone(loaded(base)[1], asked)}
     ways: list[tuple[Any, int | None, Merged | None]] = [(None, None, None)]
     for n, folder in enumerate(folders):
-        read = read_merged(lanes, folder, 400)
+        read = read_merged(lanes, folder)
         wanted[n] = as_adapter(base, folder, asked)
         ways += [(n, lanes.table.add(read.factors), None), (n, None, read.merged)]
     scheduler = Scheduler(runner, 400, served=lanes, page_tokens=4, step_tokens=40)
@@ -145,7 +149,7 @@ def test_merged_rows_answer_as_the_adapter_beside_all_others(tmp_path: Path, fam
 @compiled
 def test_a_merged_rows_tokens_are_the_same_bytes_alone_and_in_company(base: Path, folders: list[Path]) -> None:
     runner, lanes = served(base)
-    read = read_merged(lanes, folders[1], 400)
+    read = read_merged(lanes, folders[1])
     slot = lanes.table.add(read.factors)
     asked = prompts(9, seed=5)
 
@@ -171,7 +175,7 @@ def test_a_merged_rows_tokens_are_the_same_bytes_alone_and_in_company(base: Path
 
 def test_passes_of_different_weights_take_turns(base: Path, folders: list[Path]) -> None:
     runner, lanes = served(base)
-    merged = read_merged(lanes, folders[0], 400).merged
+    merged = read_merged(lanes, folders[0]).merged
     scheduler = Scheduler(runner, 400, served=lanes, page_tokens=4, step_tokens=20)
     prompt = prompts(3)[2]
     crowd = [row(prompt, new=30, merged=merged, salt=b"m") for _ in range(6)]
@@ -200,7 +204,7 @@ def test_weights_that_nobody_uses_are_gone_with_their_recordings(base: Path, fol
     scheduler = Scheduler(runner, 100, served=lanes, page_tokens=4)
     asked = prompts(2)
     for folder in (*folders[:3], *folders[:2]):  # addresses come again
-        merged = read_merged(lanes, folder, 400).merged
+        merged = read_merged(lanes, folder).merged
         rows = [row(p, salt=str(folder).encode(), merged=merged) for p in asked]
         assert answers(scheduler, rows) == as_adapter(base, folder, asked)
         assert scheduler._recorded is not None and len(scheduler._recorded._merged) == 1
@@ -215,7 +219,7 @@ def test_weights_that_nobody_uses_are_gone_with_their_recordings(base: Path, fol
 
 def prove(base: Path, folder: Path, limits: Limits, spoil: Callable[[Merged], None] = lambda _: None) -> None:
     runner, lanes = served(base)
-    read = read_merged(lanes, folder, 400)
+    read = read_merged(lanes, folder)
     assert read.merged is not None
     spoil(read.merged)
     proof = Proof(read, lanes.table.add(read.factors), folder)

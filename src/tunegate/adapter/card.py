@@ -8,7 +8,7 @@ does).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ FILES = (CONFIG, TENSORS, CARD, README)
 CHANGED = "copy the adapter again; `tunegate run` remakes one of its own if its folder is removed"
 
 
-def manifest_problems(folder: Path) -> list[Problem]:
-    """What keeps ``folder`` from being a complete adapter, every file as its manifest says."""
+def manifest_problems(folder: Path, digest: Callable[[Path], str] = hash_file) -> list[Problem]:
+    """What keeps ``folder`` from being a complete adapter, every file as its manifest says. ``digest``: of a file."""
     path = folder / MANIFEST
     if not path.exists():
         what = "not a complete adapter: it has no manifest" if folder.is_dir() else "no such adapter folder"
@@ -39,12 +39,12 @@ def manifest_problems(folder: Path) -> list[Problem]:
     if not isinstance(manifest, dict) or not set(FILES) <= manifest.keys():
         return [Problem("the manifest is damaged", str(path), f"hashes of {', '.join(FILES)}")]
     problems = []
-    for name, digest in manifest.items():
+    for name, wanted in manifest.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             problems.append(Problem("a file of the adapter is missing", str(file), fix="copy the whole folder again"))
-        elif (found := hash_file(file)) != digest:
-            problems.append(Problem("changed since it was published", str(file), str(digest), found, CHANGED))
+        elif (found := digest(file)) != wanted:
+            problems.append(Problem("changed since it was published", str(file), str(wanted), found, CHANGED))
     return problems
 
 

@@ -14,12 +14,16 @@ It does not verify that the adapter was trained on this base, and reads no pickl
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
@@ -29,7 +33,8 @@ from tunegate.adapter.layers import features
 from tunegate.adapter.peft_config import canonical, config_from, read_config, spec_from_config
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, Problem, TunegateError, nearest
-from tunegate.files import atomic_path, canonical_json
+from tunegate.files import atomic_path, canonical_json, read_into
+from tunegate.model.weights import TensorEntry, header_of
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -41,6 +46,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 Known = dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]]]]  # by spec: modules, and the tensors' shapes
+Entries = Mapping[str, TensorEntry]  # by name
+_MOST_KNOWN = 64
 
 
 def tensor_name(path: str, parameter: str) -> str:
@@ -133,16 +140,40 @@ def checked_state(
     """The adapter in ``folder`` as spec and fp32 tensors by file name, checked against the plain ``model``, which may
     be on the meta device. :class:`InputError` names everything that is wrong. ``known`` spares who reads many adapters
     of one model the search for what their specs select."""
+    contents = checked_contents(model, folder, allow_untrained=allow_untrained, known=known)
+    return contents.spec, contents.state
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter in memory, from one reading of its files: ``state`` are fp32 tensors by file name."""
+
+    config: Mapping[str, Any]
+    spec: AdapterSpec
+    state: dict[str, Tensor]
+
+    def hash(self) -> str:
+        """:func:`adapter_hash` of what was read."""
+        return _content_hash(self.config, self.state)
+
+
+def checked_contents(
+    model: nn.Module, folder: Path | str, *, allow_untrained: bool = False, known: Known | None = None
+) -> Contents:
+    """:func:`checked_state` with the config that it was checked by. The files are opened once, so what was checked is
+    what is returned."""
     folder = Path(folder)
     where = str(folder / TENSORS)
-    spec, _ = checked_header(model, folder, known)
-    state = _read_tensors(folder)
-    problems = _non_finite(state, where)
+    config, spec = _read_meaning(folder)
+    with _opened(folder) as (handle, entries):
+        _check_header(model, spec, entries, where, known)
+        state, finite = _tensors(handle, entries)
+    problems = [] if finite else _non_finite(state, where)
     if not allow_untrained:
         problems += _untrained(state, where)
     if problems:
         raise InputError(problems)
-    return spec, state
+    return Contents(config, spec, state)
 
 
 def checked_header(
@@ -152,29 +183,39 @@ def checked_header(
     file alone; :class:`InputError` if the tensors are not exactly those of the modules that the config selects."""
     folder = Path(folder)
     spec = read_spec(folder)
-    key = repr(spec)
+    with _opened(folder) as (_, entries):
+        return spec, _check_header(model, spec, entries, str(folder / TENSORS), known)
+
+
+def _check_header(
+    model: nn.Module, spec: AdapterSpec, entries: Entries, where: str, known: Known | None
+) -> tuple[str, ...]:
+    """The modules that ``spec`` selects; :class:`InputError` unless ``entries`` are exactly theirs."""
     problems: list[Problem] = []
-    if known is None or key not in known:
+    selected = known.get(repr(spec)) if known is not None else None
+    if selected is None:
         targets, problems = find_targets(model, spec, strict=False)
-        paths, expected = tuple(targets), _expected(targets, spec)
+        selected = tuple(targets), _expected(targets, spec)
         if known is not None and not problems:
-            known[key] = paths, expected
-    else:
-        paths, expected = known[key]
-    where = str(folder / TENSORS)
-    header = _header(folder)
-    found = {name: shape for name, (shape, _) in header.items()}
-    problems += _coverage(expected, found, where)
-    problems += _wrong_types(header, where)
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[repr(spec)] = selected
+    paths, expected = selected
+    problems += _coverage(expected, _shapes(entries), where)
+    problems += _wrong_types(entries, where)
     if problems:
         raise InputError(problems)
-    return spec, paths
+    return paths
 
 
 def read_spec(folder: Path | str) -> AdapterSpec:
     """The spec in a PEFT folder's config; :class:`InputError` with everything in it that cannot be expressed."""
-    path = Path(folder) / CONFIG
-    return spec_from_config(read_config(path), str(path))
+    return _read_meaning(Path(folder))[1]
+
+
+def _read_meaning(folder: Path) -> tuple[dict[str, Any], AdapterSpec]:
+    config = read_config(folder / CONFIG)
+    return config, spec_from_config(config, str(folder / CONFIG))
 
 
 def adapter_hash(folder: Path | str) -> str:
@@ -184,15 +225,20 @@ def adapter_hash(folder: Path | str) -> str:
     training are left out, the base's name and revision are in.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG)
-    spec_from_config(config, str(folder / CONFIG))
-    problems = _wrong_types(_header(folder), str(folder / TENSORS))
-    if problems:
-        raise InputError(problems)
+    config, _ = _read_meaning(folder)
+    with _opened(folder) as (handle, entries):
+        problems = _wrong_types(entries, str(folder / TENSORS))
+        if problems:
+            raise InputError(problems)
+        state, _ = _tensors(handle, entries)
+    return _content_hash(config, state)
+
+
+def _content_hash(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     hasher = blake3(canonical_json(canonical(config)).encode("utf-8"))
-    for name, tensor in sorted(_read_tensors(folder).items()):
+    for name, tensor in sorted(state.items()):
         hasher.update(canonical_json([name, list(tensor.shape)]).encode("utf-8"))
-        hasher.update(tensor.numpy().tobytes())
+        hasher.update(tensor.numpy().reshape(-1).view(np.uint8))
     return "b3:" + hasher.hexdigest()
 
 
@@ -201,21 +247,20 @@ def check_alone(folder: Path | str) -> None:
     factors, come in pairs of the rank that the config gives, are finite, and some B is not zero."""
     folder = Path(folder)
     where, spec = str(folder / TENSORS), read_spec(folder)
-    header = _header(folder)
-    problems = [
-        Problem("not a tensor of an adapter on a module", f"{where}: {name[:200]!r}", f"{_PREFIX}MODULE.lora_A.weight")
-        for name in sorted(header)
-        if not _NAME.fullmatch(name)
-    ]
-    problems += _wrong_types(header, where)
-    shapes = {name: shape for name, (shape, _) in header.items() if _NAME.fullmatch(name)}
-    problems += _unpaired(shapes, spec, where)
-    if not header:
-        problems.append(Problem("the file holds no tensor", where))
-    if problems:
-        raise InputError(problems)
-    state = _read_tensors(folder)
-    problems = _non_finite(state, where) + _untrained(state, where)
+    with _opened(folder) as (handle, entries):
+        problems = [
+            Problem("not a tensor of an adapter on a module", f"{where}: {name[:200]!r}", f"{_PREFIX}M.lora_A.weight")
+            for name in sorted(entries)
+            if not _NAME.fullmatch(name)
+        ]
+        problems += _wrong_types(entries, where)
+        problems += _unpaired({n: shape for n, shape in _shapes(entries).items() if _NAME.fullmatch(n)}, spec, where)
+        if not entries:
+            problems.append(Problem("the file holds no tensor", where))
+        if problems:
+            raise InputError(problems)
+        state, finite = _tensors(handle, entries)
+    problems = ([] if finite else _non_finite(state, where)) + _untrained(state, where)
     if problems:
         raise InputError(problems)
 
@@ -278,32 +323,47 @@ def _expected(targets: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, 
     return shapes
 
 
-def _header(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape, safetensors type) of every tensor, without reading data."""
-    from safetensors import SafetensorError, safe_open
-
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[BinaryIO, Entries]]:
+    """The tensors' file, open, and what its header says, without reading data."""
     path = folder / TENSORS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         fix = "it holds a pickle (adapter_model.bin), which is never read: save it again with PEFT" if pickled else ""
         raise InputError("no such file", where=str(path), fix=fix or "give the folder of a complete adapter")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise InputError(
-            "not a whole safetensors file",
-            where=str(path),
-            got=f"{path.stat().st_size} bytes; {error}",
-            fix="copy or download it again",
-        ) from error
+    with path.open("rb") as handle:
+        try:
+            entries = header_of(handle, path)
+        except InputError as error:
+            size, why = os.fstat(handle.fileno()).st_size, error.problems[0].got
+            raise InputError(
+                "not a whole safetensors file", where=str(path), got=f"{size} bytes; {why}",
+                fix="copy or download it again",
+            ) from error  # fmt: skip
+        yield handle, {entry.name: entry for entry in entries}
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+def _shapes(entries: Entries) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in entries.items()}
 
-    return {name: tensor.to(torch.float32) for name, tensor in load_file(folder / TENSORS).items()}
+
+def _tensors(handle: BinaryIO, entries: Entries) -> tuple[dict[str, Tensor], bool]:
+    """Every tensor in fp32, and whether it is known already that all values are finite. One read into memory of our
+    own: a mapped file could change after it was checked."""
+    if not entries:
+        return {}, True
+    start, end = min(e.start for e in entries.values()), max(e.end for e in entries.values())
+    data = np.empty(end - start, np.uint8)
+    read_into(handle.fileno(), memoryview(data), start, handle.name)
+    state = {}
+    for name, entry in entries.items():
+        part, dtype = data[entry.start - start : entry.end - start], _DTYPES[entry.dtype]
+        if (entry.start - start) % dtype.itemsize:
+            part = part.copy()  # a tensor's bytes may begin anywhere
+        state[name] = torch.from_numpy(part).view(dtype).view(entry.shape).to(torch.float32)
+    single = data.size > 0 and all(entry.dtype == "F32" for entry in entries.values())
+    values = data.view(np.float32) if single else None  # extremes tell of NaN and infinity, in one go
+    return state, values is not None and bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 
 def _coverage(
@@ -340,11 +400,11 @@ def _explain(name: str) -> str:
     return ""
 
 
-def _wrong_types(header: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> list[Problem]:
+def _wrong_types(entries: Entries, where: str) -> list[Problem]:
     return [
-        Problem("wrong type", f"{where}: {name}", " or ".join(_DTYPES), dtype)
-        for name, (_, dtype) in sorted(header.items())
-        if dtype not in _DTYPES
+        Problem("wrong type", f"{where}: {name}", " or ".join(_DTYPES), entry.dtype)
+        for name, entry in sorted(entries.items())
+        if entry.dtype not in _DTYPES
     ]
 
 

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tunegate.adapter.files import Known, checked_state, module_paths, tensor_name
+from tunegate.adapter.files import Contents, Known, checked_contents, module_paths, tensor_name
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
-from tunegate.adapter.spec import AdapterSpec
-from tunegate.errors import TunegateError
+from tunegate.errors import InputError, TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments
 
 
@@ -88,6 +88,7 @@ class Served:
         self.table = FactorTable(len(self.layers), dtype)
         self._known: Known = {}
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
+        self._identified: tuple[str, dict[int, Factors]] | None = None
 
     @contextlib.contextmanager
     def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
@@ -98,25 +99,53 @@ class Served:
         finally:
             self.segments, self.rows, self.merged = None, 0, None
 
-    def checked(self, folder: Path) -> tuple[AdapterSpec, dict[str, Tensor]]:
-        """Spec and tensors of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong."""
-        return checked_state(self.skeleton, folder, known=self._known)
+    def contents(self, folder: Path, key: str) -> Contents:
+        """The adapter in a PEFT folder, whose content hash is ``key``. :class:`InputError` with everything that is
+        wrong; what is returned is what was hashed."""
+        self._identified = None
+        contents = checked_contents(self.skeleton, folder, known=self._known)
+        _require(folder, key, contents.hash())
+        return contents
 
-    def read(self, folder: Path) -> dict[int, Factors]:
-        """The adapter in a PEFT folder as factors by column; errors as of :meth:`checked`."""
-        return self.factors(*self.checked(folder))
+    def identify(self, folder: Path) -> str:
+        """The content hash of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong. The last
+        one is kept for the :meth:`read` that follows, which then reads no file."""
+        self._identified = None
+        key, factors = self._read(folder)
+        self._identified = key, factors
+        return key
 
-    def factors(self, spec: AdapterSpec, state: Mapping[str, Tensor]) -> dict[int, Factors]:
-        """A checked adapter as factors by column."""
+    def read(self, folder: Path, key: str) -> dict[int, Factors]:
+        """The adapter in a PEFT folder, whose content hash is ``key``, as factors by column. :class:`InputError` with
+        everything that is wrong; what is returned is what was hashed."""
+        identified, self._identified = self._identified, None
+        found, factors = identified if identified is not None and identified[0] == key else self._read(folder)
+        _require(folder, key, found)
+        return factors
+
+    def _read(self, folder: Path) -> tuple[str, dict[int, Factors]]:
+        contents = checked_contents(self.skeleton, folder, known=self._known)
+        with ThreadPoolExecutor(1) as beside:
+            hashing = beside.submit(contents.hash)
+            factors = self.factors(contents)
+            return hashing.result(), factors
+
+    def factors(self, contents: Contents) -> dict[int, Factors]:
+        """A checked adapter as factors by column, all in one piece of memory."""
+        spec, state = contents.spec, contents.state
+        paths = module_paths(state)
+        names = [tensor_name(path, part) for path in paths for part in ("lora_A", "lora_B")]
+        memory = torch.empty(sum(state[name].numel() for name in names), dtype=self.table.dtype)
+        parts = iter(memory.split([state[name].numel() for name in names]))
         found = {}
-        for path in module_paths(state):
+        for path in paths:
             layer = self.layers[path]
             a, b = state[tensor_name(path, "lora_A")], state[tensor_name(path, "lora_B")]
             gain = None
             if spec.use_dora:
                 norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
                 gain = (state[tensor_name(path, "lora_magnitude_vector")] / norm).contiguous()
-            a, b = (part.to(self.table.dtype).contiguous() for part in (a, b.t()))
+            a, b = (next(parts).view(part.shape).copy_(part) for part in (a, b.t()))
             found[layer.column] = Factors(a, b, spec.scale_for(path), gain)
         return found
 
@@ -124,3 +153,10 @@ class Served:
         if layer.column not in self._norms:
             self._norms[layer.column] = squared_norm(layer.base)
         return self._norms[layer.column]
+
+
+def _require(folder: Path, key: str, found: str) -> None:
+    if found != key:
+        raise InputError(
+            "the adapter's files are not those that were admitted", where=str(folder), expected=key, got=found
+        )

@@ -75,10 +75,10 @@ class FactorTable:
             grown = torch.zeros(max(_FIRST, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
             grown[: len(self.numbers)] = self.numbers
             self.numbers = grown
-        for column, f in factors.items():
-            scale = struct.unpack("<q", struct.pack("<d", f.scale))[0]
-            entry = (f.a.data_ptr(), f.b.data_ptr(), native.address(f.gain), f.rank, scale)
-            self.numbers[slot, column] = torch.tensor(entry, dtype=torch.int64)
+        entries = [
+            (f.a.data_ptr(), f.b.data_ptr(), native.address(f.gain), f.rank, _bits(f.scale)) for f in factors.values()
+        ]
+        self.numbers[slot, list(factors)] = torch.tensor(entries, dtype=torch.int64).view(-1, _FIELDS)
         self.slots[slot] = factors
         gains = frozenset(column for column, f in factors.items() if f.gain is not None)
         self._facts[slot] = max((f.rank for f in factors.values()), default=0), frozenset(factors), gains
@@ -97,6 +97,11 @@ class FactorTable:
     @property
     def largest_rank(self) -> int:
         return max((rank for rank, _, _ in self._facts), default=0)
+
+
+def _bits(value: float) -> int:
+    """The eight bytes of a double as an integer."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,14 @@ def _parse(handle: Any, size: int) -> list[TensorEntry]:
 
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file in header order; :class:`InputError` if the file is not sound."""
+    with path.open("rb") as handle:
+        return header_of(handle, path)
+
+
+def header_of(handle: Any, path: Path) -> list[TensorEntry]:
+    """:func:`read_header` of the file that was opened for reading as ``handle``."""
     try:
-        with path.open("rb") as handle:
-            return _parse(handle, path.stat().st_size)
+        return _parse(handle, os.fstat(handle.fileno()).st_size)
     except _Malformed as error:
         raise InputError("not a sound safetensors file", where=str(path), got=str(error), fix=_FETCH_AGAIN) from error
 

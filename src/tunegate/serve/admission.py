@@ -3,17 +3,20 @@
 From the card: the base's fingerprint and quantization are the served ones, the gate says ship (or somebody overrode it,
 and the registry keeps why), the golden prompts render to the same tokens with the template of the training, and no base
 it was made from is flagged. From the files: every byte is the published one, and the tensors are exactly those of the
-modules that the config selects, read from the header. What shares a batch with other adapters cannot change the head,
+modules that the config selects. What shares a batch with other adapters cannot change the head,
 the embeddings or whole weights: such an adapter is refused with the way out.
 
 An adapter without a card, or one that the gate held, is admitted only where that was allowed, and its standing says so.
-There is no way around another base. It reads no weights but for their hash; values are the engine's to check.
+There is no way around another base. Whoever asks says how weights are hashed: the engine reads and hashes them in one
+go while everything else is looked at here, so that what was hashed is what answers.
 """
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from tunegate.adapter.card import (
@@ -24,8 +27,7 @@ from tunegate.adapter.card import (
     manifest_problems,
     template_of,
 )
-from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, checked_header
-from tunegate.adapter.inject import head_paths
+from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash
 from tunegate.errors import InputError, Problem, collecting
 from tunegate.files import hash_file, read_json
 from tunegate.gate import SHIP
@@ -78,18 +80,36 @@ def stamp_of(folder: Path) -> Stamp | None:
     return tuple((s.st_size, s.st_mtime_ns, s.st_ino) for s in found)
 
 
-def admit(folder: Path, house: House, version: Version | None = None) -> Admitted:
+Identify = Callable[[Path], Callable[[], str]]
+"""Begins to hash an adapter's content; what it gives waits for the hash (:class:`InputError` where there is none)."""
+
+
+def identify_here(folder: Path) -> Callable[[], str]:
+    """In this process, once the hash is asked for."""
+    return partial(adapter_hash, folder)
+
+
+def admit(
+    folder: Path, house: House, version: Version | None = None, identify: Identify = identify_here
+) -> Admitted:  # fmt: skip
     """The adapter in ``folder``; :class:`InputError` with everything that keeps it from answering. ``version``: what it
     is in the registry, where it came from there."""
     stamp = stamp_of(folder)
     if stamp is None:
         raise InputError(_not_an_adapter(folder))
     files = dict(regular_files(folder, ""))  # nothing else is opened
+    digest = cache(hash_file)
+    hashed = identify(folder)
     problems = module_problems(folder, house.base)
-    card, key = _read(folder, files, problems)
+    fits = not problems
+    card = None
+    if CARD in files:
+        problems += manifest_problems(folder, digest)
+        with collecting(problems):
+            card = load_card(folder)
     override = version.override if version else None
     if version is None:
-        version, override = _known(house, files, problems)
+        version, override = _known(house, files, digest, problems)
     standing, template = UNVERIFIED, None
     if card is not None or CARD not in files:  # a card that cannot be read is told above
         standing, more = standing_of(card, version, override, house, str(folder))
@@ -98,27 +118,22 @@ def admit(folder: Path, house: House, version: Version | None = None) -> Admitte
         template = template_of(card)
         with collecting(problems):
             problems += house.base.golden_problems(card)
+    key = _key(folder, card, hashed, problems) if fits else ""  # tensors that fit are of the base's size
     if problems:
         raise InputError(list(dict.fromkeys(map(_with_way_out, problems))))
     id = version.adapter if version else None
     return Admitted(key, folder, template, standing, _created(card, folder), id, stamp)
 
 
-def _read(folder: Path, files: dict[str, Path], problems: list[Problem]) -> tuple[AdapterCard | None, str]:
-    """The card, None without one, and the hash of the tensors and what the config means. Tensors are read only where
-    nothing was found yet: they are of the base's size then."""
-    card, key = None, ""
-    if not problems:
-        with collecting(problems):
-            key = adapter_hash(folder)
-    if CARD in files:
-        problems += manifest_problems(folder)
-        with collecting(problems):
-            card = load_card(folder)
+def _key(folder: Path, card: AdapterCard | None, hashed: Callable[[], str], problems: list[Problem]) -> str:
+    """The hash of the tensors and of what the config means, which the card has to name."""
+    key = ""
+    with collecting(problems):
+        key = hashed()
     if card is not None and key and card.adapter["hash"] != key:
         where = str(folder / CARD)
         problems.append(Problem("the card is of another adapter", where, key, card.adapter["hash"], CHANGED))
-    return card, key
+    return key
 
 
 def _not_an_adapter(folder: Path) -> list[Problem]:
@@ -130,12 +145,14 @@ def _not_an_adapter(folder: Path) -> list[Problem]:
     return [Problem(f"not an adapter folder: no {', '.join(missing)}", str(folder), fix=fix)]
 
 
-def _known(house: House, files: dict[str, Path], problems: list[Problem]) -> tuple[Version | None, str | None]:
+def _known(
+    house: House, files: dict[str, Path], digest: Callable[[Path], str], problems: list[Problem]
+) -> tuple[Version | None, str | None]:
     """A folder's version in the registry in use, and the override that counts: the registry's, else the one that
     `registry pull` wrote beside exactly these files."""
     if house.registry is None and PROVENANCE not in files:
         return None, None
-    id = id_of({name: hash_file(files[name]) for name in (CONFIG, TENSORS, CARD) if name in files})
+    id = id_of({name: digest(files[name]) for name in (CONFIG, TENSORS, CARD) if name in files})
     if house.registry is not None:
         with house.registry.database.reading() as connection:
             version = next(iter(list_versions(connection, versions.c.adapter == id)), None)
@@ -189,10 +206,10 @@ def version_problems(version: Version) -> list[Problem]:
 def module_problems(folder: Path, base: ServedBase) -> list[Problem]:
     """Tensors that are missing, too many or of another shape for ``base``, and what only a merge can serve."""
     try:
-        _, modules = checked_header(base.skeleton, folder)
+        modules = base.modules_of(folder)
     except InputError as error:
         return error.problems
-    on_head = sorted(set(modules) & head_paths(base.skeleton))
+    on_head = sorted(set(modules) & base.head)
     fix = "merge it into its base (tunegate merge) and serve that folder as a base"
     return [
         Problem("an adapter on the output head or embeddings is not served beside others", f"{folder}: {path}", fix=fix)

@@ -8,16 +8,20 @@ It loads no weights: the engine does.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tunegate.adapter.card import AtHand, recipe_text, template_of, template_problems
+from tunegate.adapter.files import Known, checked_header
+from tunegate.adapter.inject import head_paths
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError, Problem
 from tunegate.model.bnb_files import stored_recipe
@@ -42,9 +46,19 @@ class ServedBase:
     skeleton: nn.Module
     created: int = field(default_factory=lambda: int(time.time()))
     _renderers: weakref.WeakValueDictionary[str | None, Renderer] = field(default_factory=weakref.WeakValueDictionary)
+    _known: Known = field(default_factory=dict)
     _checkers: dict[str | None, Renderer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checking: threading.Lock = field(default_factory=threading.Lock)
+
+    @functools.cached_property
+    def head(self) -> set[str]:
+        """Modules that are, or share their weight with, the output head."""
+        return head_paths(self.skeleton)
+
+    def modules_of(self, folder: Path) -> tuple[str, ...]:
+        """The modules that an adapter has here (:func:`~tunegate.adapter.files.checked_header`); from any thread."""
+        return checked_header(self.skeleton, folder, self._known)[1]
 
     def renderer(self, template: str | None = None) -> Renderer:
         """The renderer of a chat template (None: the base's own); :class:`InputError` if it is none. To be had from any

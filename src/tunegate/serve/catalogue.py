@@ -24,7 +24,7 @@ from tunegate.data.render import Renderer
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.registry.entries import Version, is_reference, resolve
 from tunegate.registry.pulling import materialize
-from tunegate.serve.admission import Admitted, House, Stamp, admit, stamp_of
+from tunegate.serve.admission import Admitted, House, Identify, Stamp, admit, identify_here, stamp_of
 from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.held import Held
 from tunegate.serve.jobs import MERGED
@@ -100,6 +100,7 @@ class Catalogue:
         self.base = house.base.name
         self._merged = frozenset(merged)
         self._roots = [root.resolve() for root in roots]
+        self._engine = engine
         self._held = Held(engine)
         self._entries: dict[str, Entry] = {}
         self._once, self._changing = Once(), Locks()
@@ -175,9 +176,11 @@ class Catalogue:
             before = self._entries.get(name)
             if before is None or before.reference is None or before.version == version.adapter:
                 return
-            found = await asyncio.to_thread(self._of_version, name, before.reference, version)
+            put = before.pinned or self._held.has(before.served.key)
+            identify = self._by_engine() if put else identify_here
+            found = await asyncio.to_thread(self._of_version, name, before.reference, version, identify)
             entry = self._counted(found, before.pinned)
-            if before.pinned or self._held.has(before.served.key):
+            if put:
                 await self._put(entry)
             self._entries[name] = entry
 
@@ -200,11 +203,13 @@ class Catalogue:
             if name == self.base or (name in self._entries and not replace):
                 raise DuplicateName("the name is taken", where=name, fix="unload it, or say that it is to be replaced")
 
+            identify = self._by_engine() if put else identify_here
+
             def found() -> Entry:
                 folder = find()
                 if folder is not None:
-                    return self._of_folder(name, folder)
-                return self._of_version(name, source, self._version(source))
+                    return self._of_folder(name, folder, identify)
+                return self._of_version(name, source, self._version(source), identify)
 
             entry = self._counted(await asyncio.to_thread(found), pinned)
             if put:
@@ -212,13 +217,20 @@ class Catalogue:
             self._entries[name] = entry
             return entry.served
 
-    def _of_folder(self, name: str, folder: Path) -> Entry:
-        return self._entry(name, None, admit(folder, self.house), str(folder))
+    def _by_engine(self) -> Identify:
+        """Have the engine hash what it reads, for weights that it is to hold next; from any thread."""
+        loop = asyncio.get_running_loop()
+        return lambda folder: asyncio.run_coroutine_threadsafe(self._engine.identify(folder), loop).result
 
-    def _of_version(self, name: str, reference: str, version: Version) -> Entry:
+    def _of_folder(self, name: str, folder: Path, identify: Identify = identify_here) -> Entry:
+        return self._entry(name, None, admit(folder, self.house, identify=identify), str(folder))
+
+    def _of_version(
+        self, name: str, reference: str, version: Version, identify: Identify = identify_here
+    ) -> Entry:  # fmt: skip
         assert self.house.registry is not None
         folder = materialize(self.house.registry, version.adapter)
-        return self._entry(name, reference, admit(folder, self.house, version), version.ref)
+        return self._entry(name, reference, admit(folder, self.house, version, identify), version.ref)
 
     def _entry(self, name: str, reference: str | None, admitted: Admitted, root: str) -> Entry:
         renderer, key = self.house.base.renderer(admitted.template), self._key(name, admitted.key)

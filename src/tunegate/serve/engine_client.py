@@ -31,10 +31,15 @@ class EngineClient(Protocol):
         :class:`EngineFull`, or :class:`InputError` for a job that the engine cannot take (unknown adapter key, too
         long for the context, a form that cannot be followed)."""
 
+    async def identify(self, folder: Path) -> str:
+        """The content hash of an adapter folder, from what the engine itself read. What it read may serve the
+        :meth:`load` that follows. :class:`InputError` with every problem if the files cannot be served on this base."""
+
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
-        """Read an adapter folder and keep it under ``key``. Pinned ones are never pushed out; others are, least
-        recently used first, when ``adapter_bytes`` are full, and are read again from ``folder`` when a job names them.
-        :class:`InputError` with every problem if the files cannot be served on this base."""
+        """Read an adapter folder and keep it under ``key``, its content hash: other files are refused. Pinned ones are
+        never pushed out; others are, least recently used first, when ``adapter_bytes`` are full, and are read again
+        from ``folder`` when a job names them. :class:`InputError` with every problem if the files cannot be served on
+        this base."""
 
     async def unload(self, key: str) -> None:
         """Forget an adapter; answers under way with it are finished first."""

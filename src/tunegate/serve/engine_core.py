@@ -44,7 +44,7 @@ from tunegate.model.loading import (
 from tunegate.model.resolve import resolve_base
 from tunegate.model.weights import load_object
 from tunegate.serve.jobs import MERGED, EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
-from tunegate.serve.lane import Proof, Read, read_merged, read_plain
+from tunegate.serve.lane import Proof, Read, read
 
 _PROBE = 1  # the token that adapters are probed with
 _MOST_FORMS = 256  # compiled ones kept
@@ -286,6 +286,18 @@ class EngineCore:
         adapter.asked.append(tell)
         self._read(adapter)
 
+    def identify(self, folder: Path, tell: Callable[[str | TunegateError], None]) -> None:
+        """The content hash of the adapter in ``folder``, which may be loaded next. ``tell`` is called from the thread
+        that reads."""
+
+        def work() -> None:
+            try:
+                tell(self.served.identify(folder))
+            except Exception as error:
+                tell(error if isinstance(error, TunegateError) else _unreadable(folder, error))
+
+        self._reader.submit(work)
+
     def unload(self, key: str) -> None:
         """Forget an adapter; rows that run with it finish first."""
         adapter = self.adapters.pop(key, None)
@@ -314,8 +326,7 @@ class EngineCore:
     def _read(self, adapter: _Adapter) -> None:
         if adapter.reading is None and not adapter.probes:
             adapter.begun = time.monotonic()
-            read = read_merged if adapter.key.endswith(MERGED) else read_plain
-            adapter.reading = self._reader.submit(read, self.served, adapter.folder, self.facts.vocabulary)
+            adapter.reading = self._reader.submit(read, self.served, adapter.folder, adapter.key, self.facts.vocabulary)
 
     def _take(self, adapter: _Adapter) -> None:
         """An adapter that was read into the table, if there is room, and its probes into the queue."""

@@ -198,6 +198,9 @@ class EngineProcess:
         self._folders[key] = (folder, pinned)
         return Loaded(**data)
 
+    async def identify(self, folder: Path) -> str:
+        return str(await self._ask(lambda n: {"identify": n, "folder": str(folder)}))
+
     async def unload(self, key: str) -> None:
         self._folders.pop(key, None)
         self._send({"unload": key})

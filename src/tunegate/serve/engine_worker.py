@@ -39,6 +39,7 @@ class Worker:
         self.lines = connection.makefile("rb")
         self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.out: list[bytes] = []
+        self._sending = threading.Lock()  # the thread that reads adapters answers for itself
 
     def run(self) -> int:
         options = EngineOptions(**json.loads(self.lines.readline()))
@@ -53,9 +54,13 @@ class Worker:
             if self.core.busy:
                 self.core.step()
             if self.out:
-                self.connection.sendall(b"".join(self.out))
+                self._write(b"".join(self.out))
                 self.out.clear()
         return 0
+
+    def _write(self, data: bytes) -> None:
+        with self._sending:
+            self.connection.sendall(data)
 
     def _listen(self) -> None:
         try:
@@ -89,22 +94,28 @@ class Worker:
             self.core.load(
                 message["key"], Path(message["folder"]), message["pinned"], lambda found: self._answer(number, found)
             )
+        elif "identify" in message:
+            asked = message["identify"]
+            self.core.identify(Path(message["folder"]), lambda found: self._write(_answer(asked, found)))
         elif "unload" in message:
             self.core.unload(message["unload"])
         elif "stats" in message:
             self.out.append(line({"answer": message["stats"], "data": {**self.core.stats(), "rss": resident_bytes()}}))
 
     def _answer(self, number: int, found: Loaded | TunegateError) -> None:
-        if isinstance(found, TunegateError):
-            self.out.append(line({"error": number, "data": error_json(found)}))
-        else:
-            self.out.append(line({"answer": number, "data": to_json(found)}))
+        self.out.append(_answer(number, found if isinstance(found, TunegateError) else to_json(found)))
 
     def _send_tokens(self, number: int, found: Tokens | TunegateError) -> None:
         if isinstance(found, TunegateError):
             self.out.append(line({"error": number, "data": error_json(found)}))
         else:
             self.out.append(line({"tokens": number, "data": to_json(found)}))
+
+
+def _answer(number: int, found: Any) -> bytes:
+    if isinstance(found, TunegateError):
+        return line({"error": number, "data": error_json(found)})
+    return line({"answer": number, "data": found})
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """An adapter in weights of its own, so that its rows cost what the base's rows cost: read, merged and proven.
 
-:func:`read_merged` adds the update to a copy of every layer that the adapter has, with the formulas of ``tunegate
+:func:`read` adds the update to a copy of every layer that the adapter has, with the formulas of ``tunegate
 merge``, in the dtype of the base's weights. Over 4-bit weights the copies have 16 bits: nothing is merged into a 4-bit
 grid. :class:`Proof` are rows that go through the scheduler twice, on the factors and on the merged weights; the two
 have to agree as a merge has to (:class:`~tunegate.export.parity.Limits`). They are the card's golden prompts, or tokens
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.adapter.card import CARD, load_card
-from tunegate.adapter.files import module_paths, tensor_name
+from tunegate.adapter.files import Contents, module_paths, tensor_name
 from tunegate.adapter.layers import base_weight, is_conv1d
 from tunegate.adapter.segmented import Merged, Served
 from tunegate.engine.prompt_scores import PromptReader
@@ -30,6 +30,7 @@ from tunegate.export.deltas import Mix, Update, merged_rows
 from tunegate.export.parity import Limits, Reading, compare
 from tunegate.kernels.segments import Factors
 from tunegate.kernels.stored import StoredLinear
+from tunegate.serve.jobs import MERGED
 
 PROOF_ROWS, PROOF_TOKENS = 4, 24
 _ALONE = Mix("linear", (1.0,))
@@ -50,14 +51,15 @@ class Read:
         return sum(f.nbytes for f in self.factors.values()) if self.merged is None else self.merged.nbytes
 
 
-def read_plain(served: Served, folder: Path, _vocabulary: int) -> Read:
-    """The adapter in ``folder``; :class:`InputError` with everything that is wrong."""
-    return Read(served.read(folder))
+def read(served: Served, folder: Path, key: str, vocabulary: int) -> Read:
+    """The adapter in ``folder`` with the engine's ``key``; :class:`InputError` with everything that is wrong."""
+    if not key.endswith(MERGED):
+        return Read(served.read(folder, key))
+    return _merged(served, folder, served.contents(folder, key.removesuffix(MERGED)), vocabulary)
 
 
-def read_merged(served: Served, folder: Path, vocabulary: int) -> Read:
-    """The adapter in ``folder``, merged; :class:`InputError` with everything that is wrong."""
-    spec, state = served.checked(folder)
+def _merged(served: Served, folder: Path, contents: Contents, vocabulary: int) -> Read:
+    spec, state = contents.spec, contents.state
     layers, unchanged = {}, []
     for path in module_paths(state):
         wrapper = served.layers[path]
@@ -73,7 +75,7 @@ def read_merged(served: Served, folder: Path, vocabulary: int) -> Read:
             f"{len(unchanged)} layers come out of merging as they are in the base", where=str(folder),
             expected="changes that the base's dtype can store", got=", ".join(unchanged[:5]), fix=_UNMERGED,
         )  # fmt: skip
-    return Read(served.factors(spec, state), Merged(layers), prompts_of(folder, vocabulary))
+    return Read(served.factors(contents), Merged(layers), prompts_of(folder, vocabulary))
 
 
 @torch.no_grad()

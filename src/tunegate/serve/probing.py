@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, tensor_name
+from tunegate.adapter.files import CONFIG, TENSORS, tensor_name
 from tunegate.errors import TunegateError
 from tunegate.files import write_json
 from tunegate.plan.memory import RUNTIME
@@ -38,7 +38,7 @@ async def probe(engine: EngineClient, base: Path, prompt_tokens: int, *, rank: i
             )
         with tempfile.TemporaryDirectory(prefix="tunegate-probe-") as folder:
             made = await asyncio.to_thread(random_adapters, base, Path(folder), ADAPTERS, rank)
-            loaded = [await engine.load(adapter_hash(place), place) for place in made.values()]
+            loaded = [await engine.load(await engine.identify(place), place) for place in made.values()]
             prompts = _Prompts(prompt_tokens, facts.vocabulary)
             keys: list[str | None] = [one.key for one in loaded]
             await _rate(engine, prompts, [None, *keys], 2)  # warm

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from tunegate.adapter.files import TENSORS
+from tunegate.adapter.files import TENSORS, adapter_hash
 from tunegate.engine.constrain import without_anchors
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve import vllm
@@ -139,6 +139,9 @@ class VllmEngine:
             raise EngineGone("vLLM went away", got=f"{type(error).__name__}: {error}", fix="send it again") from error
         finally:
             self._under_way -= 1
+
+    async def identify(self, folder: Path) -> str:
+        return await asyncio.to_thread(adapter_hash, folder)
 
     async def load(self, key: str, folder: Path, *, pinned: bool = False) -> Loaded:
         """See :class:`EngineClient`. ``moved`` is over the log-probabilities of the likeliest next tokens."""

@@ -1,9 +1,10 @@
 """Messages between the front and the engine's process: one JSON object a line, over a socket that only they have.
 
 To the engine: ``{"job": n, "data": Job, "folder": path}``, ``{"cancel": n}``, ``{"load": n, "key", "folder",
-"pinned"}``, ``{"unload": key}``, ``{"stats": n}``, ``{"stop": true}``. From it: ``{"started": EngineFacts}`` or
-``{"failed": error}`` first, then ``{"tokens": n, "data": Tokens}``, ``{"answer": n, "data": ...}`` to a load or a
-question, and ``{"error": n, "data": error}``. Errors travel as their class's name and their problems.
+"pinned"}``, ``{"identify": n, "folder": path}``, ``{"unload": key}``, ``{"stats": n}``, ``{"stop": true}``. From it:
+``{"started": EngineFacts}`` or ``{"failed": error}`` first, then ``{"tokens": n, "data": Tokens}``, ``{"answer": n,
+"data": ...}`` to a load or a question, and ``{"error": n, "data": error}``. Errors travel as their class's name and
+their problems.
 """
 
 from __future__ import annotations
