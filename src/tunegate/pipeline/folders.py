@@ -66,11 +66,9 @@ def now() -> str:
 def owned(root: Path) -> Iterator[None]:
     """Hold ``root`` for this process and remove what a killed one left half-written; one that still runs there is an
     error, a dead one is not."""
-    what, fix = (
-        "another tunegate process is working in this run folder",
-        "wait for it, or give this run another `output:`",
-    )
-    with held(root / ".lock", TunegateError(what, where=str(root), fix=fix)):
+    fix = "wait for it, or give this run another `output:`"
+    busy = TunegateError("another tunegate process is working in this run folder", where=str(root), fix=fix)
+    with held(root / ".lock", busy):
         remove_temporaries(root)
         yield
 
