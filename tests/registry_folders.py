@@ -6,7 +6,11 @@ Also what runs in other processes in the tests of concurrency and of kills.
 from __future__ import annotations
 
 import json
-import shutil
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from tunegate.files import hash_bytes, hash_file, hash_json, write_json, write_j
 from tunegate.model.fingerprint import BaseFingerprint
 from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord, RuleResult, RunRecord, Score
 
+FORK = multiprocessing.get_context("fork")  # everything is imported already; every process opens its own connections
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
 
 
@@ -131,6 +136,45 @@ def run_folder(root: Path, seed: int = 0, answers: tuple[str, ...] = ("red", "bl
     return adapter
 
 
-def damaged(folder: Path, out: Path) -> Path:
-    shutil.copytree(folder, out)
-    return out
+# --- other processes ---------------------------------------------------------------------------------------------
+
+
+def in_process(work: Callable[[], None], errors: Path) -> Any:
+    """``work`` in a forked process; what it raises is written to ``errors``."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException:
+            errors.write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+
+    process = FORK.Process(target=guarded)
+    process.start()
+    return process
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(work: Callable[[], object], errors: Path) -> bool:
+    """Do ``work`` in a process of its own; whether it was killed."""
+    process = in_process(work, errors)
+    process.join(60)
+    assert not errors.exists(), errors.read_text()
+    return bool(process.exitcode == -signal.SIGKILL)
+
+
+def kill_at(owner: Any, name: str, number: int) -> None:
+    """From here on this process is killed in the place of the ``number``-th call of ``owner.name``."""
+    original, count = getattr(owner, name), [0]
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        count[0] += 1
+        if count[0] == number:
+            kill()
+        return original(*arguments, **named)
+
+    setattr(owner, name, counted)

@@ -1,5 +1,6 @@
-"""Real services for tests: a PostgreSQL of Debian's packages, an S3 by moto. Each in a folder of its own, on
-127.0.0.1, ended with the test session and by itself after some minutes."""
+"""Real services for tests: a PostgreSQL of Debian's packages, and object stores by emulators: S3 by moto, Azure's by
+azurite, Google's by gcp-storage-emulator. Each on 127.0.0.1, ended with the test session and by itself after some
+minutes."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -73,21 +75,35 @@ def postgres(programs: Path) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def moto_s3() -> contextlib.AbstractContextManager[str]:
+    """An S3; yields its endpoint."""
+    return _served([sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p"])
+
+
+def azurite() -> contextlib.AbstractContextManager[str]:
+    """Azure's blob storage; yields its endpoint."""
+    command = ["azurite-blob", "--silent", "--disableTelemetry", "--inMemoryPersistence", "--skipApiVersionCheck"]
+    return _served([*command, "--blobHost", "127.0.0.1", "--blobPort"])
+
+
+def google_storage(bucket: str) -> contextlib.AbstractContextManager[str]:
+    """Google's Cloud Storage with an empty ``bucket``; yields its endpoint."""
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", "--in-memory"]
+    return _served([*command, "--host", "127.0.0.1", "--default-bucket", bucket, "--port"])
+
+
 @contextlib.contextmanager
-def moto_s3() -> Iterator[str]:
-    """An S3 on 127.0.0.1; yields its endpoint."""
+def _served(command: list[str]) -> Iterator[str]:
+    """The server that ``command`` starts on the port that is put behind it."""
     port = free_port()
-    code = (
-        "import os, threading;"
-        f"timer = threading.Timer({LIFETIME}, os._exit, (0,)); timer.daemon = True; timer.start();"
-        f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    server = subprocess.Popen(
+        ["timeout", "-s", "KILL", LIFETIME, *command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait(port, server)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.kill()
+        os.killpg(server.pid, signal.SIGKILL)  # `timeout` leads a group of its own
         server.wait(30)
 
 

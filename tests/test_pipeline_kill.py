@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or out of disk, then started again: the same adapter, byte for byte.
+"""Runs and merges that are killed, interrupted or out of disk, then started again: the same bytes.
 
 Processes are forked from a server that has loaded torch and transformers, so that each costs a second instead of
 ten. In a forked process the operations a run goes through (renames, flushes, events) are counted, and at the chosen
@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from task import call, replace_line, write_task
+from test_export_merge import sharded
 from tunegate.files import read_json
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
@@ -76,7 +77,7 @@ POINTS = [
 def _act(how: str) -> None:
     if how == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGKILL)
+    os.kill(os.getpid(), {"interrupt": signal.SIGINT, "pause": signal.SIGSTOP}.get(how, signal.SIGKILL))
 
 
 def _count(point: Point | None, how: str, log: Path) -> None:
@@ -148,12 +149,19 @@ class Server:
         self.context.set_forkserver_preload(PRELOAD)
         self.folder, self.number = folder, 0
 
-    def run(self, task: Path, *more: str, point: Point | None = None, how: str = "kill") -> tuple[int, str, list[str]]:
-        """Exit code (minus the signal's number if killed), what was said, and the operations met."""
+    def start(self, arguments: list[str], point: Point | None, how: str) -> tuple[Any, Path]:
+        """A process with this command, and where it writes what it says."""
         self.number += 1
         said = self.folder / f"{self.number}.txt"
-        process = self.context.Process(target=_child, args=(["run", str(task), *more], point, how, said))
+        process = self.context.Process(target=_child, args=(arguments, point, how, said))
         process.start()
+        return process, said
+
+    def run(self, *arguments: object, point: Point | None = None, how: str = "kill") -> tuple[int, str, list[str]]:
+        """Exit code (minus the signal's number if killed), what was said, and the operations met; of `run` where
+        the first argument is a task."""
+        command = [*(["run"] if isinstance(arguments[0], Path) else []), *map(str, arguments)]
+        process, said = self.start(command, point, how)
         process.join(120)
         assert process.exitcode is not None
         log = said.with_suffix(".log")
@@ -352,3 +360,68 @@ def test_a_read_only_folder(tmp_path: Path, tiny_llama: Path) -> None:
     assert said.code == 1
     assert "cannot write: Permission denied" in said.err
     assert "change the permissions of the folder" in said.err
+
+
+# --- merges ------------------------------------------------------------------------------------------------------
+
+
+MERGE_POINTS = [
+    Point("flush", "", 2),  # inside of the first shard
+    Point("rename", "merge-progress.json"),
+    Point("rename", "merge-progress.json"),
+    Point("flush", "", 2),
+    Point("rename", "merge.json"),
+    Point("rename", "out"),
+]
+
+
+def shard_times(folder: Path) -> dict[str, int]:
+    """When each finished shard below ``folder`` was written."""
+    known = read_json(folder / "merge-progress.json")["shards"]
+    return {name: (folder / name).stat().st_mtime_ns for name in known}
+
+
+def test_a_merge_killed_at_every_stage(server: Server, tmp_path: Path) -> None:
+    """Again and again, each time a little further on; finished shards are not written again."""
+    base, adapter = sharded(tmp_path)
+    code, said, _ = server.run("merge", adapter, "-o", tmp_path / "whole", "--base", base)
+    assert code == 0, said
+    partial, times = tmp_path / ".out.partial", dict[str, int]()
+    for point in MERGE_POINTS:
+        code, said, _ = server.run("merge", adapter, "-o", tmp_path / "out", "--base", base, point=point)
+        assert code == -signal.SIGKILL, f"{point} was not met:\n{said}"
+        assert not (tmp_path / "out").exists()
+        now = shard_times(partial) if (partial / "merge-progress.json").exists() else {}
+        assert now.items() >= times.items()
+        times = now
+    code, said, _ = server.run("merge", adapter, "-o", tmp_path / "out", "--base", base)
+    assert code == 0, said
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "whole"]
+
+
+def test_two_merges_of_one_output(server: Server, tmp_path: Path) -> None:
+    """The second is told, changes nothing, and goes on from the first one's shards once that is dead."""
+    base, adapter = sharded(tmp_path)
+    command = ["merge", str(adapter), "-o", str(tmp_path / "out"), "--base", str(base)]
+    first, said = server.start(command, Point("flush", "", 6), "pause")
+    deadline = time.monotonic() + 120
+    while "T (stopped)" not in Path(f"/proc/{first.pid}/status").read_text():
+        assert time.monotonic() < deadline and first.is_alive(), said.read_text()
+        time.sleep(0.05)
+    partial = tmp_path / ".out.partial"
+    before = {p.name: p.stat().st_mtime_ns for p in partial.iterdir()}
+    for other in (command, ["export", str(adapter), "--to", "peft", "-o", str(tmp_path / "out"), "--base", str(base)]):
+        code, told, _ = server.run(*other)
+        assert code == 1 and "another process is writing this output" in told, told
+    assert {p.name: p.stat().st_mtime_ns for p in partial.iterdir()} == before
+    first.kill()
+    first.join()
+    times = shard_times(partial)
+    assert times
+    code, told, _ = server.run(*command)
+    assert code == 0, told
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
+    code, told, _ = server.run(*command)
+    assert code == 2 and "the output exists" in told

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from registry_fixtures import Place
-from registry_folders import adapter_folder
+from registry_folders import FORK, adapter_folder, in_process, kill, kill_at, killed
 from tunegate.registry import adding, tables
 from tunegate.registry import store as stores
 from tunegate.registry.entries import PRODUCTION, history, list_versions, resolve
@@ -26,23 +22,6 @@ from tunegate.registry.states import promote, set_alias
 from tunegate.registry.upkeep import collect, verify
 
 PROCESSES = 16
-FORK = multiprocessing.get_context("fork")  # everything is imported already; every process opens its own connections
-
-
-def in_process(work: Callable[[], None], errors: Path) -> Any:
-    """``work`` in a forked process; what it raises is written to ``errors``."""
-
-    def guarded() -> None:
-        try:
-            work()
-        except BaseException:
-            errors.write_text(traceback.format_exc())
-            os._exit(1)
-        os._exit(0)
-
-    process = FORK.Process(target=guarded)
-    process.start()
-    return process
 
 
 def look(registry: Registry) -> None:
@@ -107,56 +86,17 @@ def test_sixteen_processes(place: Place, tmp_path: Path) -> None:
 # --- kill -9 -----------------------------------------------------------------------------------------------------
 
 
-def killed_in(place: Place, intake: Intake, at: Callable[[Registry], None], errors: Path) -> int:
-    """Add ``intake`` in a process that ``at`` prepares to be killed; returns its exit code."""
+def kill_at_commit(registry: Registry, number: int) -> None:
+    """From here on this process is killed when the ``number``-th commit is about to be sent."""
+    count = [0]
 
-    def work() -> None:
-        registry = place.open()
-        at(registry)
-        adding.add(registry, intake)
+    def counted(connection: Any) -> None:
+        write = connection.get_execution_options().get("write")
+        count[0] += bool(write)
+        if write and count[0] == number:
+            kill()
 
-    process = in_process(work, errors)
-    process.join(60)
-    assert not errors.exists(), errors.read_text()
-    return int(process.exitcode or 0)
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after_puts(n: int) -> Callable[[Registry], None]:
-    """Killed when ``n`` parts are stored."""
-
-    def prepare(registry: Registry) -> None:
-        put, count = stores.Store.put, [0]
-
-        def counted(self: stores.Store, digest: str, data: bytes) -> bool:
-            if count[0] == n:
-                kill()
-            count[0] += 1
-            return put(self, digest, data)
-
-        stores.Store.put = counted  # type: ignore[method-assign]  # in the forked process alone
-
-    return prepare
-
-
-def before_commit(n: int) -> Callable[[Registry], None]:
-    """Killed when the ``n``-th commit is about to be sent."""
-
-    def prepare(registry: Registry) -> None:
-        count = [0]
-
-        def counted(connection: Any) -> None:
-            write = connection.get_execution_options().get("write")
-            count[0] += bool(write)
-            if write and count[0] == n:
-                kill()
-
-        sa.event.listen(registry.database.engine, "commit", counted)
-
-    return prepare
+    sa.event.listen(registry.database.engine, "commit", counted)
 
 
 def test_killed_at_any_point_of_adding(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +106,15 @@ def test_killed_at_any_point_of_adding(place: Place, tmp_path: Path, monkeypatch
     adding.add(registry, first)
     intake = read_folder(adapter_folder(tmp_path / "second", 2))
     whole = sum(path.stat().st_size for path, _ in intake.files.values())
-    points = [before_commit(1), *(after_puts(n) for n in (0, 1, 3, 7)), before_commit(2)]
-    for number, point in enumerate(points):
-        assert killed_in(place, intake, point, tmp_path / "error") == -signal.SIGKILL, number
+
+    def work(at: Callable[[Registry], None]) -> None:
+        mine = place.open()
+        at(mine)
+        adding.add(mine, intake)
+
+    puts = [lambda mine, n=n: kill_at(stores.Store, "put", n) for n in (1, 2, 4, 8)]
+    for point in (lambda mine: kill_at_commit(mine, 1), *puts, lambda mine: kill_at_commit(mine, 2)):
+        assert killed(lambda point=point: work(point), tmp_path / "error")
         with registry.database.reading() as connection:
             assert [v.adapter for v in list_versions(connection)] == [first.id]
         assert verify(registry).problems == []
@@ -191,12 +137,10 @@ def test_killed_while_promoting(place: Place, tmp_path: Path) -> None:
 
     def work() -> None:
         mine = place.open()
-        before_commit(1)(mine)
+        kill_at_commit(mine, 1)
         promote(mine, "support:2", why="x", to="production")
 
-    process = in_process(work, tmp_path / "error")
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert killed(work, tmp_path / "error")
     with registry.database.reading() as connection:
         assert resolve(connection, "support@production").number == 1
         assert [v.state for v in list_versions(connection)] == ["production", "candidate"]

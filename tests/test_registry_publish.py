@@ -1,4 +1,5 @@
-"""What others are told: a plain folder, S3 (moto), MLflow (a real tracking server), the Hub (its HTTP API)."""
+"""What others are told: a plain folder, MLflow (a real tracking server), the Hub (its HTTP API). Object stores stand in
+``test_registry_stores.py``."""
 
 from __future__ import annotations
 
@@ -17,21 +18,18 @@ import yaml
 
 from fake_hub import Hub, fake_hub
 from registry_folders import adapter_folder, fingerprint, peft_folder, run_folder
-from services import free_port, moto_s3
+from services import free_port
 from task import call
 from tunegate.adapter.card import FILES, MANIFEST, check_complete
 from tunegate.errors import InputError, TunegateError
-from tunegate.files import hash_file
 from tunegate.registry.adding import add
 from tunegate.registry.bases import supersede
 from tunegate.registry.entries import Entity, Version, history, resolve
 from tunegate.registry.intake import read_folder
 from tunegate.registry.opening import Registry, open_registry
 from tunegate.registry.publish import push
-from tunegate.registry.pulling import PROVENANCE, pull
+from tunegate.registry.pulling import PROVENANCE
 from tunegate.registry.states import promote
-from tunegate.registry.store import Store
-from tunegate.registry.upkeep import collect, verify
 
 
 def quiet(text: str) -> None:
@@ -117,96 +115,6 @@ def test_what_is_not_published(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="superseded"):
         push(registry, "support:1", str(tmp_path / "published"), quiet)
     assert not (tmp_path / "published").exists()
-
-
-# --- S3 ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The address of an empty prefix on a local S3; credentials and endpoint are in the environment."""
-    for package in ("s3fs", "moto", "flask", "flask_cors"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install -e '.[registry-test]'")
-    import boto3
-
-    with moto_s3() as endpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="adapters")
-        yield "s3://adapters"
-
-
-def test_the_store_on_s3(s3: str, tmp_path: Path) -> None:
-    registry = open_registry(str(tmp_path / "r"), create=True, store=f"{s3}/store")
-    folder = run_folder(tmp_path / "runs", 1)
-    first, again = add(registry, read_folder(folder)), add(registry, read_folder(folder))
-    assert first.uploaded > 0 and again.uploaded == 0
-    assert len(list(registry.store.hashes())) == 7
-    opened = open_registry(str(tmp_path / "r"))
-    pull(opened, "support:1", tmp_path / "out")
-    check_complete(tmp_path / "out")
-    assert verify(opened).problems == []
-    path = opened.store._path(hash_file(folder / "adapter_model.safetensors"))
-    data = bytearray(opened.store.fs.cat_file(path))
-    data[len(data) // 2] ^= 1
-    opened.store.fs.pipe_file(path, bytes(data))
-    (problem,) = verify(opened).problems
-    assert "changed" in problem.what and path in problem.where
-    with pytest.raises(TunegateError, match="changed"):
-        pull(opened, "support:1", tmp_path / "two")
-    assert not (tmp_path / "two").exists()
-    assert add(registry, read_folder(folder)).uploaded == len(data) and verify(opened).problems == []
-    opened.store.put("b3:" + __import__("blake3").blake3(b"left").hexdigest(), b"left")
-    assert collect(opened).objects == 1 and verify(opened).problems == []
-
-
-def test_a_bucket_that_is_not_there(s3: str, tmp_path: Path) -> None:
-    registry = open_registry(str(tmp_path / "r"), create=True, store="s3://missing/store")
-    with pytest.raises(TunegateError, match="store"):
-        add(registry, read_folder(adapter_folder(tmp_path / "a", 1)))
-    with registry.database.reading() as connection, pytest.raises(InputError):
-        resolve(connection, "support:1")
-
-
-def test_killed_while_pushing_to_s3(s3: str, registry: Registry, tmp_path: Path) -> None:
-    """The registry is as it was, and the next push completes what lies there."""
-    code = f"""
-import os, signal, sys
-from tunegate.registry.publish import plain, push
-from tunegate.registry.opening import open_registry
-write, count = plain._write, [0]
-def counted(*arguments):
-    count[0] += 1
-    if count[0] == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(*arguments)
-plain._write = counted
-push(open_registry({str(tmp_path / "registry")!r}), "support:1", {s3 + "/killed"!r}, print)
-"""
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -9, killed.stderr
-    assert verify(registry).problems == [] and find(registry, "support:1").state == "production"
-    store = Store(f"{s3}/killed")
-    store.fs.invalidate_cache()
-    names = {Path(p).name for p in store.fs.find(store.root)}
-    assert names and PROVENANCE not in names
-    push(registry, "support:1", f"{s3}/killed", quiet)
-    store.fs.invalidate_cache()
-    names = {Path(p).name for p in store.fs.find(store.root)}
-    assert names == {*FILES, MANIFEST, PROVENANCE, "production.json"}
-
-
-def test_a_store_that_is_no_local_folder(tmp_path: Path) -> None:
-    """Any fsspec store: here one in memory."""
-    store = f"memory://{tmp_path.name}"
-    registry = open_registry(str(tmp_path / "r"), create=True, store=store)
-    add(registry, read_folder(adapter_folder(tmp_path / "a", 1)))
-    pull(registry, "support:1", tmp_path / "out")
-    check_complete(tmp_path / "out")
-    assert verify(registry).problems == []
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tunegate.registry.lineage import lineage, way
 from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import PROVENANCE, adapter_folders, materialize, pull
 from tunegate.registry.states import promote, retire, set_alias
-from tunegate.registry.upkeep import collect, verify
+from tunegate.registry.upkeep import collect, trust_clock, verify
 
 
 def added(registry: Registry, folder: Path, **named: str) -> Added:
@@ -326,6 +326,33 @@ def test_an_unverified_adapter_is_flagged_by_the_name_that_it_claims(registry: R
     assert find(registry, "imported:1").flags
 
 
+@pytest.mark.parametrize("how", ["base add", "another name", "a card", "superseding", "supersedes"])
+def test_an_unverified_adapter_that_came_before_its_base(registry: Registry, tmp_path: Path, how: str) -> None:
+    """Once the name that it claims is given to a base, whichever way, it belongs to that one."""
+    claimed = 'ti"ny_%'
+    added(registry, peft_folder(tmp_path / "peft", 3, base=claimed), name="imported")
+    added(registry, peft_folder(tmp_path / "other", 4, base="other"), name="other")
+    if how == "another name":
+        add_base(registry, new_base(0, "first"))
+    if how == "a card":
+        added(registry, adapter_folder(tmp_path / "carded", 1, base_name=claimed))
+    elif how == "supersedes":
+        add_base(registry, new_base(5, "old"))
+        supersede(registry, "old", new_base(0, claimed), why="x")
+    elif how != "superseding":
+        add_base(registry, new_base(0, claimed))
+    else:
+        add_base(registry, new_base(0, claimed))
+        with registry.database.writing() as connection:  # as it was left before claims were linked
+            connection.execute(tables.edges.delete().where(tables.edges.c.role == "claims"))
+        assert not add_base(registry, new_base(0, claimed))
+    assert not find(registry, "imported:1").flags
+    supersede(registry, claimed, new_base(1, "new"), why="mended")
+    assert "mended" in find(registry, "imported:1").flags[0] and not find(registry, "other:1").flags
+    with pytest.raises(InputError, match="superseded"):
+        pull(registry, "imported:1", tmp_path / "out")
+
+
 def test_folders_are_refused_where_a_registry_is_in_use(
     registry: Registry, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +560,38 @@ def test_a_clock_that_goes_backwards(registry: Registry, tmp_path: Path) -> None
     assert [v.state for v in versions(registry)] == ["approved"]
     with registry.database.reading() as connection:
         assert connection.execute(sa.select(tables.pins)).all() == []
+
+
+def test_a_clock_that_was_a_year_ahead(registry: Registry, tmp_path: Path) -> None:
+    """Everything is refused until somebody says that the clock is right; then all goes on, and nothing is rewritten."""
+    folder = adapter_folder(tmp_path / "one", 1)
+    added(registry, folder)
+    with pytest.raises(InputError, match="not dated after"):
+        trust_clock(registry, why="x")
+    late = (datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=365)).isoformat(
+        timespec="microseconds"
+    )
+    with registry.database.writing() as connection:  # as a machine whose clock is a year ahead leaves it
+        for table in (tables.events, tables.entities):
+            connection.execute(table.update().values(at=late))
+        connection.execute(tables.pins.insert().values(hash=fingerprint(0).total, upload="killed", at=late))
+    with pytest.raises(TunegateError, match="tunegate registry clock"):
+        promote(registry, "support:1", why="x")
+    with pytest.raises(InputError, match="say why"):
+        trust_clock(registry, why=" ")
+    assert trust_clock(registry, why="the battery was empty") == late
+    promote(registry, "support:1", why="good", to="production")
+    added(registry, adapter_folder(tmp_path / "two", 2))
+    supersede(registry, "tiny", new_base(1), why="mended")
+    with registry.database.reading() as connection:
+        events = history(connection, find(registry, "support:1").adapter)
+        (pin,) = connection.execute(sa.select(tables.pins.c.at)).scalars()
+    assert [e.what for e in events] == [
+        "added as candidate", f"dated {late} by a clock that was ahead", "approved", "production",
+    ]  # fmt: skip
+    assert events[0].at == late and events[1].why == "the battery was empty"
+    assert events[1].at <= events[2].at < late and pin == events[1].at
+    assert find(registry, "support:2").flags
 
 
 def test_a_decision_that_does_not_follow_from_its_rules(registry: Registry, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 Every file is written to a temporary neighbour, flushed to disk and renamed over its name; the folder is
 flushed too, so that a power cut leaves the old file or the new one. A folder is published the same way: built
-under a temporary name, renamed when complete.
+under a temporary name, renamed when complete. What two processes must not write at once is held by a lock of the
+system, which a dead process does not hold.
 
-It does not lock: one process owns a run folder (see ``pipeline``).
+It does not say what is locked when: one process owns a run folder (see ``pipeline``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blake3 import blake3
 
@@ -111,6 +112,56 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def held(path: Path, busy: TunegateError) -> Iterator[None]:
+    """Hold the file ``path`` for this process alone; ``busy`` is raised if another one holds it. It goes afterwards."""
+    with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked(path, busy)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove an open file
+            path.unlink()
+        handle.close()
+
+
+def _locked(path: Path, busy: TunegateError) -> IO[bytes]:
+    while True:
+        handle = path.open("ab")
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                    return handle
+        except ImportError:  # Windows: no flock; two processes are not told apart there
+            return handle
+        except BlockingIOError:
+            handle.close()
+            raise busy from None
+        handle.close()  # its holder removed it between our two calls, so another may hold a new one
+
+
+def partial_of(out: Path) -> Path:
+    """The folder in which ``out`` grows until it is whole."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextlib.contextmanager
+def growing(out: Path) -> Iterator[Path]:
+    """The folder in which ``out`` grows, for this process alone.
+
+    :class:`TunegateError` if another process writes the same output, :class:`InputError` if one has written it.
+    """
+    what, fix = "another process is writing this output", "wait for it, or name another folder"
+    with held(out.with_name(f".{out.name}.lock"), TunegateError(what, where=str(out), fix=fix)):
+        if out.exists() or out.is_symlink():
+            raise InputError("the output exists", where=str(out), fix="name another folder, or remove it")
+        yield partial_of(out)
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

@@ -243,6 +243,15 @@ def _gc(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _clock(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.registry.upkeep import trust_clock
+
+    ahead = trust_clock(_open(arguments), why=arguments.why)
+    console.text(f"entries dated up to {ahead[:19]} stay as they are; from now on the clock is believed again")
+    console.result({"ahead": ahead})
+    return 0
+
+
 def _pull(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.registry.pulling import pull
 
@@ -373,7 +382,7 @@ def _base(arguments: argparse.Namespace, console: Console) -> int:
 
 _ACTIONS = {
     "init": _init, "add": _add, "list": _list, "show": _show, "lineage": _lineage, "diff": _diff, "promote": _promote,
-    "retire": _retire, "alias": _alias, "verify": _verify, "gc": _gc, "pull": _pull, "push": _push,
+    "retire": _retire, "alias": _alias, "verify": _verify, "gc": _gc, "clock": _clock, "pull": _pull, "push": _push,
     "evaluate": _evaluate, "reproduce": _reproduce, "base": _base,
 }  # fmt: skip
 
@@ -427,6 +436,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     action("alias", "let NAME@ALIAS mean a version", "alias", "ref").add_argument("--why", metavar="WHY")
     action("verify", "hash every file and record again")
     action("gc", "remove stored bytes that nothing refers to")
+    right = action("clock", "go on from the present time after entries by a clock that was ahead")
+    right.add_argument("--why", required=True, metavar="WHY")
     pull = action("pull", "write an adapter to a folder, verified; a flagged one is refused", "ref")
     pull.add_argument("-o", "--out", required=True, metavar="FOLDER")
     pull.add_argument("--evidence", action="store_true", help="records and answers of its run too")

@@ -22,7 +22,7 @@ from tunegate.adapter.inject import find_targets
 from tunegate.adapter.layers import is_conv1d
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.export.deltas import METHODS, Mix, Update
-from tunegate.files import hash_json
+from tunegate.files import hash_json, partial_of
 from tunegate.model.shards import DTYPES
 from tunegate.model.streaming import checkpoint_names, is_quantized, on_meta, quantizable
 from tunegate.model.weights import TensorEntry, tensors_of
@@ -48,11 +48,6 @@ class Plan:
     @property
     def partial(self) -> Path:
         return partial_of(self.out)
-
-
-def partial_of(out: Path) -> Path:
-    """Where ``out`` grows until it is whole."""
-    return out.with_name(f".{out.name}.partial")
 
 
 def plan_merge(

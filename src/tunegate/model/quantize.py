@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(f".{self.out.name}.partial")
+        return files.partial_of(self.out)
 
     @property
     def items(self) -> list[_Item]:
@@ -237,9 +237,8 @@ def write_quantized(
 
     :class:`InputError` names every tensor that holds NaN or infinity; then, as after any error, nothing is left.
     """
-    partial = plan.partial
     errors: dict[str, dict[str, Error]] = {}
-    with files.explain_os_error(plan.out):
+    with files.explain_os_error(plan.out), files.growing(plan.out) as partial:
         try:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             partial.mkdir(parents=True)

@@ -20,8 +20,7 @@ from tunegate.errors import InputError, Problem, TunegateError, nearest
 from tunegate.export import parity
 from tunegate.export.gguf_file import OUT_TYPES
 from tunegate.export.parity import Parity, Reading
-from tunegate.export.plan import partial_of
-from tunegate.files import explain_os_error, flush_folder, hash_file, write_json
+from tunegate.files import explain_os_error, flush_folder, growing, hash_file, partial_of, write_json
 from tunegate.model.loading import empty_model
 from tunegate.pipeline.adapted import Source, check_folders, find_source, read_adapter
 from tunegate.pipeline.card import CARD
@@ -51,7 +50,13 @@ def export(request: ExportRequest, reporter: Reporter) -> dict[str, Any]:
     job = Job(request, source, folder, reporter, _about(request, source), plain.config, modules, None)
     form.check(job)
     reader = _reader_of(form, job)
-    reference = read_adapter(source, request.adapter, reporter)
+    with growing(request.out):
+        return _export(job, form, reader)
+
+
+def _export(job: Job, form: Format, reader: Reader) -> dict[str, Any]:
+    request, folder = job.request, job.folder
+    reference = read_adapter(job.source, request.adapter, job.reporter)
     job.model = reference.model
     reading, base = reference.reading, reference.plain
     del reference
@@ -60,7 +65,7 @@ def export(request: ExportRequest, reporter: Reporter) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             form.write(job)
-        reporter.line(f"reading the export with {reader.name} on the same prompts")
+        job.reporter.line(f"reading the export with {reader.name} on the same prompts")
         found = parity.compare(reading, _read_back(reader, job, reading), base)
         parity.require(found, request.limits, f"what {reader.name} reads", str(request.out))
         report = _report(job, reader.name, found)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.errors import InputError, TunegateError
-from tunegate.files import explain_os_error, read_json, remove_temporaries, write_json
+from tunegate.files import explain_os_error, held, read_json, remove_temporaries, write_json
 
 STEP = "step.json"
 
@@ -66,27 +66,11 @@ def now() -> str:
 def owned(root: Path) -> Iterator[None]:
     """Hold ``root`` for this process and remove what a killed one left half-written; one that still runs there is an
     error, a dead one is not."""
-    with explain_os_error(root):
-        root.mkdir(parents=True, exist_ok=True)
-        handle = (root / ".lock").open("a+")
-    try:
-        try:
-            import fcntl
-
-            with explain_os_error(root):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: no flock; two runs in one folder are not told apart there
-            pass
-        except BlockingIOError:
-            raise TunegateError(
-                "another tunegate process is working in this run folder",
-                where=str(root),
-                fix="wait for it, or give this run another `output:`",
-            ) from None
+    fix = "wait for it, or give this run another `output:`"
+    busy = TunegateError("another tunegate process is working in this run folder", where=str(root), fix=fix)
+    with held(root / ".lock", busy):
         remove_temporaries(root)
         yield
-    finally:
-        handle.close()
 
 
 class Ledger:

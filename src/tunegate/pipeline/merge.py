@@ -6,7 +6,7 @@ in memory at a time. A mixture of several adapters is compared with the same mix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tunegate.export import parity
 from tunegate.export.deltas import Mix
 from tunegate.export.parity import InRunner, Limits, Parity, Reading
 from tunegate.export.plan import Plan, plan_merge
+from tunegate.files import growing
 from tunegate.model.loading import load_model
 from tunegate.pipeline.adapted import (
     Source,
@@ -53,6 +54,11 @@ def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
     recipe = source.recipe if request.onto == "trained" else None
     mix = Mix(request.method, request.weights, request.density, request.seed)
     plan = plan_merge(source.folder, request.adapters, request.out, mix, recipe=recipe)
+    with growing(plan.out):
+        return _merge(request, source, plan, reporter)
+
+
+def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> dict[str, Any]:
     reading, plain = _before(request, source, plan, reporter)
     with reporter.progress("merging", sum(p.stat().st_size for p in plan.files)) as advance:
         done = streaming.write_merged(plan, advance, source.template)
@@ -65,7 +71,7 @@ def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
         streaming.discard(plan)
         raise
     report = made_from(source, request.adapters, request.weights, plan.partial) | _report(
-        request, source, done, found, recipe
+        request, source, done, found, plan.recipe
     )
     streaming.finish(plan, report)
     return report
@@ -80,7 +86,7 @@ def _before(request: MergeRequest, source: Source, plan: Plan, reporter: Reporte
 
 
 def _report(
-    request: MergeRequest, source: Source, done: streaming.Merged, found: Parity, recipe: dict[str, Any] | None
+    request: MergeRequest, source: Source, done: streaming.Merged, found: Parity, recipe: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
         "onto": "original weights" if recipe is None else f"weights as {recipe['format']} gives them back",

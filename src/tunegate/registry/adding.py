@@ -28,6 +28,7 @@ from tunegate.registry.bases import claim_name, enter_origin, merged_into, name_
 from tunegate.registry.database import record, stamp
 from tunegate.registry.entries import (
     CANDIDATE,
+    CLAIMS,
     UNVERIFIED,
     Edge,
     Version,
@@ -111,7 +112,7 @@ def _write(connection: Connection, who: str, intake: Intake, parts: list[_Part],
     at, edges = stamp(connection), list(intake.edges)
     if intake.claims is not None:
         base = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == intake.claims)).scalar()
-        edges += [Edge(intake.id, base, "claims")] if base else []
+        edges += [Edge(intake.id, base, CLAIMS)] if base else []
     new_base = intake.base is not None and not is_known(connection, intake.base.id)
     insert(connection, intake.entities, [*edges, *merged_into(connection, intake.id)], at)
     if intake.base is not None:

@@ -21,6 +21,7 @@ from tunegate.files import canonical_json
 from tunegate.model.origin import MERGED
 from tunegate.registry.database import record, stamp
 from tunegate.registry.entries import (
+    CLAIMS,
     RETIRED,
     Edge,
     Entity,
@@ -84,7 +85,23 @@ def claim_name(connection: Connection, base: Entity) -> None:
     """Let the name mean ``base``, unless a name of it is known or another base has that name."""
     known = sa.select(base_names.c.name).where(sa.or_(base_names.c.base == base.id, base_names.c.name == base.name))
     if connection.execute(known).first() is None:
-        connection.execute(base_names.insert().values(name=base.name, base=base.id))
+        _give_name(connection, base.name, base.id)
+
+
+def _give_name(connection: Connection, name: str, base: str) -> None:
+    connection.execute(base_names.insert().values(name=name, base=base))
+    _link_claims(connection, name, base)
+
+
+def _link_claims(connection: Connection, name: str, base: str) -> None:
+    """Edges to ``base`` from the adapters without a card that claim its ``name`` and came before it was known."""
+    linked = sa.select(edges.c.child).where(edges.c.role == CLAIMS)
+    query = sa.select(entities.c.id, entities.c.body).where(
+        entities.c.kind == "adapter", entities.c.id.not_in(linked), entities.c.body.contains('"claims":"')
+    )
+    for id, body in connection.execute(query).tuples().all():
+        if json.loads(body).get("claims") == name:
+            connection.execute(edges.insert().values(child=id, parent=base, role=CLAIMS))
 
 
 def enter_origin(connection: Connection, base: Entity, at: str) -> None:
@@ -129,10 +146,12 @@ def add_base(registry: Registry, base: Entity) -> bool:
         insert(connection, [base], [], at)
         enter_origin(connection, base, at)
         if taken == base.id:
-            return False
-        connection.execute(base_names.insert().values(name=base.name, base=base.id))
-        record(connection, base.id, f"named {base.name}", registry.who, "", at)
-    return True
+            _link_claims(connection, base.name, base.id)
+        else:
+            _give_name(connection, base.name, base.id)
+        what = "added again" if taken == base.id else f"named {base.name}"  # either may have brought edges, so flags
+        record(connection, base.id, what, registry.who, "", at)
+    return taken is None
 
 
 def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Version]:
@@ -148,7 +167,7 @@ def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Ve
         insert(connection, [new], [], at)
         enter_origin(connection, new, at)
         if free:
-            connection.execute(base_names.insert().values(name=new.name, base=new.id))
+            _give_name(connection, new.name, new.id)
         connection.execute(base_names.update().where(base_names.c.base == before.id).values(base=new.id))
         connection.execute(superseded.insert().values(old=before.id, new=new.id, who=registry.who, at=at, why=why))
         record(connection, before.id, f"superseded by {new.id}", registry.who, why, at)

@@ -186,27 +186,33 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def stamp(connection: Connection) -> str:
-    """The time of a write, UTC, ISO 8601 with microseconds: never before the last one.
+    """The time of a write, as :func:`clock` has it: never before the last one.
 
-    :class:`TunegateError` if this machine's clock is further behind than machines may differ.
+    :class:`TunegateError` if the clock is further behind than machines may differ.
     """
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = clock(connection)
     last = connection.execute(sa.select(events.c.at).order_by(events.c.seq.desc()).limit(1)).scalar()
-    if last is None:
-        return _text(now)
-    then = datetime.datetime.fromisoformat(last)
-    if (then - now).total_seconds() > CLOCK_TOLERANCE:
+    if last is None or last <= now:
+        return now
+    ahead = datetime.datetime.fromisoformat(last) - datetime.datetime.fromisoformat(now)
+    if ahead.total_seconds() > CLOCK_TOLERANCE:
         raise TunegateError(
-            "this machine's clock is behind the registry's last entry",
+            "the clock is behind the registry's last entry",
             expected=f"a time after {last}",
-            got=_text(now),
-            fix="set the clock; nothing was written",
+            got=now,
+            fix="nothing was written. Set the clock; or, if it is right and was ahead when that entry was made: "
+            "tunegate registry clock --why WHY",
         )
-    return _text(max(now, then))
+    return str(last)
 
 
-def _text(time: datetime.datetime) -> str:
-    return time.isoformat(timespec="microseconds")
+def clock(connection: Connection) -> str:
+    """The time, UTC, ISO 8601 with microseconds: of the PostgreSQL server, which has one clock for all machines, or of
+    this machine."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if connection.dialect.name == "postgresql":
+        now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one().astimezone(datetime.timezone.utc)
+    return now.isoformat(timespec="microseconds")
 
 
 def record(connection: Connection, subject: str, what: str, who: str, why: str, at: str | None = None) -> str:

@@ -28,6 +28,7 @@ KINDS = ("base", "dataset", "run", "eval", "decision", "adapter")
 UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED = "unverified", "candidate", "approved", "production", "retired"
 STATES = (UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED)
 LATEST = "latest"
+CLAIMS = "claims"  # the edge from an adapter without a card to the base whose name it gives
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NUMBER = re.compile("[0-9]{1,9}")
 _SHORTEST = 6  # hex digits of a hash that may be left at

@@ -1,8 +1,12 @@
-"""Proof that every byte and every record is what it was (`verify`), and what nothing refers to removed (`gc`).
+"""Proof that every byte and every record is what it was (`verify`), what nothing refers to removed (`gc`), and the way
+on after a clock that was ahead (`clock`).
 
 ``gc`` takes the writer's lock for a batch at a time and deletes inside of it: an upload pins its parts under the same
 lock before it looks whether they are there, so a part is never taken from under an adapter. Pins of uploads that were
 killed run out after a day.
+
+Order is that of the events' numbers; their dates are told and never changed. A date far ahead would refuse every entry
+until it has come, so an entry can say that it was wrong: dates go on from that entry's own.
 """
 
 from __future__ import annotations
@@ -17,17 +21,17 @@ from sqlalchemy.engine import Connection
 
 from tunegate import records
 from tunegate.adapter.card import CARD
-from tunegate.errors import Problem, TunegateError
+from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import hash_json
 from tunegate.records import AdapterCard
 from tunegate.registry.adding import PIN_HOURS, pin_horizon
-from tunegate.registry.database import stamp
+from tunegate.registry.database import clock, record, stamp
 from tunegate.registry.entries import Version, list_versions
 from tunegate.registry.intake import id_of
 from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import parts_of
 from tunegate.registry.store import is_hash
-from tunegate.registry.tables import edges, entities, files, pins
+from tunegate.registry.tables import edges, entities, events, files, pins
 
 _BATCH = 100  # objects deleted under one lock
 
@@ -173,3 +177,21 @@ def _needed(connection: Connection, batch: list[str]) -> set[str]:
     used = connection.execute(sa.select(files.c.hash).where(files.c.hash.in_(batch))).scalars()
     pinned = connection.execute(sa.select(pins.c.hash).where(pins.c.hash.in_(batch))).scalars()
     return {*used, *pinned}
+
+
+def trust_clock(registry: Registry, *, why: str) -> str:
+    """Go on from the present time although the last entry is dated later; returns that later date.
+
+    :class:`InputError` if it is not. Pins that were dated later too run out a day from now.
+    """
+    if not why.strip():
+        raise InputError("say why: the reason is kept", where="--why")
+    with registry.database.writing() as connection:
+        now = clock(connection)
+        last = connection.execute(sa.select(events).order_by(events.c.seq.desc()).limit(1)).first()
+        if last is None or last.at <= now:
+            got = "no entry" if last is None else last.at
+            raise InputError("the last entry is not dated after the present time", expected=f"after {now}", got=got)
+        record(connection, last.subject, f"dated {last.at} by a clock that was ahead", registry.who, why, now)
+        connection.execute(pins.update().where(pins.c.at > now).values(at=now))
+    return str(last.at)
