@@ -217,7 +217,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, tiny_folder: Pa
     folder = adapter_folder(other, tmp_path / "adapter", 0)
     model, _ = loaded(tiny_folder)
     with pytest.raises(InputError, match="wrong shape"):
-        Served(model, empty_model(tiny_folder)).read(folder)
+        Served(model, empty_model(tiny_folder)).read(folder, adapter_hash(folder))
 
 
 def test_a_base_that_only_runs_padded_is_refused() -> None:

@@ -64,6 +64,11 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
 
 
+@pytest.fixture(scope="module")
+def keys(folders: list[Path]) -> list[str]:
+    return [adapter_hash(folder) for folder in folders]
+
+
 def served(base: Path) -> tuple[Runner, Served]:
     model, runner = loaded(base)
     return runner, Served(model, empty_model(base))
@@ -283,35 +288,35 @@ class Engine:
         self.core.submit(number, Job(tuple(prompt), NEW, adapter=adapter, picking=GREEDY), folder)
 
 
-def test_one_content_merged_and_unmerged_side_by_side(base: Path, folders: list[Path]) -> None:
+def test_one_content_merged_and_unmerged_side_by_side(base: Path, folders: list[Path], keys: list[str]) -> None:
     engine, asked = Engine(base), prompts(3)
     wanted = as_adapter(base, folders[1], asked)
-    plain, merged = engine.load("b3:a", folders[1]), engine.load("b3:a" + MERGED, folders[1])
+    plain, merged = engine.load(keys[1], folders[1]), engine.load(keys[1] + MERGED, folders[1])
     linear = load_model(base, dtype=torch.float32).model.layers
     assert merged.bytes == sum(p.nbytes for name, p in linear.named_parameters() if "_proj" in name)
     stats = engine.core.stats()
     assert (stats["adapter_bytes"], stats["merged_bytes"]) == (plain.bytes, merged.bytes)
     assert (stats["adapters"], stats["merged"]) == (2, 1)
     for n, prompt in enumerate(asked):
-        engine.submit(n, prompt, "b3:a")
-        engine.submit(10 + n, prompt, "b3:a" + MERGED)
+        engine.submit(n, prompt, keys[1])
+        engine.submit(10 + n, prompt, keys[1] + MERGED)
     engine.run()
     assert [engine.ids(n) for n in range(3)] == [engine.ids(10 + n) for n in range(3)] == wanted
     assert sum(slot is not None for slot in engine.core.served.table.slots) == 1  # the proof's are gone
 
 
-def test_merged_weights_stay_when_others_are_pushed_out(base: Path, folders: list[Path]) -> None:
+def test_merged_weights_stay_when_others_are_pushed_out(base: Path, folders: list[Path], keys: list[str]) -> None:
     engine = Engine(base, adapter_bytes=36_000)
-    engine.load("b3:0" + MERGED, folders[0])
+    engine.load(keys[0] + MERGED, folders[0])
     for n, folder in enumerate(folders):
-        engine.load(f"b3:{n}", folder)
+        engine.load(keys[n], folder)
     stats = engine.core.stats()
     assert stats["adapter_bytes"] <= 36_000 and stats["merged"] == 1
 
 
-def test_replaced_while_answers_run(base: Path, folders: list[Path]) -> None:
+def test_replaced_while_answers_run(base: Path, folders: list[Path], keys: list[str]) -> None:
     engine, prompt = Engine(base), prompts(3)[2]
-    old, new = "b3:0" + MERGED, "b3:1" + MERGED
+    old, new = keys[0] + MERGED, keys[1] + MERGED
     engine.load(old, folders[0])
     engine.submit(0, prompt, old)
     for _ in range(3):
@@ -330,21 +335,23 @@ def test_replaced_while_answers_run(base: Path, folders: list[Path]) -> None:
     assert (stats["merged_bytes"], stats["adapters"], stats["pages_used"]) == (0, 0, 0)
 
 
-def test_a_job_that_comes_before_its_adapter_waits_for_the_proof(base: Path, folders: list[Path]) -> None:
+def test_a_job_that_comes_before_its_adapter_waits_for_the_proof(
+    base: Path, folders: list[Path], keys: list[str]
+) -> None:
     engine, prompt = Engine(base), prompts(2)[1]
-    engine.submit(0, prompt, "b3:0" + MERGED, folders[0])  # as after a restart
+    engine.submit(0, prompt, keys[0] + MERGED, folders[0])  # as after a restart
     engine.run()
     assert engine.ids(0) == as_adapter(base, folders[0], [prompt])[0]
     assert engine.core.stats()["merged"] == 1
 
 
 def test_one_that_fails_its_proof_leaves_nothing(
-    base: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    base: Path, folders: list[Path], keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunegate.serve.engine_core.Limits", lambda: Limits(-1.0, 1.0))
     engine = Engine(base)
     with pytest.raises(InputError, match="not what it is on its base"):
-        engine.load("b3:0" + MERGED, folders[0])
+        engine.load(keys[0] + MERGED, folders[0])
     stats = engine.core.stats()
     assert (stats["adapters"], stats["merged_bytes"], stats["pages_used"], stats["waiting"]) == (0, 0, 0, 0)
     assert all(slot is None for slot in engine.core.served.table.slots)

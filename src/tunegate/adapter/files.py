@@ -238,7 +238,7 @@ def _content_hash(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str
     hasher = blake3(canonical_json(canonical(config)).encode("utf-8"))
     for name, tensor in sorted(state.items()):
         hasher.update(canonical_json([name, list(tensor.shape)]).encode("utf-8"))
-        hasher.update(tensor.numpy().reshape(-1).view(np.uint8))
+        hasher.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return "b3:" + hasher.hexdigest()
 
 
@@ -354,7 +354,7 @@ def _tensors(handle: BinaryIO, entries: Entries) -> tuple[dict[str, Tensor], boo
         return {}, True
     start, end = min(e.start for e in entries.values()), max(e.end for e in entries.values())
     data = np.empty(end - start, np.uint8)
-    read_into(handle.fileno(), memoryview(data), start, handle.name)
+    read_into(handle.fileno(), data.data, start, handle.name)
     state = {}
     for name, entry in entries.items():
         part, dtype = data[entry.start - start : entry.end - start], _DTYPES[entry.dtype]

@@ -43,7 +43,7 @@ from tunegate.model.loading import (
 )
 from tunegate.model.resolve import resolve_base
 from tunegate.model.weights import load_object
-from tunegate.serve.jobs import MERGED, EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
+from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
 from tunegate.serve.lane import Proof, Read, read
 
 _PROBE = 1  # the token that adapters are probed with
