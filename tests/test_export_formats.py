@@ -219,7 +219,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "extra": (lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(4, 4)}, "no adapted module takes"),
     "nan": (lambda t: {**t, first(t): t[first(t)] * float("nan")}, "not finite"),
     "shape": (lambda t: {**t, first(t): torch.ones(4, 5)}, "wrong shape"),
-    "path": (lambda t: {**t, "../../x.lora_A.weight": torch.ones(4, 4)}, "no adapted module takes"),
+    "path": (lambda t: {**t, "../../x.lora_A.weight": torch.ones(4, 4)}, "is a path out of the folder"),
 }
 
 
