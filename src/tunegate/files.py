@@ -115,16 +115,18 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def held(path: Path, busy: TunegateError) -> Iterator[None]:
-    """Hold the file ``path`` for this process alone; ``busy`` is raised if another one holds it. It goes afterwards."""
+def held(path: Path, busy: TunegateError, *, stays: bool = False) -> Iterator[None]:
+    """Hold the file ``path`` for this process alone; ``busy`` is raised if another one holds it. It goes afterwards,
+    unless it ``stays``."""
     with explain_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(path, busy)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows does not remove an open file
-            path.unlink()
+        if not stays:
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
+                path.unlink()
         handle.close()
 
 

@@ -68,7 +68,7 @@ def owned(root: Path) -> Iterator[None]:
     error, a dead one is not."""
     fix = "wait for it, or give this run another `output:`"
     busy = TunegateError("another tunegate process is working in this run folder", where=str(root), fix=fix)
-    with held(root / ".lock", busy):
+    with held(root / ".lock", busy, stays=True):  # a run that has nothing to do changes nothing
         remove_temporaries(root)
         yield
 
