@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +87,7 @@ class Served:
         self.table = FactorTable(len(self.layers), dtype)
         self._known: Known = {}
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
-        self._identified: tuple[str, dict[int, Factors]] | None = None
+        self._identified: tuple[str, Contents] | None = None
 
     @contextlib.contextmanager
     def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
@@ -99,36 +98,31 @@ class Served:
         finally:
             self.segments, self.rows, self.merged = None, 0, None
 
+    def identify(self, folder: Path) -> str:
+        """The content hash of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong. What was
+        read is kept for the :meth:`contents` that follows, which then reads no file."""
+        self._identified = None
+        contents = checked_contents(self.skeleton, folder, known=self._known)
+        key = contents.hash()
+        self._identified = key, contents
+        return key
+
     def contents(self, folder: Path, key: str) -> Contents:
         """The adapter in a PEFT folder, whose content hash is ``key``. :class:`InputError` with everything that is
         wrong; what is returned is what was hashed."""
-        self._identified = None
-        contents = checked_contents(self.skeleton, folder, known=self._known)
-        _require(folder, key, contents.hash())
+        if self._identified is None or self._identified[0] != key:
+            self.identify(folder)
+        assert self._identified is not None
+        (found, contents), self._identified = self._identified, None
+        if found != key:
+            raise InputError(
+                "the adapter's files are not those that were admitted", where=str(folder), expected=key, got=found
+            )
         return contents
 
-    def identify(self, folder: Path) -> str:
-        """The content hash of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong. The last
-        one is kept for the :meth:`read` that follows, which then reads no file."""
-        self._identified = None
-        key, factors = self._read(folder)
-        self._identified = key, factors
-        return key
-
     def read(self, folder: Path, key: str) -> dict[int, Factors]:
-        """The adapter in a PEFT folder, whose content hash is ``key``, as factors by column. :class:`InputError` with
-        everything that is wrong; what is returned is what was hashed."""
-        identified, self._identified = self._identified, None
-        found, factors = identified if identified is not None and identified[0] == key else self._read(folder)
-        _require(folder, key, found)
-        return factors
-
-    def _read(self, folder: Path) -> tuple[str, dict[int, Factors]]:
-        contents = checked_contents(self.skeleton, folder, known=self._known)
-        with ThreadPoolExecutor(1) as beside:
-            hashing = beside.submit(contents.hash)
-            factors = self.factors(contents)
-            return hashing.result(), factors
+        """:meth:`factors` of :meth:`contents`."""
+        return self.factors(self.contents(folder, key))
 
     def factors(self, contents: Contents) -> dict[int, Factors]:
         """A checked adapter as factors by column, all in one piece of memory."""
@@ -153,10 +147,3 @@ class Served:
         if layer.column not in self._norms:
             self._norms[layer.column] = squared_norm(layer.base)
         return self._norms[layer.column]
-
-
-def _require(folder: Path, key: str, found: str) -> None:
-    if found != key:
-        raise InputError(
-            "the adapter's files are not those that were admitted", where=str(folder), expected=key, got=found
-        )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tunegate.config import Config, TrainSection, parse_size
-from tunegate.data.pack import SHORTEST_PREFIX, common_prefix, split_batches
+from tunegate.data.pack import SHORTEST_PREFIX, Batch, common_prefix, split_batches
 from tunegate.data.render import Renderer
 from tunegate.data.split import position
 from tunegate.data.tokens import render_all
@@ -163,7 +163,9 @@ def describe(
             prompt=answers.prompt,
             new=answers.new,
             prefix=_prompt_prefix(train, prompts),
-            loss_tokens=most_loss_tokens((train[:LOSS_ROWS], valid[:LOSS_ROWS]), settings),
+            loss_tokens=largest_loss(
+                train, valid, settings.tokens_per_batch, share_prefix=settings.share_prefix
+            ).layout.tokens,
         ),
         threads=threads,
     )
@@ -197,11 +199,11 @@ def within(p: PlanInputs, budget: int) -> PlanInputs:
     return replace(p, checkpointing="offload")
 
 
-def most_loss_tokens(parts: Sequence[Sequence[Rendered]], settings: TrainSection) -> int:
-    """The most computed tokens of a batch of any of ``parts``."""
-    batches = [b for rows in parts if rows for b in split_batches(rows, settings.tokens_per_batch,
-               share_prefix=settings.share_prefix)]  # fmt: skip
-    return max((batch.layout.tokens for batch in batches), default=0)
+def largest_loss(train: Sequence[Rendered], valid: Sequence[Rendered], tokens: int, *, share_prefix: bool) -> Batch:
+    """Of the batches whose loss is measured without training, the one with the most computed tokens."""
+    parts = [rows[:LOSS_ROWS] for rows in (train, valid) if rows]
+    batches = [batch for rows in parts for batch in split_batches(rows, tokens, share_prefix=share_prefix)]
+    return max(batches, key=lambda batch: batch.layout.tokens)
 
 
 def _here(cuda: bool, itemsize: int, threads: int) -> Device:

@@ -35,6 +35,7 @@ from tunegate.pipeline.planning import (
     TaskPlan,
     check_budget,
     check_fit,
+    largest_loss,
     peak_rss,
     plan_prepared,
     predict,
@@ -42,7 +43,6 @@ from tunegate.pipeline.planning import (
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import Session, adapter_spec
-from tunegate.pipeline.steps import LOSS_ROWS
 from tunegate.plan import calibrate
 from tunegate.plan.devices import this_machine
 from tunegate.plan.memory import PlanInputs, estimate
@@ -93,9 +93,10 @@ def probe(config: Config, reporter: Reporter) -> Probed:
     check_budget(plan, config.task.train.memory)
     check_fit(predict(plan))
     session = Session(prepared, reporter)
-    _read_prompts(prepared, session, plan)
+    prompts, few = _prompts(prepared, plan), Sampling(TOKENS, ())
+    generate(session.runner, prompts, few)
     times, answering = _take_steps(prepared, session)
-    _read_prompts(prepared, session, plan)
+    generate(session.runner, prompts, few)
     return _conclude(prepared, plan, times, answering)
 
 
@@ -131,24 +132,18 @@ def _take_steps(prepared: Prepared, session: Session) -> tuple[list[float], floa
 @torch.no_grad()
 def _largest_loss(prepared: Prepared, session: Session) -> None:
     """The loss of the most tokens that the run computes at once without training on them."""
-    settings, runner = prepared.config.task.train, session.runner
-    parts = [rows[:LOSS_ROWS] for rows in (prepared.train_rows, prepared.valid_rows) if rows]
-    batches = [
-        batch
-        for rows in parts
-        for batch in split_batches(rows, settings.tokens_per_batch, share_prefix=runner.shares_prefix)
-    ]
+    runner, tokens = session.runner, prepared.config.task.train.tokens_per_batch
+    batch = largest_loss(prepared.train_rows, prepared.valid_rows, tokens, share_prefix=runner.shares_prefix)
     with evaluating(runner.model):
-        runner.loss_sum(max(batches, key=lambda batch: batch.layout.tokens))
+        runner.loss_sum(batch)
 
 
-def _read_prompts(prepared: Prepared, session: Session, plan: TaskPlan) -> None:
-    """As many prompts side by side as the run answers; training rows', as the test set stays closed."""
+def _prompts(prepared: Prepared, plan: TaskPlan) -> list[list[int]]:
+    """As many as the run answers side by side; training rows', as the test set stays closed."""
     evaluation, renderer = plan.inputs.evaluation, prepared.base.renderer
     assert evaluation is not None
     items = prepared.data.splits.train[: evaluation.rows]
-    prompts = [renderer.prompt_ids(OWN_PROMPT.messages(item), item.tools) for item in items]
-    generate(session.runner, prompts, Sampling(TOKENS, ()))
+    return [renderer.prompt_ids(OWN_PROMPT.messages(item), item.tools) for item in items]
 
 
 def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering: float) -> Probed:

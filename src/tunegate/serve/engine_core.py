@@ -43,8 +43,9 @@ from tunegate.model.loading import (
 )
 from tunegate.model.resolve import resolve_base
 from tunegate.model.weights import load_object
+from tunegate.serve import lane
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, Loaded, TokenLogprob, Tokens
-from tunegate.serve.lane import Proof, Read, read
+from tunegate.serve.lane import Proof, Read
 
 _PROBE = 1  # the token that adapters are probed with
 _MOST_FORMS = 256  # compiled ones kept
@@ -326,7 +327,9 @@ class EngineCore:
     def _read(self, adapter: _Adapter) -> None:
         if adapter.reading is None and not adapter.probes:
             adapter.begun = time.monotonic()
-            adapter.reading = self._reader.submit(read, self.served, adapter.folder, adapter.key, self.facts.vocabulary)
+            adapter.reading = self._reader.submit(
+                lane.read, self.served, adapter.folder, adapter.key, self.facts.vocabulary
+            )
 
     def _take(self, adapter: _Adapter) -> None:
         """An adapter that was read into the table, if there is room, and its probes into the queue."""
