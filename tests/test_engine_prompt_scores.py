@@ -20,13 +20,8 @@ TOP = 3
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def runner(folder: Path) -> Runner:
-    return loaded(folder)[1]
+def runner(tiny_llama: Path) -> Runner:
+    return loaded(tiny_llama)[1]
 
 
 def scored(prompt: list[int], new: int = 4) -> tuple[Row, PromptScores]:
@@ -56,7 +51,7 @@ def test_as_transformers_gives_them(tmp_path: Path, family: str) -> None:
         check(found, prompt, folder)
 
 
-def test_known_pages_are_not_taken_and_answers_stay(runner: Runner, folder: Path) -> None:
+def test_known_pages_are_not_taken_and_answers_stay(runner: Runner, tiny_llama: Path) -> None:
     prompt = prompts(1, shared=30)[0]
     scheduler = Scheduler(runner, 100, page_tokens=4)
     plain = answers(scheduler, [row(prompt, new=4)])
@@ -64,17 +59,17 @@ def test_known_pages_are_not_taken_and_answers_stay(runner: Runner, folder: Path
     after = row(prompt, new=4)
     assert answers(scheduler, [read]) == plain and answers(scheduler, [after]) == plain
     assert read.cached == 0 and after.cached > 0
-    check(scores, prompt, folder)
+    check(scores, prompt, tiny_llama)
 
 
-def test_rows_that_gave_their_pages_back_are_read_once(runner: Runner, folder: Path) -> None:
+def test_rows_that_gave_their_pages_back_are_read_once(runner: Runner, tiny_llama: Path) -> None:
     asked = [p for p in prompts(9, shared=9) if len(p) > 12]
     rows, scores = zip(*(scored(p, new=12) for p in asked), strict=True)
     scheduler = Scheduler(runner, 16, page_tokens=4, most_rows=8, step_tokens=16)
     answers(scheduler, list(rows))
     assert scheduler.counters.preempted > 0
     for prompt, found in zip(asked, scores, strict=True):
-        check(found, prompt, folder)
+        check(found, prompt, tiny_llama)
 
 
 def test_logits_come_in_chunks(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

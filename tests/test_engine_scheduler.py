@@ -170,6 +170,11 @@ SPECS = (
 )
 
 
+def adapter_folders(base: Path, out: Path) -> list[Path]:
+    """LoRA, DoRA, rsLoRA on some modules, and ranks of their own."""
+    return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_rows_with_different_adapters_share_a_pass(tmp_path: Path, family: str) -> None:
     base = tiny_base(tmp_path / "base", family)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from test_engine_scheduler import SPECS, adapter_folder, alone, loaded, prompts
+from test_engine_scheduler import adapter_folder, adapter_folders, alone, loaded, prompts
 from tiny import tiny_base
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, load_adapter
 from tunegate.engine.sampling import Picking
@@ -35,8 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    out = tmp_path_factory.mktemp("adapters")
-    return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
+    return adapter_folders(base, tmp_path_factory.mktemp("adapters"))
 
 
 def with_engine(base: Path, body: Callable[[EngineProcess], Awaitable[Any]], **options: Any) -> Any:

@@ -17,7 +17,19 @@ from safetensors.torch import load_file
 
 from registry_fixtures import Place
 from served import FakeEngine, make_adapter, served_base, until
-from test_engine_scheduler import GREEDY, NEW, SPECS, adapter_folder, alone, answers, compiled, loaded, prompts, row
+from test_engine_scheduler import (
+    GREEDY,
+    NEW,
+    SPECS,
+    adapter_folder,
+    adapter_folders,
+    alone,
+    answers,
+    compiled,
+    loaded,
+    prompts,
+    row,
+)
 from test_serve_engine import job, whole, with_engine
 from tiny import tiny_base
 from tunegate.adapter.files import adapter_hash, load_adapter, save_adapter
@@ -59,9 +71,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """LoRA, DoRA, rsLoRA on some modules, and ranks of their own."""
-    out = tmp_path_factory.mktemp("adapters")
-    return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
+    return adapter_folders(base, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
