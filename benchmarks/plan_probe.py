@@ -1,4 +1,4 @@
-"""How well three probed steps foretell a run: peak memory and training time, predicted and measured.
+"""How well a few probed steps foretell a run: peak memory and training time, predicted and measured.
 
     python benchmarks/plan_probe.py                 # every configuration, each in processes of its own
     python benchmarks/plan_probe.py --only dora     # those whose name begins so
@@ -72,7 +72,7 @@ def measure(settings: dict[str, Any], folder: Path, cpu_seconds: bool) -> dict[s
     if (own / "bases").is_dir():
         (home / "bases").symlink_to(own / "bases")
     task = folder / "task.yaml"
-    train = {"epochs": 9.0, "max_steps": 5, "eval_every": 10**6, "eval_items": 8, **settings}
+    train = {"epochs": 9.0, "max_steps": 12, "eval_every": 10**6, "eval_items": 8, **settings}
     base = {**TASK["base"], **train.pop("base", {})}
     task.write_text(json.dumps({**TASK, "base": base, "train": train}), encoding="utf-8")
     load = os.getloadavg()[0]

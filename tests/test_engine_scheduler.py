@@ -23,6 +23,7 @@ from tunegate.engine.sampling import Chooser, Picking
 from tunegate.engine.scheduler import Row, Scheduler
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels import native
+from tunegate.kernels.formats import Recipe
 from tunegate.model.loading import empty_model, load_model
 
 NEW = 12
@@ -37,8 +38,9 @@ def prompts(count: int = 7, seed: int = 0, shared: int = 0) -> list[list[int]]:
     return [header + draw(1 + 7 * n % 23) for n in range(count)]
 
 
-def loaded(folder: Path) -> tuple[Any, Runner]:
-    model = load_model(folder, dtype=torch.float32)
+def loaded(folder: Path, recipe: str = "none") -> tuple[Any, Runner]:
+    packed = None if recipe == "none" else {**Recipe.parse(recipe).to_json(), "keep": []}
+    model = load_model(folder, dtype=torch.float32, recipe=packed)
     return model, Runner(model)
 
 
@@ -175,19 +177,22 @@ def adapter_folders(base: Path, out: Path) -> list[Path]:
     return [adapter_folder(base, out / f"a{n}", n, **spec) for n, spec in enumerate(SPECS)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_rows_with_different_adapters_share_a_pass(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    "family, recipe",
+    [*((f, "none") for f in ("llama", "qwen2", "gemma2", "gpt2")), ("llama", "nf4-64-double"), ("qwen2", "int8")],
+)
+def test_rows_with_different_adapters_share_a_pass(tmp_path: Path, family: str, recipe: str) -> None:
     base = tiny_base(tmp_path / "base", family)
     specs = [s for s in SPECS if family != "gpt2" or not any("_proj" in str(v) for v in s.values())]
     folders = [adapter_folder(base, tmp_path / f"a{n}", n, **spec) for n, spec in enumerate(specs)]
     asked = prompts(5)
-    wanted = {None: alone(loaded(base)[1], asked)}
+    wanted = {None: alone(loaded(base, recipe)[1], asked)}
     for slot, folder in enumerate(folders):
-        model, runner = loaded(base)
+        model, runner = loaded(base, recipe)
         load_adapter(model, folder)
         wanted[slot] = alone(runner, asked)
         remove(model)
-    model, runner = loaded(base)
+    model, runner = loaded(base, recipe)
     served = Served(model, empty_model(base))
     slots = {served.table.add(served.read(folder, adapter_hash(folder))): n for n, folder in enumerate(folders)}
     scheduler = Scheduler(runner, 300, served=served, page_tokens=4, step_tokens=40)

@@ -17,6 +17,7 @@ from tunegate.config import load_config
 from tunegate.errors import InputError, TunegateError
 from tunegate.files import read_json, write_text
 from tunegate.pipeline import planning
+from tunegate.pipeline.probe import how_many
 from tunegate.pipeline.reporter import Silent
 from tunegate.plan import calibrate
 from tunegate.plan.calibrate import Observation, correct, kind_of, load_observations, observe, store_path
@@ -229,11 +230,18 @@ def test_a_probe_measures_and_is_remembered(task: Path) -> None:
     said = call("plan", task, "--probe", "--json")
     assert said.code == 0, said.err
     found = json.loads(said.out)
-    assert len(found["probe"]["step_seconds"]) == 3
+    assert len(found["probe"]["step_seconds"]) == min(24, found["workload"]["steps"])  # a tiny model's are over at once
     assert found["probe"]["seconds"] > 0 and found["probe"]["bytes"] > 0
     assert "1 run of this base" in found["this_machine"]["predicted"]["seconds_from"]
     assert found["this_machine"]["predicted"]["seconds"] == pytest.approx(found["probe"]["seconds"])
     assert not (task.parent / "runs").exists()
+
+
+def test_short_steps_are_taken_more_often() -> None:
+    assert how_many(1000, 100_000.0) == 3  # 100 s each
+    assert how_many(1000, 2_000.0) == 10  # 2 s each: 20 s of them
+    assert how_many(1000, 10.0) == 24
+    assert how_many(7, 7.0) == 7
 
 
 def test_a_probe_leaves_nothing_and_opens_no_test_set(task: Path) -> None:

@@ -245,7 +245,7 @@ def _add_plan(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("task", nargs="?", metavar="TASK", help="the task's YAML file")
     plan.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    plan.add_argument("--probe", action="store_true", help="take three steps of the task here, and measure")
+    plan.add_argument("--probe", action="store_true", help="take a few steps of the task here, and measure")
     plan.add_argument("--base", help="packaged name, folder or hub id; only its config.json is read")
     for name in SIZES:
         flag = f"--{name.replace('_', '-')}"

@@ -1,11 +1,12 @@
-"""Three optimizer steps of the real task on the real machine, through the pipeline's own objects.
+"""A few optimizer steps of the real task on the real machine, through the pipeline's own objects.
 
-The first step warms up: buffers, packed weights, the loss's memory. The other two are timed, and the run's time is the
-warm-up plus its operations at their rate. The evaluator answers a few validation items, which gives the time of the
-run's evaluations. For the peak, which is the process's, the run's other phases are gone through as well: its largest
-batch of a loss and, before training as for its baselines and afterwards as in its test, as many prompts side by side,
-with the first tokens of their answers. What the run adds to these by the estimate (a larger batch, longer answers) is
-added. The measurement is kept, so that the next prediction on this machine begins from it.
+Three steps, and more where three are over in moments. The first one warms up: buffers, packed weights, the loss's
+memory. The others are timed, and the run's time is the warm-up plus its operations at their rate. The evaluator answers
+a few validation items, which gives the time of the run's evaluations. For the peak, which is the process's, the run's
+other phases are gone through as well: its largest batch of a loss and, before training as for its baselines and
+afterwards as in its test, as many prompts side by side, with the first tokens of their answers. What the run adds to
+these by the estimate (a larger batch, longer answers) is added. The measurement is kept, so that the next prediction on
+this machine begins from it.
 
 Nothing of it lands in a run folder, and the test set stays closed.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -48,7 +50,8 @@ from tunegate.plan.devices import this_machine
 from tunegate.plan.memory import PlanInputs, estimate
 from tunegate.plan.time import Workload, operations_per_token
 
-STEPS = 3
+LEAST, MOST = 3, 24  # steps
+SECONDS = 20.0  # of steps, by the estimate: a moment says little on a machine that does other things as well
 ITEMS = 16  # validation items that are answered
 TOKENS = 2  # of each answer in the test's place: with the second one, all rows are in memory at once
 NEVER = 10**9
@@ -82,28 +85,34 @@ def probe(config: Config, reporter: Reporter) -> Probed:
                          got=config.task.train.backend)  # fmt: skip
     prepared = prepare(config, reporter)
     plan = plan_prepared(prepared)
-    if plan.workload.steps < STEPS:
+    if plan.workload.steps < LEAST:
         raise InputError(
             "the run is shorter than a probe",
             where="train.epochs",
-            expected=f"at least {STEPS} steps",
+            expected=f"at least {LEAST} steps",
             got=str(plan.workload.steps),
             fix="start the run: it takes no longer",
         )
     check_budget(plan, config.task.train.memory)
-    check_fit(predict(plan))
+    prediction = predict(plan)
+    check_fit(prediction)
     session = Session(prepared, reporter)
     prompts, few = _prompts(prepared, plan), Sampling(TOKENS, ())
     generate(session.runner, prompts, few)
-    times, answering = _take_steps(prepared, session)
+    times, answering = _take_steps(prepared, session, how_many(plan.workload.steps, prediction.corrected.seconds))
     generate(session.runner, prompts, few)
     return _conclude(prepared, plan, times, answering)
 
 
-def _take_steps(prepared: Prepared, session: Session) -> tuple[list[float], float]:
+def how_many(steps: int, seconds: float) -> int:
+    """Steps to take of a run of ``steps`` that is estimated to take ``seconds``."""
+    return min(steps, MOST, max(LEAST, math.ceil(SECONDS * steps / max(seconds, 1e-9))))
+
+
+def _take_steps(prepared: Prepared, session: Session, steps: int) -> tuple[list[float], float]:
     """Seconds of each step, and of one answered validation item."""
     settings = prepared.config.task.train.model_copy(
-        update={"max_steps": STEPS, "eval_every": NEVER, "checkpoint_every": NEVER}
+        update={"max_steps": steps, "eval_every": NEVER, "checkpoint_every": NEVER}
     )
     injection = session.start_adapter(adapter_spec(settings), settings.seed)
     runner = session.runner
@@ -147,7 +156,7 @@ def _prompts(prepared: Prepared, plan: TaskPlan) -> list[list[int]]:
 
 
 def _conclude(prepared: Prepared, plan: TaskPlan, times: list[float], answering: float) -> Probed:
-    taken = [_step_work(prepared, plan, step) for step in range(STEPS)]
+    taken = [_step_work(prepared, plan, step) for step in range(len(times))]
     rate = sum(work for work, _ in taken[1:]) / sum(times[1:])
     whole = operations(plan.inputs, plan.workload)
     warm_up = max(0.0, times[0] - taken[0][0] / rate)
