@@ -36,6 +36,7 @@ TASK = {
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lora r8, 256 tokens": {"rank": 8, "tokens_per_step": 256},
     "qlora r16, 512 tokens": {"rank": 16, "tokens_per_step": 512, "base": {"quantization": "nf4"}},
+    "lora r16 on int8, 512 tokens": {"rank": 16, "tokens_per_step": 512, "base": {"quantization": "int8"}},
     "lora r16, 512 tokens, no shared prefix": {"rank": 16, "tokens_per_step": 512, "share_prefix": False},
     "lora r16, 1024 tokens, recomputed": {"rank": 16, "tokens_per_step": 1024, "gradient_checkpointing": True},
     "lora r64, 1024 tokens in batches of 256": {"rank": 64, "tokens_per_step": 1024, "tokens_per_batch": 256},

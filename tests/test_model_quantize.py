@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from task import call
 from tiny import tiny_base
 from tunegate.cli import main
 from tunegate.errors import InputError
@@ -288,6 +289,9 @@ def test_a_failure_while_writing_leaves_nothing(tiny_llama, tmp_path, monkeypatc
     monkeypatch.setattr(module, "_write_beside", fail)
     with pytest.raises(KeyboardInterrupt):
         make(tiny_llama, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    said = call("quantize", tiny_llama, tmp_path / "out")
+    assert said.code == 130 and "interrupted; nothing was written" in said.err
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,9 @@ from tunegate.cli.console import Console
 from tunegate.cli.parser import make_parser
 from tunegate.errors import Problem, TunegateError
 
+# What these write appears when it is whole, and they start anew.
+ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "plan", "quantize", "show"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             traceback.print_exc()
-        problems, code = _explain(error)
+        problems, code = _explain(error, arguments.command)
         if arguments.json:
             print(json.dumps({"error": [asdict(p) for p in problems], "exit_code": code}))
         else:
@@ -50,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, previous)
 
 
-def _explain(error: BaseException) -> tuple[list[Problem], int]:
-    """Problems to show and the exit code, for whatever a command raised."""
+def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
+    """Problems to show and the exit code, for whatever ``command`` raised."""
     if isinstance(error, TunegateError):
         return error.problems, error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return [Problem("interrupted; what was finished is kept, the same command goes on from there")], 130
+        kept = "what was finished is kept, the same command goes on from there"
+        return [Problem("interrupted; " + ("nothing was written" if command in ALL_OR_NOTHING else kept))], 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return [
             Problem("out of memory", fix="lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
