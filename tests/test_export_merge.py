@@ -103,7 +103,7 @@ def test_shards_keep_their_layout_and_dtype(tmp_path: Path) -> None:
 
 
 def whole(weight: torch.Tensor, updates: list[Update], mix: Mix) -> torch.Tensor:
-    return torch.cat([values for _, values in deltas.merged_rows(weight, updates, mix, "w")])
+    return torch.cat([values for _, values in deltas.merged_rows(deltas.Dense(weight), updates, mix, "w")])
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
@@ -352,7 +352,10 @@ def test_answers_end_where_serving_ends_them(run: Path) -> None:
     from tunegate.pipeline.adapted import find_source
 
     source = find_source((run,), None, False, Console(json_only=True))
-    assert source.asked.stop_ids == source.renderer.stop_ids and source.renderer.end_of_turn_id in source.asked.stop_ids
+    assert (
+        source.exam.golden.stop_ids == source.renderer.stop_ids
+        and source.renderer.end_of_turn_id in source.exam.golden.stop_ids
+    )
 
 
 def test_workers_hand_tensors_out_in_order_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

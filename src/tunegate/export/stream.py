@@ -14,16 +14,18 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunegate.errors import TunegateError
-from tunegate.export.deltas import Update, merged_rows
+from tunegate.export.deltas import Dense, Matrix, Update, merged_rows, pieces
 from tunegate.export.plan import Plan
 from tunegate.kernels.formats import Recipe
-from tunegate.kernels.nf4 import dequantize, quantize
+from tunegate.kernels.linear import QuantizedWeight
+from tunegate.kernels.nf4 import dequantize_rows, quantize
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry
 
@@ -80,22 +82,43 @@ def _merged(plan: Plan, source: Path, descriptor: int, entry: TensorEntry) -> tu
     if path is None and entry.name not in plan.seen:
         return data, False
     weight = data.view(DTYPES[entry.dtype]).view(entry.shape)
+    out = weight.t() if path in plan.transposed else weight
+    base: Matrix = Dense(out)
     if entry.name in plan.seen:
         assert plan.recipe is not None
-        weight.copy_(dequantize(quantize(weight, Recipe.from_json(plan.recipe)), dtype=torch.float32))
-    return data, path is not None and _add(plan, path, weight)
+        base = Seen(quantize(weight, Recipe.from_json(plan.recipe)))
+    if path is not None:
+        return data, _add(plan, path, base, out)
+    for part in pieces(base):
+        out[part] = base.rows(part)
+    return data, False
 
 
-def _add(plan: Plan, path: str, weight: Tensor) -> bool:
-    """Add the adapters' change to ``weight`` in place; whether any stored value changed."""
-    matrix, changed = weight.t() if path in plan.transposed else weight, False
-    for rows, values in merged_rows(matrix, plan.updates[path], plan.mix, path):
+@dataclass(frozen=True)
+class Seen:
+    """A weight as its codes give it back, decoded a few rows at a time."""
+
+    codes: QuantizedWeight
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.codes.shape
+
+    def rows(self, part: slice) -> Tensor:
+        return dequantize_rows(self.codes, part.start, part.stop, torch.empty(part.stop - part.start, self.shape[1]))
+
+
+def _add(plan: Plan, path: str, base: Matrix, out: Tensor) -> bool:
+    """Write ``base`` with the adapters' change to ``out``, which may be ``base`` itself; whether any value is another
+    one than without them."""
+    changed = False
+    for rows, values in merged_rows(base, plan.updates[path], plan.mix, path):
         if not torch.isfinite(values).all():
             fix = "check the adapter; `tunegate show` names its run"
             raise TunegateError("a merged weight is not finite", where=path, fix=fix)
-        rounded = values.to(matrix.dtype)
-        changed |= not torch.equal(rounded, matrix[rows])
-        matrix[rows] = rounded
+        rounded = values.to(out.dtype)
+        changed = changed or not torch.equal(rounded, base.rows(rows).to(out.dtype))
+        out[rows] = rounded
     return changed
 
 
