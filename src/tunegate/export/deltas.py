@@ -117,7 +117,7 @@ def _combined(deltas: Sequence[Tensor], mix: Mix, key: str, cuts: Sequence[float
         deltas = [torch.where(d.abs() >= cut, d, 0.0) for d, cut in zip(deltas, cuts, strict=True)]
     weighted = [weight * d for weight, d in zip(mix.weights, deltas, strict=True)]
     if mix.method.endswith("ties"):
-        return _elected_mean(torch.stack(weighted))
+        return _elected_mean(torch.stack(tuple(deltas)), torch.stack(weighted))
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
 
@@ -150,8 +150,8 @@ def _dropped(values: Tensor, mix: Mix, key: str) -> Tensor:
     return torch.where(kept, values / mix.density, 0.0)
 
 
-def _elected_mean(weighted: Tensor) -> Tensor:
-    """TIES: per element the sign of the sum wins, and the values of that sign are averaged."""
-    majority = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agrees = weighted.sign() == majority
+def _elected_mean(deltas: Tensor, weighted: Tensor) -> Tensor:
+    """TIES: per element the sign of the sum wins, before weights, and the weighted values of that sign are averaged."""
+    majority = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    agrees = deltas.sign() == majority
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1.0)

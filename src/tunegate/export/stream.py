@@ -32,7 +32,7 @@ from tunegate.model.weights import TensorEntry
 WORKERS = min(4, os.cpu_count() or 1)  # each holds some pieces of fp32, so no more than can run
 _BUDGET = 1.25  # of the largest tensor; the rest of twice its size is for what is computed, and for the adapter
 _ROOM = 64 << 20  # bytes always allowed, so that small tensors are not read one by one
-_QUANTIZED_COST = 4  # in sizes of a 16-bit tensor: its fp32 copy and its codes beside it
+_QUANTIZED_COST = 1.6  # in sizes of a 16-bit tensor: its codes beside it, and again where they are put together
 
 
 def merged_tensors(plan: Plan, source: Path) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
@@ -71,7 +71,7 @@ def _in_order(
 
 
 def _cost(plan: Plan, entry: TensorEntry) -> int:
-    return size_of(entry) * (_QUANTIZED_COST if entry.name in plan.seen else 1)
+    return int(size_of(entry) * (_QUANTIZED_COST if entry.name in plan.seen else 1))
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ metric is compared item by item, and its paired interval has to hold zero. The i
 through the run folder beside the adapter, what the registry noted, or the folder that the user names; the files must be
 those of the card. A file of the user's own may take their place.
 
-The test set is not asked: it is opened once, by the run. Metrics that are code of the task's folder run only if the user
-names that folder. Answers are greedy, whatever the task's temperature is.
+The test set is not asked: it is opened once, by the run. Metrics that are code of the task's folder run only if the
+user names that folder. Answers are greedy, whatever the task's temperature is.
 """
 
 from __future__ import annotations
