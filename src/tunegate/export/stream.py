@@ -38,16 +38,18 @@ _QUANTIZED_COST = 1.6  # in sizes of a 16-bit tensor: its codes beside it, and a
 def merged_tensors(plan: Plan, source: Path) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
     """(entry, its bytes (n,) uint8, whether any value changed) for every tensor of one file, in its order.
 
-    The bytes are the consumer's until it asks for the next tensor. :class:`TunegateError` for a merged weight that is
-    not finite.
+    The bytes are the consumer's until it asks for the next tensor, and memory until it lets go of them.
+    :class:`TunegateError` for a merged weight that is not finite.
     """
     entries = sorted(plan.files[source], key=lambda e: e.start)
     largest = max((size_of(e) for part in plan.files.values() for e in part), default=0)
     descriptor = os.open(source, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(WORKERS) as pool:
+    threads = torch.get_num_threads()
+    try:  # a worker that used every core for itself would only be in the way of the others
+        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from _in_order(plan, source, descriptor, entries, pool, max(int(_BUDGET * largest), _ROOM))
     finally:
+        torch.set_num_threads(threads)  # what threads that begin later start with
         os.close(descriptor)
 
 
@@ -113,12 +115,12 @@ def _add(plan: Plan, path: str, base: Matrix, out: Tensor) -> bool:
     one than without them."""
     changed = False
     for rows, values in merged_rows(base, plan.updates[path], plan.mix, path):
-        if not torch.isfinite(values).all():
+        changed = changed or not torch.equal(values.to(out.dtype), base.rows(rows).to(out.dtype))
+        out[rows] = values
+        # a sum is one pass and finite only if all is; one of huge values may be infinite without that
+        if not torch.isfinite(out[rows].sum(dtype=torch.float32)) and not torch.isfinite(out[rows]).all():
             fix = "check the adapter; `tunegate show` names its run"
-            raise TunegateError("a merged weight is not finite", where=path, fix=fix)
-        rounded = values.to(out.dtype)
-        changed = changed or not torch.equal(rounded, base.rows(rows).to(out.dtype))
-        out[rows] = rounded
+            raise TunegateError("a merged weight is not finite in the base's dtype", where=path, fix=fix)
     return changed
 
 
