@@ -286,11 +286,8 @@ def _rows_of(path: Path, card: AdapterCard | None, config: Config | None) -> lis
     if not path.is_file():
         raise InputError("no such file or folder", where=f"--data {path}")
     if card is not None and hash_file(path) in card.data["files"].values():
-        what, fix = (
-            "a file of the run itself, which may hold its test rows",
-            "name its folder: validation rows are asked",
-        )
-        raise InputError(what, where=f"--data {path}", fix=fix)
+        what = "a file of the run itself, which may hold its test rows"
+        raise InputError(what, where=f"--data {path}", fix="name its folder: the validation rows in it are asked")
     if config is None:
         loaded = load_examples([str(path)], base_dir=Path.cwd())
     else:

@@ -43,9 +43,8 @@ def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = Fals
             for path, digests in parts.items():
                 if evidence or not path.startswith(EVIDENCE):
                     _write(registry, partial / path, digests, hashes.get(path))
-            write_json(
-                partial / PROVENANCE, {**provenance(registry, version), "task_folder": recorded(registry, parts)}
-            )
+            noted = {"task_folder": recorded(registry, parts)}
+            write_json(partial / PROVENANCE, provenance(registry, version) | noted)
             partial.chmod(0o755)
             _publish(partial, out)
             flush_folder(out.parent)
