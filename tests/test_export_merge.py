@@ -306,6 +306,8 @@ def test_the_command_merges_with_proof(run: Path, tmp_path: Path) -> None:
     parity = report["parity"]
     assert parity["mean_kl"] < 1e-6 and parity["agreement"] == parity["same_answers"] == 1.0
     assert parity["moved"] > 100 * parity["mean_kl"]
+    (items,) = report["items"]
+    assert items["prompts"] > 5 and items["mean_kl"] < 1e-6 and items["comparison"]["difference"] == 0
     assert call("merge", run, "-o", out).code == 2  # exists
 
 
