@@ -2,13 +2,15 @@
 
     python benchmarks/merge.py --folder /tmp/merge                 # shape of Llama 3.1 8B: 16 GB read, 16 GB written
     python benchmarks/merge.py --folder /tmp/merge --shape 3b      # shape of Llama 3.2 3B
+    python benchmarks/merge.py --folder /tmp/merge --quick         # only the packaged base, beside PEFT
     python benchmarks/merge.py --folder /tmp/merge --shape tiny    # does the script run?
 
 The checkpoint has random bf16 weights, the adapter random factors of rank 16 on all linear layers. A plain copy of the
 same files (read, write, flush) is timed before the merge, both with the files dropped from the page cache; the copy's
 time over the merge's is the share of the disk's speed. Then tunegate and PEFT (load, ``merge_and_unload``, save) merge
-the same adapter into the packaged base. Every merge runs in a process of its own; its memory is that process's highest
-resident set (``VmHWM``). The parity report is not part of the time. The last line is one JSON object.
+the same adapter into the packaged base, in turn, ``--rounds`` times; both wait until the disk has what they wrote.
+Every merge runs in a process of its own; its memory is that process's highest resident set (``VmHWM``). The parity
+report is not part of the time. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints and results lie; emptied after")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--quick", action="store_true", help="only the packaged base")
+    parser.add_argument("--rounds", type=int, default=3, help="of the packaged base; default 3")
     parser.add_argument("--keep", action="store_true", help="keep the random checkpoint for the next time")
     parser.add_argument("--no-peft", action="store_true", help="leave out the packaged base")
     parser.add_argument("--worker", nargs=4, metavar=("WHO", "BASE", "ADAPTER", "OUT"), help=argparse.SUPPRESS)
@@ -107,6 +111,9 @@ def work(who: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+        for path in out.glob("*.safetensors"):  # as our shards are
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
         more = {}
     return {"seconds": time.perf_counter() - began, "peak_rss": common.resident(what="VmHWM"), **more}
 
@@ -136,17 +143,43 @@ def large(folder: Path, shape: str) -> dict[str, Any]:
     bound = 2 * found["largest_tensor"] + 300e6
     writing = found["seconds"] - found["prepared"]
     return {
-        "shape": shape, "bytes": size, "copy_seconds": copied, **found,
+        "shape": shape, "bytes": size, "copy_seconds": copied, **found, "mb_per_second": size / writing / 1e6,
         "share_of_disk_speed": copied / writing, "peak_over_bound": found["peak_rss"] / bound,
     }  # fmt: skip
 
 
-def packaged(folder: Path) -> dict[str, Any]:
+def packaged(folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds and peak memory of both, with their range over the rounds."""
     from tunegate.model.packaged import packaged_base
 
     base, adapter, out = packaged_base(), folder / "packaged-adapter", folder / "out"
     write_adapter(base, adapter)
-    return {who: measure(who, base, adapter, out, folder) for who in ("tunegate", "peft")}
+    runs: dict[str, list[dict[str, Any]]] = {"tunegate": [], "peft": []}
+    for _ in range(rounds):
+        for who, found in runs.items():
+            found.append(measure(who, base, adapter, out, folder))
+    return {
+        who: {key: common.summary([one[key] for one in found]) for key in ("seconds", "peak_rss")}
+        for who, found in runs.items()
+    }
+
+
+def of_large(found: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["checkpoint, bf16", f"{found['bytes'] / 1e9:.2f} GB"],
+        ["merge", f"{found['seconds']:.1f} s, of it {found['prepared']:.1f} s before the first byte"],
+        ["read and written, of each", f"{found['mb_per_second']:.0f} MB/s"],
+        ["share of a plain copy's speed", f"{found['share_of_disk_speed']:.0%}"],
+        ["peak RSS", f"{found['peak_rss'] / 1e9:.2f} GB"],
+        ["that over twice the largest tensor and 300 MB", f"{found['peak_over_bound']:.2f}"],
+    ]
+
+
+def of_packaged(both: dict[str, Any]) -> list[list[str]]:
+    return [
+        [f"packaged base, {who}", f"{common.spread(m['seconds'], 2)} s, {m['peak_rss']['median'] / 1e9:.2f} GB"]
+        for who, m in both.items()
+    ]
 
 
 def main() -> None:
@@ -156,30 +189,22 @@ def main() -> None:
         print(json.dumps(work(who, *map(Path, paths))))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    machine, found = common.machine(), large(given.folder, given.shape)
-    both = None if given.no_peft else packaged(given.folder)
+    machine = common.machine()
+    found = None if given.quick else large(given.folder, given.shape)
+    both = None if given.no_peft else packaged(given.folder, given.rounds)
     if not given.keep:
         shutil.rmtree(given.folder)
-    rows = [
-        ["checkpoint, bf16", f"{found['bytes'] / 1e9:.2f} GB"],
-        ["merge", f"{found['seconds']:.1f} s, of it {found['prepared']:.1f} s before the first byte"],
-        ["share of a plain copy's speed", f"{found['share_of_disk_speed']:.0%}"],
-        ["peak RSS", f"{found['peak_rss'] / 1e9:.2f} GB"],
-        ["that over twice the largest tensor and 300 MB", f"{found['peak_over_bound']:.2f}"],
-    ]
+    line: dict[str, Any] = {}
+    if found is not None:
+        keys = ("shape", "seconds", "mb_per_second", "share_of_disk_speed", "peak_rss", "peak_over_bound")
+        line |= {key: found[key] for key in keys}
     if both is not None:
-        rows += [
-            [f"packaged base, {who}", f"{m['seconds']:.2f} s, {m['peak_rss'] / 1e9:.2f} GB"] for who, m in both.items()
-        ]
-    text = [f"# Merging, shape {given.shape}", common.describe(machine), common.table(["", ""], rows)]
-    common.write(
-        f"merge-{given.shape}", {"machine": machine, "merge": found, "packaged": both}, "\n\n".join(text), given.output
-    )
-    keys = ("shape", "seconds", "share_of_disk_speed", "peak_rss", "peak_over_bound")
-    line: dict[str, Any] = {key: found[key] for key in keys}
-    if both is not None:
-        line["time_vs_peft"] = common.ratio(both["tunegate"]["seconds"], both["peft"]["seconds"])
-        line["memory_vs_peft"] = common.ratio(both["tunegate"]["peak_rss"], both["peft"]["peak_rss"])
+        for name, key in (("time_vs_peft", "seconds"), ("memory_vs_peft", "peak_rss")):
+            line[name] = common.ratio(both["tunegate"][key]["median"], both["peft"][key]["median"])
+    rows = (of_large(found) if found else []) + (of_packaged(both) if both else [])
+    name, what = ("merge-quick", "the packaged base") if found is None else (f"merge-{given.shape}", given.shape)
+    text = [f"# Merging, {what}", common.describe(machine), common.table(["", ""], rows)]
+    common.write(name, {"machine": machine, "merge": found, "packaged": both}, "\n\n".join(text), given.output)
     print(json.dumps(line))
 
 

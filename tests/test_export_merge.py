@@ -103,19 +103,24 @@ def test_shards_keep_their_layout_and_dtype(tmp_path: Path) -> None:
 
 
 def whole(weight: torch.Tensor, updates: list[Update], mix: Mix) -> torch.Tensor:
-    return torch.cat([values for _, values in deltas.merged_rows(weight, updates, mix, "w")])
+    return torch.cat([values for _, values in deltas.merged_rows(deltas.Dense(weight), updates, mix, "w")])
+
+
+def three_updates(seed: int) -> tuple[torch.Tensor, list[Update]]:
+    """A weight (60, 40) and three adapters of rank 3 on it."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(60, 40, generator=generator)
+    pairs = [(torch.randn(3, 40, generator=generator), torch.randn(60, 3, generator=generator)) for _ in range(3)]
+    return weight, [Update(a, b, 0.5 + n) for n, (a, b) in enumerate(pairs)]
+
+
+WEIGHTS = (0.1, 1.0, -0.25)  # unlike, so that a sign elected by weighted values would be another one
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_mixtures_are_pefts_formulas_on_whole_deltas(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(12, 8, generator=generator)
-    updates = [
-        Update(torch.randn(3, 8, generator=generator), torch.randn(12, 3, generator=generator), 0.5 + n)
-        for n in range(3)
-    ]
-    weights = (0.5, 1.0, -0.25) if method == "linear" else (0.5, 1.0, 0.75)
-    monkeypatch.setattr(deltas, "ELEMENTS_AT_ONCE", 24)  # three rows at a time
+    (weight, updates), weights = three_updates(1), WEIGHTS
+    monkeypatch.setattr(deltas, "ELEMENTS_AT_ONCE", 120)  # three rows at a time
     ours = whole(weight, updates, Mix(method, weights, density=0.4)) - weight
     tasks = [u.scale * u.b @ u.a for u in updates]
     if method == "linear":
@@ -123,6 +128,26 @@ def test_mixtures_are_pefts_formulas_on_whole_deltas(method: str, monkeypatch: p
     else:
         theirs = merge_utils.ties(tasks, torch.tensor(weights), density=0.4)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_is_pefts_formula_for_the_same_draw(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT draws what to keep by ``torch.bernoulli``, for one adapter after the other: it is given our draws."""
+    (weight, updates), mix = three_updates(2), Mix(method, WEIGHTS, 0.4, seed=5)
+    monkeypatch.setattr(deltas, "ELEMENTS_AT_ONCE", 120)  # three rows at a time, each piece with its own draw
+    ours = whole(weight, updates, mix) - weight
+    draws = [
+        torch.cat([deltas._dropped(torch.ones(3, 40), mix, f"w:{start}:{number}") for start in range(0, 60, 3)])
+        for number in range(3)
+    ]
+    kept = [(d > 0).float() for d in draws]
+    assert all(0.35 < float(k.mean()) < 0.45 for k in kept) and not torch.equal(kept[0], kept[1])
+    waiting = iter(kept)
+    monkeypatch.setattr(merge_utils.torch, "bernoulli", lambda _: next(waiting))
+    formula = getattr(merge_utils, method)
+    theirs = formula([u.scale * u.b @ u.a for u in updates], torch.tensor(mix.weights), density=mix.density)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert next(waiting, None) is None
 
 
 def test_dare_keeps_the_expectation_and_is_seeded() -> None:
@@ -281,6 +306,8 @@ def test_the_command_merges_with_proof(run: Path, tmp_path: Path) -> None:
     parity = report["parity"]
     assert parity["mean_kl"] < 1e-6 and parity["agreement"] == parity["same_answers"] == 1.0
     assert parity["moved"] > 100 * parity["mean_kl"]
+    (items,) = report["items"]
+    assert items["prompts"] > 5 and items["mean_kl"] < 1e-6 and items["comparison"]["difference"] == 0
     assert call("merge", run, "-o", out).code == 2  # exists
 
 
@@ -352,7 +379,10 @@ def test_answers_end_where_serving_ends_them(run: Path) -> None:
     from tunegate.pipeline.adapted import find_source
 
     source = find_source((run,), None, False, Console(json_only=True))
-    assert source.asked.stop_ids == source.renderer.stop_ids and source.renderer.end_of_turn_id in source.asked.stop_ids
+    assert (
+        source.exam.golden.stop_ids == source.renderer.stop_ids
+        and source.renderer.end_of_turn_id in source.exam.golden.stop_ids
+    )
 
 
 def test_workers_hand_tensors_out_in_order_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,16 @@ def assert_as_bitsandbytes(bitsandbytes, weight: Tensor, recipe: Recipe, twin) -
         assert made.recipe == recipe
 
 
+@pytest.mark.parametrize("recipe", [Recipe(), SINGLE, Recipe("fp4", 4096)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_codes_do_not_depend_on_the_pieces_that_are_widened(dtype, recipe, twin, monkeypatch) -> None:
+    weight = matrix((300, 301), dtype)
+    wanted = nf4.quantize(weight, recipe)
+    monkeypatch.setattr(nf4, "_PIECE", 8192)
+    for made in (nf4.quantize(weight, recipe), twin(nf4.quantize, weight, recipe)):
+        assert_same(made, wanted)
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,7 +15,7 @@ from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.deploy import deploy
 from tunegate.cli.doctor import doctor
-from tunegate.cli.export import export, limits_of, parity_line
+from tunegate.cli.export import export, items_of, limits_of, parity_line, tell_items
 from tunegate.cli.kept import tell_kept
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
@@ -136,10 +136,14 @@ def merge(arguments: argparse.Namespace, console: Console) -> int:
         adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
         arguments.base, arguments.onto,
     )  # fmt: skip
-    request = replace(request, allow_base_mismatch=arguments.allow_base_mismatch, limits=limits_of(arguments))
+    request = replace(
+        request, allow_base_mismatch=arguments.allow_base_mismatch, limits=limits_of(arguments),
+        items=items_of(arguments),
+    )  # fmt: skip
     report = run_merge(request, console)
     console.text(f"merged    {report['changed']} of {report['modules']} adapted tensors changed, {report['onto']}")
     console.text(f"parity    {parity_line(report['parity'])}")
+    tell_items(report, console)
     console.text(f"model     {escape(str(arguments.out))}")
     console.result(report)
     return 0

@@ -34,6 +34,30 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def add_items(parser: argparse.ArgumentParser) -> None:
+    """What is compared beside the golden prompts."""
+    parser.add_argument(
+        "--items", type=_count, metavar="N", help="validation items to compare on, of each adapter; default 32, 0: none"
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER|FILE",
+        help="the task's folder, where the items lie (default: what the run noted), or other labelled examples",
+    )  # fmt: skip
+
+
+def items_of(arguments: argparse.Namespace) -> Any:
+    from tunegate.pipeline.proof import ITEMS, Wanted
+
+    data, count = arguments.data, arguments.items
+    return Wanted(None if data is None else Path(data), ITEMS if count is None else count)
+
+
 def limits_of(arguments: argparse.Namespace) -> Any:
     from tunegate.export.parity import Limits
 
@@ -65,6 +89,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--reader", metavar="NAME", help="what reads the export back; default: the first one installed")
     add_limits(parser)
+    add_items(parser)
     parser.add_argument("--allow-base-mismatch", action="store_true", help="export on another base; recorded")
     parser.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 
@@ -85,10 +110,12 @@ def export(arguments: argparse.Namespace, console: Console) -> int:
     request = ExportRequest(
         adapter, arguments.to, Path(arguments.out), arguments.outtype, arguments.base, arguments.onto,
         arguments.reader, limits_of(arguments), arguments.allow_base_mismatch,
+        items_of(arguments),
     )  # fmt: skip
     report = run_export(request, console)
     console.text(f"exported  {report['changed']} of {report['modules']} adapted modules, format {report['format']}")
     console.text(f"parity    {parity_line(report['parity'])}, read by {report['reader']}")
+    tell_items(report, console)
     for note in report["notes"]:
         console.text(f"note      {escape(note)}")
     console.text(f"folder    {escape(str(request.out))}")
@@ -108,9 +135,23 @@ def _tell(findings: list[dict[str, str]], console: Console) -> int:
     return int(any(f["level"] in AGAINST for f in findings))
 
 
+def tell_items(report: dict[str, Any], console: Console) -> None:
+    """A line for each adapter's items: the two models on them, and the task's metric of both."""
+    for items in report["items"]:
+        (one, other), by = items["scores"], items["comparison"]
+        console.text(f"items     {parity_line(items)}: {escape(items['data'])}")
+        console.text(
+            f"task      {escape(items['metric'])} {other:.4f}, the adapter's {one:.4f}: {by['difference']:+.4f} "
+            f"({by['low']:+.3f} to {by['high']:+.3f})"
+        )
+    for reason in report["items_absent"]:
+        console.text(f"items     none: {escape(reason)}")
+
+
 def parity_line(parity: dict[str, Any]) -> str:
+    moved = "" if parity["moved"] is None else f" (from the base it is {parity['moved']:.2g})"
     return (
-        f"mean KL {parity['mean_kl']:.2g} nats (from the base it is {parity['moved']:.2g}), the same top token at "
+        f"mean KL {parity['mean_kl']:.2g} nats{moved}, the same top token at "
         f"{parity['agreement']:.1%} of {parity['positions']} positions, {parity['same_answers']:.0%} of "
         f"{parity['prompts']} answers equal"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.deploy import add_parser as add_deploy
-from tunegate.cli.export import add_limits
+from tunegate.cli.export import add_items, add_limits
 from tunegate.cli.export import add_parser as add_export
 from tunegate.cli.quantize import size
 from tunegate.cli.registry import add_parser as add_registry
@@ -189,6 +189,7 @@ def _add_merge(commands: Any, common: argparse.ArgumentParser) -> None:
         help="after training on a quantized base: the dequantized weights that the adapter saw, or the original ones",
     )  # fmt: skip
     add_limits(merge)
+    add_items(merge)
     merge.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base; recorded")
     merge.add_argument("--registry", metavar="WHERE", help="refuse adapters of bases that are flagged there")
 

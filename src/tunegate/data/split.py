@@ -9,6 +9,7 @@ It does not balance labels, and it does not look for leaks between files given b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -36,6 +37,11 @@ def position(example: Example, salt: str = "") -> float:
     key = example.group if example.group is not None else example.input_hash
     digest = blake3(f"{salt}\0{key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)  # 53 bits: exact in a float, below 1
+
+
+def in_order(examples: Iterable[Example]) -> list[Example]:
+    """The order in which items are taken where not all are: by a hash, so that it is no order of the file."""
+    return sorted(examples, key=lambda e: (position(e, "order"), e.content_hash))
 
 
 def assign(example: Example, valid_fraction: float, test_fraction: float, salt: str = "") -> str:

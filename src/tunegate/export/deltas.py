@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties")
-ELEMENTS_AT_ONCE = 1 << 20  # 4 MiB of fp32; part of what DARE draws, since each piece has its own seed
+ELEMENTS_AT_ONCE = 1 << 17  # 512 KiB of fp32, for the cache; part of what DARE draws, each piece with its own seed
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,57 @@ def delta(weight: Tensor, update: Update) -> Tensor:
     return merged * (update.magnitude / norm)[:, None] - weight
 
 
-def merged_rows(
-    matrix: Tensor, updates: Sequence[Update | None], mix: Mix, path: str
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their values with all adapters merged in), fp32, piece by piece over ``matrix`` (out, in) of any dtype.
+class Matrix(Protocol):
+    """A weight (out, in) that is read a few rows at a time."""
 
-    None among ``updates`` is an adapter without this module. ``matrix`` may be overwritten behind the pieces.
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def rows(self, part: slice) -> Tensor:
+        """(rows, in) fp32."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix in memory, of any floating-point dtype. Rows that were read may be overwritten."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.values.shape
+
+    def rows(self, part: slice) -> Tensor:
+        return self.values[part].float()
+
+
+def pieces(matrix: Matrix) -> list[slice]:
+    """The rows that are worked on at once."""
+    count, size = matrix.shape[0], max(1, ELEMENTS_AT_ONCE // matrix.shape[1])
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def merged_rows(
+    matrix: Matrix, updates: Sequence[Update | None], mix: Mix, path: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their values with all adapters merged in), fp32, piece by piece.
+
+    None among ``updates`` is an adapter without this module.
     """
-    size = max(1, ELEMENTS_AT_ONCE // matrix.shape[1])
-    parts = [slice(start, start + size) for start in range(0, matrix.shape[0], size)]
+    parts = pieces(matrix)
     cuts: list[float] | None = None
     if mix.method == "ties" and mix.density < 1:
-        kept = int(mix.density * matrix.numel())
+        kept = int(mix.density * matrix.shape[0] * matrix.shape[1])
         cuts = [_magnitude_of(kept, matrix, u, parts) for u in updates]
+    factors = mix.method == "linear" and all(u is None or u.magnitude is None for u in updates)
     for part in parts:
-        own = matrix[part].float()
+        own = matrix.rows(part)
+        if factors:  # no delta has to be formed: fewer passes over memory
+            for weight, update in zip(mix.weights, updates, strict=True):
+                if update is not None:
+                    own = torch.addmm(own, update.b[part], update.a, alpha=weight * update.scale)
+            yield part, own
+            continue
         found = [torch.zeros_like(own) if u is None else delta(own, u.rows(part)) for u in updates]
         yield part, own + _combined(found, mix, f"{path}:{part.start}", cuts)
 
@@ -87,11 +124,11 @@ def _combined(deltas: Sequence[Tensor], mix: Mix, key: str, cuts: Sequence[float
         deltas = [torch.where(d.abs() >= cut, d, 0.0) for d, cut in zip(deltas, cuts, strict=True)]
     weighted = [weight * d for weight, d in zip(mix.weights, deltas, strict=True)]
     if mix.method.endswith("ties"):
-        return _elected_mean(torch.stack(weighted))
+        return _elected_mean(torch.stack(tuple(deltas)), torch.stack(weighted))
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
 
 
-def _magnitude_of(kept: int, matrix: Tensor, update: Update | None, parts: Sequence[slice]) -> float:
+def _magnitude_of(kept: int, matrix: Matrix, update: Update | None, parts: Sequence[slice]) -> float:
     """The ``kept``-th largest magnitude of the delta on ``matrix``; infinity for none.
 
     The bits of a magnitude, read as a whole number, are in the order of its values: counting the upper half of the
@@ -103,7 +140,7 @@ def _magnitude_of(kept: int, matrix: Tensor, update: Update | None, parts: Seque
     for shift in (16, 0):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for part in parts:
-            bits = delta(matrix[part].float(), update.rows(part)).abs().view(torch.int32)
+            bits = delta(matrix.rows(part), update.rows(part)).abs().view(torch.int32)
             bits = bits[bits >> 16 == upper] & 0xFFFF if shift == 0 else bits >> 16
             counts += torch.bincount(bits.reshape(-1), minlength=1 << 16)
         above = counts.flip(0).cumsum(0).flip(0)  # how many lie at each value or above it
@@ -120,8 +157,8 @@ def _dropped(values: Tensor, mix: Mix, key: str) -> Tensor:
     return torch.where(kept, values / mix.density, 0.0)
 
 
-def _elected_mean(weighted: Tensor) -> Tensor:
-    """TIES: per element the sign of the sum wins, and the values of that sign are averaged."""
-    majority = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
-    agrees = weighted.sign() == majority
+def _elected_mean(deltas: Tensor, weighted: Tensor) -> Tensor:
+    """TIES: per element the sign of the sum wins, before weights, and the weighted values of that sign are averaged."""
+    majority = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    agrees = deltas.sign() == majority
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1.0)

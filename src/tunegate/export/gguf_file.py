@@ -147,6 +147,8 @@ def write_model(
                 if here is not None:
                     values = to_gguf(config, layout.family, here.name, data.view(DTYPES[entry.dtype]).view(entry.shape))
                     writer.write_tensor_data(_encoded(values, here))
+                    del values
+                del data  # else it would be held until the next one is ready
                 progress(size_of(entry))
     finally:
         _end(writer)

@@ -102,8 +102,8 @@ class LlamaCpp:
             logits = self._run([token], len(prompt) + len(found) - 1, 1)
         return found
 
-    def log_probs(self, row: Sequence[int]) -> Tensor:
-        return torch.log_softmax(self._run(list(row), 0, POSITIONS), -1)
+    def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
+        return torch.log_softmax(self._run(list(row), 0, last), -1)
 
     def _run(self, ids: list[int], past: int, wanted: int) -> Tensor:
         """Logits of the last ``wanted`` of ``ids``, which stand behind ``past`` tokens that were run before."""

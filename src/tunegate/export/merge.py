@@ -91,6 +91,7 @@ def _write_shard(plan: Plan, source: Path, target: Path, progress: Callable[[int
             if differs:
                 changed.append(entry.name)
             writer.write(entry.name, data)
+            del data  # else it would be held until the next one is ready
             progress(size_of(entry))
     return {"hash": writer.hash, "changed": changed}
 

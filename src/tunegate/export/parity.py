@@ -64,8 +64,8 @@ class Subject(Protocol):
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
         """Greedy continuations, at most ``new_tokens`` ids, without the stop id that ended one."""
 
-    def log_probs(self, row: Sequence[int]) -> Tensor:
-        """(positions, vocabulary) fp32, of the last ``POSITIONS`` positions of ``row`` or of all if it is shorter."""
+    def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
+        """(positions, vocabulary) fp32, of the ``last`` positions of ``row`` or of all if it is shorter."""
 
 
 class InRunner:
@@ -79,10 +79,10 @@ class InRunner:
         return [list(g.ids) for g in found]
 
     @torch.no_grad()
-    def log_probs(self, row: Sequence[int]) -> Tensor:
+    def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
         batch = make_batch([Rendered("parity", tuple(row), (False,) * (len(row) - 1) + (True,))], share_prefix=False)
         with evaluating(self._runner.model):
-            hidden = self._runner.hidden(batch)[-POSITIONS:]
+            hidden = self._runner.hidden(batch)[-last:]
             return torch.log_softmax(self._runner.head.logits(hidden), -1).cpu()
 
 

@@ -34,20 +34,31 @@ def installed(*modules: str) -> bool:
 
 
 class InTransformers:
-    """A causal model of transformers, or PEFT's wrapper of one; whole rows, no cache."""
+    """A causal model of transformers, or PEFT's wrapper of one, one row at a time."""
 
     def __init__(self, model: Any):
         self._model = model.eval()
 
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
-        return [greedy(self._logits, list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
-
-    def log_probs(self, row: Sequence[int]) -> Tensor:
-        return torch.log_softmax(self._logits(list(row))[-POSITIONS:], -1)
+        return [self._answer(list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
 
     @torch.no_grad()
-    def _logits(self, ids: list[int]) -> Tensor:
-        return self._model(input_ids=torch.tensor([ids])).logits[0].float()
+    def _answer(self, prompt: list[int], stop_ids: set[int], new_tokens: int) -> list[int]:
+        """By the model's own cache of keys and values: ``generate`` would also obey the base's generation config."""
+        found: list[int] = []
+        ids, cache = prompt, None
+        while len(found) < new_tokens:
+            given = self._model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            token, cache = int(given.logits[0, -1].argmax()), given.past_key_values
+            if token in stop_ids:
+                break
+            found.append(token)
+            ids = [token]
+        return found
+
+    @torch.no_grad()
+    def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
+        return torch.log_softmax(self._model(input_ids=torch.tensor([list(row)])).logits[0, -last:].float(), -1)
 
 
 def greedy(logits: Any, prompt: list[int], stop_ids: set[int], new_tokens: int) -> list[int]:
@@ -143,8 +154,8 @@ class InMlx:
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
         return [greedy(self._logits, list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
 
-    def log_probs(self, row: Sequence[int]) -> Tensor:
-        return torch.log_softmax(self._logits(list(row))[-POSITIONS:], -1)
+    def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
+        return torch.log_softmax(self._logits(list(row))[-last:], -1)
 
     def _logits(self, ids: list[int]) -> Tensor:
         found = self._model(self._mx.array([ids]))[0].astype(self._mx.float32)

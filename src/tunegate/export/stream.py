@@ -14,38 +14,42 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunegate.errors import TunegateError
-from tunegate.export.deltas import Update, merged_rows
+from tunegate.export.deltas import Dense, Matrix, Update, merged_rows, pieces
 from tunegate.export.plan import Plan
 from tunegate.kernels.formats import Recipe
-from tunegate.kernels.nf4 import dequantize, quantize
+from tunegate.kernels.linear import QuantizedWeight
+from tunegate.kernels.nf4 import dequantize_rows, quantize
 from tunegate.model.shards import DTYPES, fill, size_of
 from tunegate.model.weights import TensorEntry
 
 WORKERS = min(4, os.cpu_count() or 1)  # each holds some pieces of fp32, so no more than can run
 _BUDGET = 1.25  # of the largest tensor; the rest of twice its size is for what is computed, and for the adapter
 _ROOM = 64 << 20  # bytes always allowed, so that small tensors are not read one by one
-_QUANTIZED_COST = 4  # in sizes of a 16-bit tensor: its fp32 copy and its codes beside it
+_QUANTIZED_COST = 1.6  # in sizes of a 16-bit tensor: its codes beside it, and again where they are put together
 
 
 def merged_tensors(plan: Plan, source: Path) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
     """(entry, its bytes (n,) uint8, whether any value changed) for every tensor of one file, in its order.
 
-    The bytes are the consumer's until it asks for the next tensor. :class:`TunegateError` for a merged weight that is
-    not finite.
+    The bytes are the consumer's until it asks for the next tensor, and memory until it lets go of them.
+    :class:`TunegateError` for a merged weight that is not finite.
     """
     entries = sorted(plan.files[source], key=lambda e: e.start)
     largest = max((size_of(e) for part in plan.files.values() for e in part), default=0)
     descriptor = os.open(source, os.O_RDONLY)
-    try:
-        with ThreadPoolExecutor(WORKERS) as pool:
+    threads = torch.get_num_threads()
+    try:  # a worker that used every core for itself would only be in the way of the others
+        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from _in_order(plan, source, descriptor, entries, pool, max(int(_BUDGET * largest), _ROOM))
     finally:
+        torch.set_num_threads(threads)  # what threads that begin later start with
         os.close(descriptor)
 
 
@@ -69,7 +73,7 @@ def _in_order(
 
 
 def _cost(plan: Plan, entry: TensorEntry) -> int:
-    return size_of(entry) * (_QUANTIZED_COST if entry.name in plan.seen else 1)
+    return int(size_of(entry) * (_QUANTIZED_COST if entry.name in plan.seen else 1))
 
 
 @torch.no_grad()
@@ -80,22 +84,43 @@ def _merged(plan: Plan, source: Path, descriptor: int, entry: TensorEntry) -> tu
     if path is None and entry.name not in plan.seen:
         return data, False
     weight = data.view(DTYPES[entry.dtype]).view(entry.shape)
+    out = weight.t() if path in plan.transposed else weight
+    base: Matrix = Dense(out)
     if entry.name in plan.seen:
         assert plan.recipe is not None
-        weight.copy_(dequantize(quantize(weight, Recipe.from_json(plan.recipe)), dtype=torch.float32))
-    return data, path is not None and _add(plan, path, weight)
+        base = Seen(quantize(weight, Recipe.from_json(plan.recipe)))
+    if path is not None:
+        return data, _add(plan, path, base, out)
+    for part in pieces(base):
+        out[part] = base.rows(part)
+    return data, False
 
 
-def _add(plan: Plan, path: str, weight: Tensor) -> bool:
-    """Add the adapters' change to ``weight`` in place; whether any stored value changed."""
-    matrix, changed = weight.t() if path in plan.transposed else weight, False
-    for rows, values in merged_rows(matrix, plan.updates[path], plan.mix, path):
-        if not torch.isfinite(values).all():
+@dataclass(frozen=True)
+class Seen:
+    """A weight as its codes give it back, decoded a few rows at a time."""
+
+    codes: QuantizedWeight
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.codes.shape
+
+    def rows(self, part: slice) -> Tensor:
+        return dequantize_rows(self.codes, part.start, part.stop, torch.empty(part.stop - part.start, self.shape[1]))
+
+
+def _add(plan: Plan, path: str, base: Matrix, out: Tensor) -> bool:
+    """Write ``base`` with the adapters' change to ``out``, which may be ``base`` itself; whether any value is another
+    one than without them."""
+    changed = False
+    for rows, values in merged_rows(base, plan.updates[path], plan.mix, path):
+        changed = changed or not torch.equal(values.to(out.dtype), base.rows(rows).to(out.dtype))
+        out[rows] = values
+        # a sum is one pass and finite only if all is; one of huge values may be infinite without that
+        if not torch.isfinite(out[rows].sum(dtype=torch.float32)) and not torch.isfinite(out[rows]).all():
             fix = "check the adapter; `tunegate show` names its run"
-            raise TunegateError("a merged weight is not finite", where=path, fix=fix)
-        rounded = values.to(matrix.dtype)
-        changed |= not torch.equal(rounded, matrix[rows])
-        matrix[rows] = rounded
+            raise TunegateError("a merged weight is not finite in the base's dtype", where=path, fix=fix)
     return changed
 
 

@@ -31,6 +31,7 @@ from tunegate.kernels.stored import FrozenProduct
 
 _POINTS = 65536
 _LEAST_ABSMAX = 1e-38
+_PIECE = 1 << 20  # elements widened at once: a multiple of every block size
 _MEAN_CHUNK = 32768  # torch sums longer tensors on several threads, with other roundings for each number of them
 
 
@@ -62,8 +63,8 @@ def _nearest_code() -> Tensor:
 def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # noqa: B008 (frozen)
     """Codes and scales of a finite (n, k) matrix in fp32, bf16 or fp16; fp64 is rounded to fp32 first.
 
-    Temporary memory: nothing beyond the result for fp32 and bf16 on the kernels' path. Raises ValueError for NaN and
-    infinity.
+    Temporary memory: nothing beyond the result for fp32 and bf16 on the kernels' path; elsewhere, of 4 bits, some
+    pieces of :data:`_PIECE` elements. Raises ValueError for NaN and infinity.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"a floating-point matrix is quantized, not {weight.dtype} {tuple(weight.shape)}")
@@ -72,9 +73,10 @@ def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # n
     if weight.dtype == torch.float64:
         weight = weight.float()
     dense = weight.detach().contiguous()
-    if dense.dtype not in native.KERNEL_DTYPES:
-        dense = dense.float()
-    codes, absmax = int8.codes_of(dense) if recipe.format == INT8 else _codes_of(dense.view(-1), recipe)
+    if recipe.format == INT8:
+        codes, absmax = int8.codes_of(dense if dense.dtype in native.KERNEL_DTYPES else dense.float())
+    else:
+        codes, absmax = _codes_of(dense.view(-1), recipe)
     if not torch.isfinite(absmax).all():
         raise ValueError("the weight holds NaN or infinity, which no code stands for; check the model's files")
     shape = (weight.shape[0], weight.shape[1])
@@ -86,8 +88,13 @@ def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # n
 
 
 def _codes_of(flat: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """(codes, absmax) of a 4-bit format."""
+    """(codes, absmax) of a 4-bit format. A piece of whole blocks has the codes that it has in the whole."""
     n = flat.numel()
+    if n > _PIECE and native.library_for(flat) is None:
+        parts = [_codes_of(flat[i : i + _PIECE], recipe) for i in range(0, n, _PIECE)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([absmax for _, absmax in parts])
+    if flat.dtype not in native.KERNEL_DTYPES:
+        flat = flat.float()
     lib = native.library_for(flat)
     if lib is None:
         return _quantize_twin(flat, recipe)

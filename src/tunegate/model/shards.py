@@ -23,6 +23,7 @@ from tunegate.files import read_into
 from tunegate.model.weights import TensorEntry
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HAND_OVER = 32 << 20  # bytes after which the system is asked to begin writing, so that the last flush is short
 
 
 def fill(descriptor: int, entry: TensorEntry, buffer: Tensor, path: Path) -> None:
@@ -52,6 +53,7 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as the reference writer has it
         self._hasher, self._hashed, self._written = blake3(max_threads=blake3.AUTO), 0, 0
+        self._handed = 0
         self._handle = path.open("wb")
         self._put(0, len(text).to_bytes(8, "little") + text)
         self._data = self._hashed
@@ -63,6 +65,9 @@ class ShardWriter:
         if position == self._hashed:
             self._hasher.update(data)
             self._hashed += len(data)
+            if self._hashed - self._handed >= _HAND_OVER and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._handle.fileno(), self._handed, 0, os.POSIX_FADV_DONTNEED)
+                self._handed = self._hashed
 
     @property
     def hash(self) -> str:

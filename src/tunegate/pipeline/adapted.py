@@ -18,12 +18,12 @@ from torch import nn
 
 from tunegate.adapter.card import template_of, template_problems
 from tunegate.adapter.files import adapter_hash, load_adapter
-from tunegate.adapter.inject import Injection, disabled
+from tunegate.adapter.inject import disabled
 from tunegate.data.render import Renderer
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError, Problem
 from tunegate.export import parity
-from tunegate.export.deltas import merged_rows
+from tunegate.export.deltas import Dense, merged_rows
 from tunegate.export.parity import InRunner, Questions, Reading
 from tunegate.export.plan import Plan
 from tunegate.files import links_out
@@ -35,11 +35,12 @@ from tunegate.model.origin import origin_of
 from tunegate.model.resolve import resolve_base
 from tunegate.model.shards import DTYPES
 from tunegate.pipeline.card import CARD, check_complete, load_card
+from tunegate.pipeline.proof import NEW_TOKENS, Answered, Exam, Wanted, find_exam, sit
 from tunegate.pipeline.reporter import Reporter
 from tunegate.records import AdapterCard
 from tunegate.registry.intake import folder_id
 
-NEW_TOKENS = 16
+NONE = Wanted(count=0)
 PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
 
 
@@ -55,7 +56,7 @@ class Source:
     origin: dict[str, Any] | None
     recipe: dict[str, Any] | None
     renderer: Renderer
-    asked: Questions
+    exam: Exam
     cards: tuple[AdapterCard, ...]
     verified: bool
 
@@ -79,8 +80,11 @@ def check_folders(adapters: Sequence[Path]) -> None:
         raise InputError(problems)
 
 
-def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch: bool, reporter: Reporter) -> Source:
-    """The base that every card names, proven to be that one; ``base`` is needed where there is no card."""
+def find_source(
+    adapters: Sequence[Path], base: str | None, allow_base_mismatch: bool, reporter: Reporter, items: Wanted = NONE
+) -> Source:
+    """The base that every card names, proven to be that one; ``base`` is needed where there is no card. ``items``:
+    those asked beside the golden prompts."""
     check_folders(adapters)
     with_card = [a for a in adapters if (a / CARD).exists()]
     for adapter in with_card:
@@ -119,8 +123,10 @@ def find_source(adapters: Sequence[Path], base: str | None, allow_base_mismatch:
     if problems:
         raise InputError(problems)
     recipe = recipes[0] if recipes else None
-    asked = _questions(renderer, cards)
-    return Source(resolved.path, name, fingerprint, origin, recipe, renderer, asked, tuple(cards), verified)
+    exam = find_exam(_questions(renderer, cards), adapters, renderer, items)
+    for line in exam.absent if items.count else ():
+        reporter.line(f"no validation items are compared: {line}")
+    return Source(resolved.path, name, fingerprint, origin, recipe, renderer, exam, tuple(cards), verified)
 
 
 def made_from(source: Source, adapters: Sequence[Path], weights: Sequence[float], merged: Path) -> dict[str, Any]:
@@ -162,40 +168,39 @@ def compute_dtype() -> torch.dtype:
 
 @dataclass(frozen=True)
 class Reference:
-    """The adapter on its base as it answered, the plain base on the same rows, and the model that was read."""
+    """What the adapter on its base answered, and what the plain base makes of the same golden rows."""
 
-    reading: Reading
+    answered: Answered
     plain: Reading
-    model: Any
-    injection: Injection
 
 
-def read_adapter(source: Source, adapter: Path, reporter: Reporter) -> Reference:
-    """The adapter and the plain base on the prompts, on the weights that the adapter was trained on."""
-    reporter.line(f"reading the adapter on {source.name}, {len(source.asked.prompts)} prompts")
+def read_adapter(source: Source, adapter: Path, reporter: Reporter) -> tuple[Reference, Any]:
+    """The adapter and the plain base on the prompts, on the weights that the adapter was trained on; and that model,
+    with the adapter in place."""
+    reporter.line(f"reading the adapter on {source.name}, {source.exam.count}")
     model = load_model(source.folder, dtype=compute_dtype(), recipe=source.recipe)
     subject = InRunner(Runner(model))
     injection = load_adapter(model, adapter)
-    reading = parity.read(subject, source.asked)
+    answered = sit(source.exam, subject)
     with disabled(injection):
-        return Reference(reading, parity.read(subject, source.asked, reading.rows), model, injection)
+        return Reference(answered, parity.read(subject, source.exam.golden, answered.golden.rows)), model
 
 
-def read_mixture(source: Source, plan: Plan, reporter: Reporter) -> tuple[Reading, Reading]:
+def read_mixture(source: Source, plan: Plan, reporter: Reporter) -> Reference:
     """Several adapters combined as ``plan`` says on an fp32 base, module by module in memory, and the plain base.
 
     Nothing is rounded and no checkpoint name is used, so it shows whether the streamed merge put the sums in the right
     places with the precision they need.
     """
-    reporter.line(f"reading the mixture on {source.name}, {len(source.asked.prompts)} prompts")
+    reporter.line(f"reading the mixture on {source.name}, {source.exam.count}")
     model = load_model(source.folder, dtype=torch.float32)
     _as_seen(model, plan)
     kept = {path: _matrix(model, plan, path).clone() for path in plan.updates}
     _mix_in(model, plan)
-    reading = parity.read(InRunner(Runner(model)), source.asked)
+    answered = sit(source.exam, InRunner(Runner(model)))
     for path, matrix in kept.items():
         _matrix(model, plan, path).copy_(matrix)
-    return reading, parity.read(InRunner(Runner(model)), source.asked, reading.rows)
+    return Reference(answered, parity.read(InRunner(Runner(model)), source.exam.golden, answered.golden.rows))
 
 
 @torch.no_grad()
@@ -212,7 +217,7 @@ def _as_seen(model: nn.Module, plan: Plan) -> None:
 def _mix_in(model: nn.Module, plan: Plan) -> None:
     for path, updates in plan.updates.items():
         matrix = _matrix(model, plan, path)
-        for rows, values in merged_rows(matrix, updates, plan.mix, path):
+        for rows, values in merged_rows(Dense(matrix), updates, plan.mix, path):
             matrix[rows] = values
 
 

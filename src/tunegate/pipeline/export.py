@@ -17,11 +17,10 @@ from typing import Any
 
 from tunegate.adapter.files import adapter_hash, checked_state, module_paths
 from tunegate.errors import InputError, Problem, TunegateError, nearest
-from tunegate.export import parity
 from tunegate.export.gguf_file import OUT_TYPES
-from tunegate.export.parity import Parity, Reading
 from tunegate.files import explain_os_error, flush_folder, growing, hash_file, partial_of, write_json
 from tunegate.model.loading import empty_model
+from tunegate.pipeline import proof
 from tunegate.pipeline.adapted import Source, check_folders, find_source, read_adapter
 from tunegate.pipeline.card import CARD
 from tunegate.pipeline.formats import (
@@ -34,6 +33,7 @@ from tunegate.pipeline.formats import (
     Reader,
     vllm_findings,
 )
+from tunegate.pipeline.proof import Answered, Proof
 from tunegate.pipeline.reporter import Reporter
 
 REPORT = "export.json"
@@ -42,7 +42,7 @@ REPORT = "export.json"
 def export(request: ExportRequest, reporter: Reporter) -> dict[str, Any]:
     """Export and publish; returns the report that lies in the folder as ``export.json``."""
     _check(request)
-    source = find_source((request.adapter,), request.base, request.allow_base_mismatch, reporter)
+    source = find_source((request.adapter,), request.base, request.allow_base_mismatch, reporter, request.items)
     plain = empty_model(source.folder)
     _, state = checked_state(plain, request.adapter)  # everything wrong with it, before a weight is read
     folder, form = partial_of(request.out), FORMATS[request.to]
@@ -56,18 +56,16 @@ def export(request: ExportRequest, reporter: Reporter) -> dict[str, Any]:
 
 def _export(job: Job, form: Format, reader: Reader) -> dict[str, Any]:
     request, folder = job.request, job.folder
-    reference = read_adapter(job.source, request.adapter, job.reporter)
-    job.model = reference.model
-    reading, base = reference.reading, reference.plain
-    del reference
+    reference, job.model = read_adapter(job.source, request.adapter, job.reporter)
     try:
         with explain_os_error(request.out):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             form.write(job)
         job.reporter.line(f"reading the export with {reader.name} on the same prompts")
-        found = parity.compare(reading, _read_back(reader, job, reading), base)
-        parity.require(found, request.limits, f"what {reader.name} reads", str(request.out))
+        answered = _read_back(reader, job, reference.answered)
+        found = proof.compare(job.source.exam, reference.answered, answered, reference.plain)
+        proof.require(found, request.limits, f"what {reader.name} reads", str(request.out))
         report = _report(job, reader.name, found)
         _publish(job, report)
     except BaseException:
@@ -124,10 +122,10 @@ def _reader_of(form: Format, job: Job) -> Reader:
     return chosen
 
 
-def _read_back(reader: Reader, job: Job, reading: Reading) -> Reading:
+def _read_back(reader: Reader, job: Job, first: Answered) -> Answered:
     """What ``reader`` makes of the export; :class:`TunegateError` with its own words where it fails."""
     try:
-        return parity.read(reader.read(job), job.source.asked, reading.rows)
+        return proof.sit(job.source.exam, reader.read(job), first)
     except (TunegateError, OSError, MemoryError):
         raise
     except Exception as error:  # another library's reading of the base or the export can fail in any way
@@ -139,7 +137,7 @@ def _read_back(reader: Reader, job: Job, reading: Reading) -> Reading:
         ) from error
 
 
-def _report(job: Job, reader: str, found: Parity) -> dict[str, Any]:
+def _report(job: Job, reader: str, found: Proof) -> dict[str, Any]:
     request, source = job.request, job.source
     return {
         "format": request.to,
@@ -152,7 +150,7 @@ def _report(job: Job, reader: str, found: Parity) -> dict[str, Any]:
         "modules": len(job.modules),
         "changed": job.changed,
         "reader": reader,
-        "parity": found.to_json(),
+        **found.to_json(),
         "limits": asdict(request.limits),
         "notes": job.notes,
     }

@@ -126,6 +126,14 @@ class Ledger:
         return [e for e in self.entries() if e["test"] == test_hash]
 
 
+def task_folder(run: Path, noted: str | None, output: str | None) -> Path | None:
+    """Where the relative paths of ``run``'s task start: the usual place of runs tells, also after a move, else what the
+    run ``noted``. ``output`` is the task's setting. None if neither is there."""
+    if run.resolve().parent.parent.name == "runs" and not output:
+        return run.resolve().parents[2]
+    return Path(noted) if noted and Path(noted).is_dir() else None
+
+
 def git_state(folder: Path) -> str | None:
     """The commit of the repository ``folder`` lies in, ``-dirty`` with uncommitted changes; None outside git."""
     import subprocess

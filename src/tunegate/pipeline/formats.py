@@ -36,6 +36,7 @@ from tunegate.model.loading import empty_model, load_model
 from tunegate.model.origin import MERGE
 from tunegate.model.weights import read_header
 from tunegate.pipeline.adapted import Source, compute_dtype, made_from
+from tunegate.pipeline.proof import Wanted
 from tunegate.pipeline.reporter import Reporter
 
 MODEL, ADAPTER, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
@@ -56,6 +57,7 @@ class ExportRequest:
     reader: str | None = None
     limits: Limits = field(default_factory=Limits)
     allow_base_mismatch: bool = False
+    items: Wanted = field(default_factory=Wanted)
 
 
 @dataclass
@@ -262,7 +264,7 @@ def _write_ollama(job: Job) -> None:
     text = go_template.modelfile(
         turns,
         gguf=MODEL,
-        stops=[tokenizer.decode([i]) for i in job.source.asked.stop_ids],
+        stops=[tokenizer.decode([i]) for i in job.source.exam.golden.stop_ids],
         bos=tokenizer.bos_token if words.add_bos and tokenizer.bos_token else "",
         about=[f"{key}: {value}" for key, value in job.about.items()],
     )
@@ -276,11 +278,10 @@ def _golden_chats(job: Job) -> list[Any]:
 
 
 def _on_llama_cpp(job: Job) -> Subject:
-    """The file in llama.cpp, whose vocabulary must split every prompt as training did."""
-    asked, decode = job.source.asked, job.source.renderer.tokenizer.decode
-    longest = max(map(len, asked.prompts)) + asked.new_tokens
-    subject = llama.LlamaCpp(job.folder / MODEL, longest)
-    for prompt in asked.prompts:
+    """The file in llama.cpp, whose vocabulary must split every golden prompt as training did."""
+    exam, decode = job.source.exam, job.source.renderer.tokenizer.decode
+    subject = llama.LlamaCpp(job.folder / MODEL, exam.longest)
+    for prompt in exam.golden.prompts:
         text = decode(prompt, clean_up_tokenization_spaces=False)
         if (got := subject.tokens(text)) != list(prompt):
             n = next(

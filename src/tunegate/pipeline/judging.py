@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunegate import records
-from tunegate.data.split import position
+from tunegate.data.split import in_order
 from tunegate.data.types import Example
 from tunegate.errors import InputError
 from tunegate.evaluation.judge.ask import Asker
@@ -147,7 +147,7 @@ def _subjects(asked: Judge) -> list[str]:
 
 def chosen(examples: Sequence[Example], items: int | None) -> list[Example]:
     """The first ``items`` in an order of content hashes."""
-    return sorted(examples, key=lambda e: (position(e, "order"), e.content_hash))[:items]
+    return in_order(examples)[:items]
 
 
 def judge(prepared: Prepared, asked: Judge, answers: Answers, folder: Path, reporter: Reporter) -> JudgeRecord:

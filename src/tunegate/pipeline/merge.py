@@ -13,13 +13,14 @@ from typing import Any
 
 from tunegate.engine.runner import Runner
 from tunegate.export import merge as streaming
-from tunegate.export import parity
 from tunegate.export.deltas import Mix
-from tunegate.export.parity import InRunner, Limits, Parity, Reading
+from tunegate.export.parity import InRunner, Limits
 from tunegate.export.plan import Plan, plan_merge
 from tunegate.files import growing
 from tunegate.model.loading import load_model
+from tunegate.pipeline import proof
 from tunegate.pipeline.adapted import (
+    Reference,
     Source,
     check_folders,
     compute_dtype,
@@ -28,6 +29,7 @@ from tunegate.pipeline.adapted import (
     read_adapter,
     read_mixture,
 )
+from tunegate.pipeline.proof import Proof, Wanted
 from tunegate.pipeline.reporter import Reporter
 
 
@@ -46,11 +48,12 @@ class MergeRequest:
     onto: str = "trained"
     limits: Limits = field(default_factory=Limits)
     allow_base_mismatch: bool = False
+    items: Wanted = field(default_factory=Wanted)
 
 
 def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
     """Merge and publish; returns the report that lies in the folder as ``merge.json``."""
-    source = find_source(request.adapters, request.base, request.allow_base_mismatch, reporter)
+    source = find_source(request.adapters, request.base, request.allow_base_mismatch, reporter, request.items)
     recipe = source.recipe if request.onto == "trained" else None
     mix = Mix(request.method, request.weights, request.density, request.seed)
     plan = plan_merge(source.folder, request.adapters, request.out, mix, recipe=recipe)
@@ -59,14 +62,15 @@ def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
 
 
 def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> dict[str, Any]:
-    reading, plain = _before(request, source, plan, reporter)
+    reference = _before(request, source, plan, reporter)
     with reporter.progress("merging", sum(p.stat().st_size for p in plan.files)) as advance:
         done = streaming.write_merged(plan, advance, source.template)
     reporter.line("reading the merged model on the same prompts")
     merged = InRunner(Runner(load_model(plan.partial, dtype=compute_dtype())))
-    found = parity.compare(reading, parity.read(merged, source.asked, reading.rows), plain)
+    answered = proof.sit(source.exam, merged, reference.answered)
+    found = proof.compare(source.exam, reference.answered, answered, reference.plain)
     try:
-        parity.require(found, request.limits, "the merged model", str(request.out))
+        proof.require(found, request.limits, "the merged model", str(request.out))
     except BaseException:
         streaming.discard(plan)
         raise
@@ -77,16 +81,15 @@ def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter
     return report
 
 
-def _before(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> tuple[Reading, Reading]:
-    """What the merged model has to answer, and what the plain base does."""
+def _before(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> Reference:
+    """What the merged model has to answer."""
     if len(request.adapters) > 1 or request.weights != (1.0,) or request.method != "linear":
         return read_mixture(source, plan, reporter)
-    reference = read_adapter(source, request.adapters[0], reporter)
-    return reference.reading, reference.plain
+    return read_adapter(source, request.adapters[0], reporter)[0]
 
 
 def _report(
-    request: MergeRequest, source: Source, done: streaming.Merged, found: Parity, recipe: Mapping[str, Any] | None
+    request: MergeRequest, source: Source, done: streaming.Merged, found: Proof, recipe: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
         "onto": "original weights" if recipe is None else f"weights as {recipe['format']} gives them back",
@@ -98,7 +101,7 @@ def _report(
         "modules": done.modules,
         "changed": done.changed,
         "bytes": done.bytes,
-        "parity": found.to_json(),
+        **found.to_json(),
         "limits": asdict(request.limits),
     }
 

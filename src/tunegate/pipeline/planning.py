@@ -22,7 +22,7 @@ import torch
 from tunegate.config import Config, TrainSection, parse_size
 from tunegate.data.pack import SHORTEST_PREFIX, Batch, common_prefix, split_batches
 from tunegate.data.render import Renderer
-from tunegate.data.split import position
+from tunegate.data.split import in_order
 from tunegate.data.tokens import render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.schedule import StepPlan
@@ -101,7 +101,7 @@ def plan_task(config: Config, reporter: Reporter) -> TaskPlan:
 
 def _chosen(valid: list[Example], config: Config) -> list[Example]:
     most = max(config.task.train.eval_items, config.task.task.prompt_items)
-    return sorted(valid, key=lambda e: (position(e, "order"), e.content_hash))[:most]
+    return in_order(valid)[:most]
 
 
 def plan_prepared(prepared: Prepared, *, tested: bool = True) -> TaskPlan:

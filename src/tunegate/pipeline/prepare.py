@@ -19,7 +19,7 @@ from tunegate.config import Config, default_lr
 from tunegate.data.check import CheckReport, Finding, check_examples
 from tunegate.data.forms import Loaded, load_examples
 from tunegate.data.rows import parse_json
-from tunegate.data.split import Splits, position, split
+from tunegate.data.split import Splits, in_order, split
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
 from tunegate.engine.backends import check_backend
@@ -227,7 +227,7 @@ def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Ope
     with collecting(problems):
         check_optimizer(config.task.train, device)
     with collecting(problems):
-        labels = _labels(config)
+        labels = labels_of(config)
     with collecting(problems):  # by name, before there are labels or references
         build_scorer(task, labels or ["yes", "no"], config.folder, config.task.gate.confidence, [])
     data = base = None
@@ -301,8 +301,7 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
     def render(examples: list[Example]) -> list[Rendered]:
         return render_all(examples, base.renderer, max_tokens=section.max_tokens, on_long_row=section.on_long_row)
 
-    valid = sorted(splits.valid, key=lambda e: (position(e, "order"), e.content_hash))
-    valid = valid[: max(config.task.train.eval_items, task.prompt_items)]
+    valid = in_order(splits.valid)[: max(config.task.train.eval_items, task.prompt_items)]
     return Prepared(
         config=config,
         data=data,
@@ -403,7 +402,8 @@ def _settle(config: Config, data: Data, base: Base, labels: list[str] | None) ->
     return config, labels
 
 
-def _labels(config: Config) -> list[str] | None:
+def labels_of(config: Config) -> list[str] | None:
+    """The task's own list of labels, read if it is a file; None without one."""
     given = config.task.task.labels
     if given is None:
         return None

@@ -8,8 +8,7 @@ they differ, the largest difference of a value and the versions that changed are
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.run import run
 from tunegate.records import AdapterCard
 from tunegate.registry.entries import read_entity, refuse_flagged, resolve
-from tunegate.registry.intake import EVIDENCE
 from tunegate.registry.opening import Registry
-from tunegate.registry.pulling import materialize, parts_of
+from tunegate.registry.pulling import materialize, parts_of, recorded
 
 Pairs = dict[str, tuple[Any, Any]]
 BEGUN = "reproduce.json"
@@ -63,8 +61,7 @@ def reproduce(
     card = load_card(there)
     if card.run.steps == 0:
         raise InputError("the adapter was imported and evaluated, not trained here", where=version.ref)
-    begun = b"".join(registry.store.get(digest) for digest in parts.get(EVIDENCE + "run.json", []))
-    config = _config(card, folder or _recorded(begun), out)
+    config = _config(card, folder or _recorded(registry, parts), out)
     begun_for = {"adapter": version.adapter}
     _check_free(out, begun_for)
     _check_inputs(card, config, reporter)
@@ -93,14 +90,12 @@ def _check_free(out: Path, begun_for: dict[str, str]) -> None:
         )  # fmt: skip
 
 
-def _recorded(begun: bytes) -> Path:
+def _recorded(registry: Registry, parts: Mapping[str, Sequence[str]]) -> Path:
     """The task's folder, as the run noted it."""
-    try:
-        return Path(json.loads(begun)["folder"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            "the registry does not know where the task's data lies", fix="--folder FOLDER: the task file's folder"
-        ) from None
+    if (found := recorded(registry, parts)) is None:
+        fix = "--folder FOLDER: the task file's folder"
+        raise InputError("the registry does not know where the task's data lies", fix=fix)
+    return Path(found)
 
 
 def _config(card: AdapterCard, folder: Path, out: Path) -> Config:

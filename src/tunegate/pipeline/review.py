@@ -14,7 +14,7 @@ from tunegate.config import Config, Task, freeze, load_config
 from tunegate.data.types import Example
 from tunegate.errors import InputError, Problem
 from tunegate.files import hash_json, read_json, read_jsonl
-from tunegate.pipeline.folders import STEP
+from tunegate.pipeline.folders import STEP, task_folder
 from tunegate.records import EvalRecord
 from tunegate.report.review import FOLDER, ITEMS, LOG, Review, new_review
 from tunegate.report.selection import Item, select
@@ -68,11 +68,8 @@ def _config_of(run: Path, folder: Path | None) -> Config:
     except (OSError, ValueError, KeyError, TypeError) as error:
         got = str(error).splitlines()[0]
         raise InputError("cannot read the settings of the run", where=str(run / "run.json"), got=got) from None
-    noted = Path(str(begun.get("folder") or run / "nowhere"))
-    if folder is None and run.resolve().parent.parent.name == "runs" and not task.output:
-        folder = run.resolve().parents[2]
-    elif folder is None and noted.is_dir():
-        folder = noted
+    if folder is None:
+        folder = task_folder(run, begun.get("folder"), task.output)
     if folder is None:
         raise InputError(
             "the task's data are not to be found from here", where=str(run), expected="a run in FOLDER/runs/NAME",

@@ -18,7 +18,7 @@ from typing import Any
 from tunegate import records
 from tunegate.adapter.files import adapter_hash, save_adapter
 from tunegate.adapter.inject import left_out
-from tunegate.data.split import position
+from tunegate.data.split import in_order
 from tunegate.engine.backends import find_backend
 from tunegate.engine.train import Hooks, TrainResult, mean_loss
 from tunegate.errors import InputError, TunegateError
@@ -301,7 +301,7 @@ def recall(session: Session, run: Path) -> None:
     begin(folder)
     session.use_adapter(run / "adapter", digest)
     heard = {}
-    train = sorted(prepared.data.splits.train, key=lambda e: (position(e, "order"), e.content_hash))
+    train = in_order(prepared.data.splits.train)
     for split, examples in (("train", train), ("valid", prepared.valid)):
         session.evaluate(examples[:RECALL_ROWS], "adapter", split, folder / f"{split}.answers.jsonl")
         rows = read_jsonl(folder / f"{split}.answers.jsonl")

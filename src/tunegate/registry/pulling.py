@@ -1,16 +1,17 @@
 """From the registry to a folder: every part verified, the folder whole or absent.
 
 A flagged adapter is refused. The folder also gets ``registry.json``: which version it is, its state, the gate's verdict
-and an override, as they were when it was pulled.
+and an override, as they were when it was pulled, and where its task lay.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,7 +43,8 @@ def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = Fals
             for path, digests in parts.items():
                 if evidence or not path.startswith(EVIDENCE):
                     _write(registry, partial / path, digests, hashes.get(path))
-            write_json(partial / PROVENANCE, provenance(registry, version))
+            noted = {"task_folder": recorded(registry, parts)}
+            write_json(partial / PROVENANCE, provenance(registry, version) | noted)
             partial.chmod(0o755)
             _publish(partial, out)
             flush_folder(out.parent)
@@ -101,6 +103,15 @@ def provenance(registry: Registry, version: Version) -> dict[str, Any]:
             "verified": bool(card),
         },
     }
+
+
+def recorded(registry: Registry, parts: Mapping[str, Sequence[str]]) -> str | None:
+    """The folder where the relative paths of the adapter's task start, as its run noted it; ``parts`` are its files."""
+    begun = b"".join(registry.store.get(digest) for digest in parts.get(EVIDENCE + "run.json", ()))
+    try:
+        return str(json.loads(begun)["folder"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _plan(registry: Registry, reference: str) -> tuple[Version, dict[str, list[str]], dict[str, str]]:

@@ -26,7 +26,7 @@ from tunegate.engine.prompt_scores import PromptReader
 from tunegate.engine.sampling import Chooser, Picking
 from tunegate.engine.scheduler import Row
 from tunegate.errors import InputError
-from tunegate.export.deltas import Mix, Update, merged_rows
+from tunegate.export.deltas import Dense, Mix, Update, merged_rows
 from tunegate.export.parity import Limits, Reading, compare
 from tunegate.kernels.segments import Factors
 from tunegate.kernels.stored import StoredLinear
@@ -86,7 +86,7 @@ def merged_layer(base: nn.Module, update: Update, path: str) -> tuple[nn.Module,
     matrix, changed = stored.t() if is_conv1d(base) else stored, False
     a, b, magnitude = (None if t is None else t.to(own.device) for t in (update.a, update.b, update.magnitude))
     assert a is not None and b is not None
-    for rows, values in merged_rows(own, [Update(a, b, update.scale, magnitude)], _ALONE, path):
+    for rows, values in merged_rows(Dense(own), [Update(a, b, update.scale, magnitude)], _ALONE, path):
         if not torch.isfinite(values).all():
             raise InputError("a merged weight is not finite", where=path, fix="check the adapter")
         matrix[rows] = values.to(stored.dtype)
