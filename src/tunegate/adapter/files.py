@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -332,15 +331,7 @@ def _opened(folder: Path) -> Iterator[tuple[BinaryIO, Entries]]:
         fix = "it holds a pickle (adapter_model.bin), which is never read: save it again with PEFT" if pickled else ""
         raise InputError("no such file", where=str(path), fix=fix or "give the folder of a complete adapter")
     with path.open("rb") as handle:
-        try:
-            entries = header_of(handle, path)
-        except InputError as error:
-            size, why = os.fstat(handle.fileno()).st_size, error.problems[0].got
-            raise InputError(
-                "not a whole safetensors file", where=str(path), got=f"{size} bytes; {why}",
-                fix="copy or download it again",
-            ) from error  # fmt: skip
-        yield handle, {entry.name: entry for entry in entries}
+        yield handle, {entry.name: entry for entry in header_of(handle, path)}
 
 
 def _shapes(entries: Entries) -> dict[str, tuple[int, ...]]:
