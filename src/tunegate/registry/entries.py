@@ -24,7 +24,6 @@ from tunegate.errors import InputError, nearest
 from tunegate.files import canonical_json
 from tunegate.registry.tables import aliases, base_names, edges, entities, events, superseded, versions
 
-KINDS = ("base", "dataset", "run", "eval", "decision", "adapter")
 UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED = "unverified", "candidate", "approved", "production", "retired"
 STATES = (UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED)
 LATEST = "latest"
