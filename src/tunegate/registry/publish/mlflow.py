@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
 from tunegate.errors import InputError, TunegateError, without_secrets
 from tunegate.registry.publish.published import Published
@@ -28,15 +31,27 @@ def publish(item: Published, target: str) -> dict[str, Any]:
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise InputError("MLflow's client is not installed", fix="pip install 'tunegate[mlflow]'") from error
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        return _publish(client, item, uri)
-    except MlflowException as error:
+        _knock(uri)
+        return _publish(MlflowClient(tracking_uri=uri, registry_uri=uri), item, uri)
+    except (MlflowException, OSError) as error:
         raise TunegateError(
             "MLflow refuses or cannot be reached", where=without_secrets(uri),
             got=without_secrets(next(iter(str(error).splitlines()), "")),
             fix="the same command goes on from there",
         ) from error  # fmt: skip
+
+
+def _knock(uri: str) -> None:
+    """:class:`OSError` where nobody listens. MLflow's client would try for minutes before it says so."""
+    try:
+        place = urlsplit(uri)
+        host, port = place.hostname, place.port or {"http": 80, "https": 443}.get(place.scheme)
+    except ValueError as error:
+        raise InputError("not an address", where=without_secrets(uri), got=str(error)) from None
+    behind_proxy = urllib.request.getproxies() and not urllib.request.proxy_bypass(host or "")
+    if host and port and not behind_proxy:
+        socket.create_connection((host, port), timeout=10).close()
 
 
 def _publish(client: Any, item: Published, uri: str) -> dict[str, Any]:
