@@ -86,7 +86,7 @@ def zero(found: dict[str, Any]) -> None:
         (rename(f"{PREFIX}..up_proj.lora_A.weight"), "not a tensor of an adapter"),
         (rename(f"{PREFIX}.up_proj.lora_A.weight\n"), "not a tensor of an adapter"),
         (rename("model.embed_tokens.weight"), "not a tensor of an adapter"),
-        (lambda found: found.pop(sorted(found)[0]), "do not fit together"),
+        (lambda found: found.pop(sorted(found)[0]), r"got: A missing, B \(8, 2\)"),
         (put(f"{PREFIX}.up_proj.lora_magnitude_vector", np.ones(8, np.float32)), "do not fit together"),
         (put(f"{PREFIX}.up_proj.lora_A.weight", np.ones((3, 8), np.float32)), "do not fit together"),
         (put(f"{PREFIX}.up_proj.lora_A.weight", np.ones((2, 8), np.int32)), "wrong type"),

@@ -275,9 +275,9 @@ def _unpaired(shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec, where: s
         fits = a is not None and b is not None and len(a) == len(b) == 2 and a[0] == b[1] == rank
         if not fits or (magnitude is not None) != spec.use_dora or (magnitude and b and magnitude != b[:1]):
             expected = f"A ({rank}, in), B (out, {rank})" + (", magnitude (out,)" if spec.use_dora else "")
-            problems.append(
-                Problem("the factors do not fit together", f"{where}: {path}", expected, f"{a}, {b}, {magnitude}")
-            )
+            parts = {"A": a, "B": b, **({"magnitude": magnitude} if spec.use_dora or magnitude else {})}
+            got = ", ".join(f"{name} {shape or 'missing'}" for name, shape in parts.items())
+            problems.append(Problem("the factors do not fit together", f"{where}: {path}", expected, got))
     return problems
 
 
