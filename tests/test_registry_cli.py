@@ -82,10 +82,11 @@ def test_bases(tmp_path: Path, tiny_llama: Path) -> None:
     assert new["new"] and not told(tmp_path, "base", "add", tiny_llama, "--name", "llama")["new"]
     other = tiny_base(tmp_path / "other", "llama", seed=1)
     said = typed(tmp_path, "base", "add", other, "--name", "llama")
-    assert said.code == 2 and "another base has this name" in said.err
+    assert said.code == 2 and "another base has this name" in said.err and ": --name NAME" in said.err
     flagged = told(tmp_path, "base", "supersede", "tiny", "llama", "--why", "a better one")["flagged"]
     assert [v["ref"] for v in flagged] == ["support:1"]
-    assert told(tmp_path, "base", "supersede", "llama", other, "--name", "llama-2", "--why", "again")["flagged"] == []
+    again = ("--name", "llama-2", "--why", "again")
+    assert told(tmp_path, "base", "supersede", tiny_llama, other, *again)["flagged"] == []
     listed = typed(tmp_path, "base", "list")
     assert "superseded by" in listed.out
     by = {b["base"]["name"]: b for b in told(tmp_path, "base", "list")["bases"]}

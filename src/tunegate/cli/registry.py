@@ -353,7 +353,10 @@ def _base_supersede(arguments: argparse.Namespace, console: Console) -> int:
 
     opened = _open(arguments)
     new = _known_base(opened, arguments.new) or _base_of(arguments.new, arguments.name, arguments.revision, console)
-    flagged = supersede(opened, arguments.old, new, why=arguments.why)
+    old = arguments.old
+    if Path(old).is_dir() and _known_base(opened, old) is None:
+        old = _base_of(old, None, None, console).id
+    flagged = supersede(opened, old, new, why=arguments.why)
     console.text(f"{len(flagged)} versions in use are incompatible now")
     for version in flagged:
         console.text(f"  [red]{escape(version.ref)}[/]  {escape(version.state)}")
@@ -478,7 +481,7 @@ def _add_base(actions: Any, shared: argparse.ArgumentParser) -> None:
     add = acts.add_parser("add", parents=[shared], help="enter a base, or another name for one")
     add.add_argument("base", metavar="BASE", help="packaged name, local folder or hub id")
     supersede = acts.add_parser("supersede", parents=[shared], help="a new base takes the place of an old one")
-    supersede.add_argument("old", metavar="OLD", help="name or fingerprint")
+    supersede.add_argument("old", metavar="OLD", help="name, fingerprint or folder")
     supersede.add_argument("new", metavar="NEW", help="name or fingerprint, or a base on this machine")
     supersede.add_argument("--why", required=True, metavar="WHY")
     for parser in (add, supersede):
