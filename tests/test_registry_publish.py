@@ -266,7 +266,6 @@ def test_mlflow(registry: Registry, tmp_path: Path) -> None:
         assert len(client.search_model_versions("name = 'support'")) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
 def test_an_mlflow_that_does_not_answer(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TunegateError, match="cannot be reached"):  # at once: MLflow's own client tries for minutes
         push(registry, "support:1", f"mlflow:http://127.0.0.1:{free_port()}", quiet)

@@ -26,24 +26,28 @@ def publish(item: Published, target: str) -> dict[str, Any]:
     uri = target.removeprefix("mlflow:") or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise InputError("which MLflow?", where=target, expected="mlflow:http://HOST:PORT, or MLFLOW_TRACKING_URI set")
+    _knock(uri)
     try:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise InputError("MLflow's client is not installed", fix="pip install 'tunegate[mlflow]'") from error
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
-        _knock(uri)
-        return _publish(MlflowClient(tracking_uri=uri, registry_uri=uri), item, uri)
-    except (MlflowException, OSError) as error:
-        raise TunegateError(
-            "MLflow refuses or cannot be reached", where=without_secrets(uri),
-            got=without_secrets(next(iter(str(error).splitlines()), "")),
-            fix="the same command goes on from there",
-        ) from error  # fmt: skip
+        return _publish(client, item, uri)
+    except MlflowException as error:
+        raise _failed(uri, error) from error
+
+
+def _failed(uri: str, error: Exception) -> TunegateError:
+    return TunegateError(
+        "MLflow refuses or cannot be reached", where=without_secrets(uri),
+        got=without_secrets(next(iter(str(error).splitlines()), "")), fix="the same command goes on from there",
+    )  # fmt: skip
 
 
 def _knock(uri: str) -> None:
-    """:class:`OSError` where nobody listens. MLflow's client would try for minutes before it says so."""
+    """:class:`TunegateError` where nobody listens. MLflow's client would try for minutes before it says so."""
     try:
         place = urlsplit(uri)
         host, port = place.hostname, place.port or {"http": 80, "https": 443}.get(place.scheme)
@@ -51,7 +55,10 @@ def _knock(uri: str) -> None:
         raise InputError("not an address", where=without_secrets(uri), got=str(error)) from None
     behind_proxy = urllib.request.getproxies() and not urllib.request.proxy_bypass(host or "")
     if host and port and not behind_proxy:
-        socket.create_connection((host, port), timeout=10).close()
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+        except OSError as error:
+            raise _failed(uri, error) from error
 
 
 def _publish(client: Any, item: Published, uri: str) -> dict[str, Any]:
