@@ -59,9 +59,9 @@ def diff(registry: Registry, one: str, two: str) -> Difference:
     elif data[0].get("test") != data[1].get("test"):
         why_not = "the two were tested on different items"
     else:
-        answers = [_items(_file(registry, p[ITEMS])) for p in parts]
-        compared = len(answers[0].keys() & answers[1].keys())
-        items = _different(*answers, str(metric))
+        first, second = (_items(_file(registry, p[ITEMS])) for p in parts)
+        compared = len(first.keys() & second.keys())
+        items = _different(first, second, str(metric))
     return Difference(
         versions[0], versions[1], _unequal(*map(_flat, settings)), _unequal(*map(_flat, data)),
         _unequal(*map(_scores, cards)), metric, items, compared, why_not, cardless,
