@@ -334,7 +334,8 @@ def test_the_packaged_base(to: str, reader: str, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     report = read_json(tmp_path / "out" / "export.json")
     assert report["changed"] == report["modules"] == 210 and report["parity"]["moved"] > 0.02
-    assert report["parity"]["same_answers"] == 1.0 or numbers  # 8 bits may answer otherwise
+    rounded = to in ("gguf", "ollama")  # and random factors leave near ties; the limits above hold for them
+    assert report["parity"]["same_answers"] == 1.0 or rounded
     if to == "ollama":
         text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
         assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text and "{{ .Prompt }}" not in text
