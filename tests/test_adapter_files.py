@@ -203,9 +203,9 @@ def pickle_only(folder: Path) -> None:
 
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 BAD_FILES = {
-    "cut in the data": (cut(0.6), ["adapter_model.safetensors", "not a whole safetensors file"]),
-    "cut in the header": (cut(0.01), ["not a whole safetensors file"]),
-    "empty": (cut(0), ["not a whole safetensors file", "0 bytes"]),
+    "cut in the data": (cut(0.6), ["adapter_model.safetensors", "not a sound safetensors file"]),
+    "cut in the header": (cut(0.01), ["not a sound safetensors file"]),
+    "empty": (cut(0), ["not a sound safetensors file", "0 bytes"]),
     "pickle": (pickle_only, ["adapter_model.bin", "never read"]),
     "missing tensor": (edit_tensors(lambda t: t.pop(A)), [A, "missing", "[4, 32]"]),
     "renamed tensor": (edit_tensors(lambda t: t.update({A.replace("q_proj", "q_prj"): t.pop(A)})), ["did you mean", A]),

@@ -86,7 +86,7 @@ def zero(found: dict[str, Any]) -> None:
         (rename(f"{PREFIX}..up_proj.lora_A.weight"), "not a tensor of an adapter"),
         (rename(f"{PREFIX}.up_proj.lora_A.weight\n"), "not a tensor of an adapter"),
         (rename("model.embed_tokens.weight"), "not a tensor of an adapter"),
-        (lambda found: found.pop(sorted(found)[0]), "do not fit together"),
+        (lambda found: found.pop(sorted(found)[0]), r"got: A missing, B \(8, 2\)"),
         (put(f"{PREFIX}.up_proj.lora_magnitude_vector", np.ones(8, np.float32)), "do not fit together"),
         (put(f"{PREFIX}.up_proj.lora_A.weight", np.ones((3, 8), np.float32)), "do not fit together"),
         (put(f"{PREFIX}.up_proj.lora_A.weight", np.ones((2, 8), np.int32)), "wrong type"),
@@ -98,9 +98,10 @@ def zero(found: dict[str, Any]) -> None:
 def test_tensors(registry: Registry, tmp_path: Path, change: Any, says: str, carded: bool) -> None:
     folder = adapter_folder(tmp_path / "a", 1) if carded else peft_folder(tmp_path / "a", 1)
     with_tensors(folder, change)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as error:
         add(registry, read_folder(folder, name="x"))
     assert objects(registry) == 0
+    assert "fetch it again" not in str(error.value)  # the file is whole; what is in it is wrong
 
 
 def test_a_link_to_itself(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_folders_that_hold_no_adapter(tmp_path: Path) -> None:
         read_folder(pickled, name="x")
     truncated = peft_folder(tmp_path / "b", 1) / "adapter_model.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-5])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a sound safetensors file"):
         read_folder(truncated.parent, name="x")
 
 

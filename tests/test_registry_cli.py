@@ -14,6 +14,8 @@ from task import Said, call, replace_line, write_task
 from tiny import tiny_base
 from tunegate.adapter.card import check_complete
 from tunegate.files import hash_file, read_json
+from tunegate.registry import tables
+from tunegate.registry.opening import open_registry
 
 
 def typed(folder: Path, *arguments: object) -> Said:
@@ -45,8 +47,12 @@ def test_the_whole_life_of_two_adapters(tmp_path: Path) -> None:
         assert part in shown.out
     found = told(tmp_path, "diff", "support:1", "support:2")
     assert found["compared"] == 2 and len(found["items"]) == 1
-    assert "1 of 2 test items" in typed(tmp_path, "diff", "support:1", "support:2").out
-    assert "trained on" in typed(tmp_path, "lineage", "support:1").out
+    shown = typed(tmp_path, "diff", "support:1", "support:2").out
+    assert "1 of 2 test items answered differently" in shown and "0 and 1" in shown
+    shown = typed(tmp_path, "diff", "support:1", "found:1").out
+    assert "data: not known of found:1" in shown and "items: not compared" in shown
+    shown = typed(tmp_path, "lineage", "support:1").out
+    assert "trained on" in shown and "adapter support:1" in shown
     assert len(told(tmp_path, "lineage", "support:1", "support:2")["way"]) == 2
     assert told(tmp_path, "alias", "support@canary", "support:2")["aliases"] == ["canary"]
     assert told(tmp_path, "verify")["ok"] is True
@@ -76,10 +82,11 @@ def test_bases(tmp_path: Path, tiny_llama: Path) -> None:
     assert new["new"] and not told(tmp_path, "base", "add", tiny_llama, "--name", "llama")["new"]
     other = tiny_base(tmp_path / "other", "llama", seed=1)
     said = typed(tmp_path, "base", "add", other, "--name", "llama")
-    assert said.code == 2 and "another base has this name" in said.err
+    assert said.code == 2 and "another base has this name" in said.err and ": --name NAME" in said.err
     flagged = told(tmp_path, "base", "supersede", "tiny", "llama", "--why", "a better one")["flagged"]
     assert [v["ref"] for v in flagged] == ["support:1"]
-    assert told(tmp_path, "base", "supersede", "llama", other, "--name", "llama-2", "--why", "again")["flagged"] == []
+    again = ("--name", "llama-2", "--why", "again")
+    assert told(tmp_path, "base", "supersede", tiny_llama, other, *again)["flagged"] == []
     listed = typed(tmp_path, "base", "list")
     assert "superseded by" in listed.out
     by = {b["base"]["name"]: b for b in told(tmp_path, "base", "list")["bases"]}
@@ -87,6 +94,47 @@ def test_bases(tmp_path: Path, tiny_llama: Path) -> None:
     said = typed(tmp_path, "pull", "support:1", "-o", tmp_path / "out")
     assert said.code == 2 and "a better one" in said.err and not (tmp_path / "out").exists()
     assert "INCOMPATIBLE" in typed(tmp_path, "list").out
+
+
+def test_names_that_mean_nothing_are_told_with_what_there_is(tmp_path: Path) -> None:
+    assert typed(tmp_path, "init").code == 0
+    assert "no adapter yet" in typed(tmp_path, "list").out
+    told(tmp_path, "add", adapter_folder(tmp_path / "a", 1))
+    for arguments, says in (
+        (("list", "suport"), ("no adapter has this name", "did you mean 'support'?")),
+        (("show", "support"), ("which version of it?", "support:NUMBER", "support:1 (candidate)")),
+        (("show", "tinny"), ("no such base or adapter", "did you mean 'tiny'?")),
+        (("show", "support:2"), ("no such version", "support:1 (candidate)")),
+        (("push", "support:1", "published"), ("not a place to publish to", "./published")),
+    ):
+        said = typed(tmp_path, *arguments)
+        assert said.code == 2 and all(part in said.err for part in says), said.err
+    assert typed(tmp_path, "retire", "support:1", "--why", "old").code == 0
+    assert "--all" in typed(tmp_path, "list", "support").out and "support:1" in typed(tmp_path, "list", "--all").out
+
+
+def test_a_clock_that_was_ahead_is_forgiven_with_a_reason(tmp_path: Path) -> None:
+    told(tmp_path, "add", adapter_folder(tmp_path / "a", 1))
+    said = typed(tmp_path, "clock", "--why", "to be sure")
+    assert said.code == 2 and "nothing to go on from" in said.err
+    late = "2999-01-01T00:00:00.000000+00:00"
+    with open_registry(str(tmp_path / "registry")).database.writing() as connection:
+        connection.execute(tables.events.update().values(at=late))
+    said = typed(tmp_path, "promote", "support:1", "--why", "good")
+    assert said.code == 1 and "the clock is behind" in said.err and "tunegate registry clock --why" in said.err
+    for reason in ((), ("--why",), ("--why", " ")):
+        said = typed(tmp_path, "clock", *reason)
+        assert said.code == 2 and "--why" in said.err
+    assert [e["what"] for e in told(tmp_path, "show", "support:1")["events"]] == ["added as candidate"]
+    assert told(tmp_path, "clock", "--why", "the battery was empty") == {"ahead": late}
+    assert typed(tmp_path, "promote", "support:1", "--why", "good").code == 0
+    events = told(tmp_path, "show", "support:1")["events"]
+    assert [(e["what"], e["why"]) for e in events] == [
+        ("added as candidate", ""),
+        (f"dated {late} by a clock that was ahead", "the battery was empty"),
+        ("approved", "good"),
+    ]
+    assert events[0]["at"] == late > events[2]["at"] >= events[1]["at"]
 
 
 # --- with a run --------------------------------------------------------------------------------------------------

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models import adapt_plain
 from registry_folders import adapter_folder, change_card, fingerprint
 from task import call, write_task
-from test_export_merge import peft_adapter
 from test_registry_cli import told, typed
 from test_registry_versions import added, find, new_base
 from tiny import tiny_base
 from tunegate import records
+from tunegate.adapter.files import save_adapter
 from tunegate.errors import InputError
 from tunegate.files import hash_json, read_json
 from tunegate.model.fingerprint import hash_weights
+from tunegate.model.loading import load_model
 from tunegate.model.origin import DEEPEST, MERGE, MERGED, check_origin, origin_of
 from tunegate.records import AdapterCard
 from tunegate.registry.bases import add_base, list_bases, supersede
@@ -46,19 +49,26 @@ def on_merged(folder: Path, seed: int, base: int, origin: dict[str, Any], **name
     return change_card(made, base={**card.base, "origin": origin})
 
 
+def adapter_on(base: Path, folder: Path, seed: int = 0) -> Path:
+    """Random factors on ``base``, without a card."""
+    model = load_model(base, dtype=torch.float32)
+    save_adapter(folder, adapt_plain(model, seed=seed), base_name=str(base))
+    return folder
+
+
 # --- the file ----------------------------------------------------------------------------------------------------
 
 
 def test_a_merge_says_what_it_was_made_from_and_base_add_takes_it(tmp_path: Path, tiny_llama: Path) -> None:
     """Merged twice, added, and the first base superseded: an adapter on the last one is flagged."""
-    first = peft_adapter(tiny_llama, tmp_path / "first")
+    first = adapter_on(tiny_llama, tmp_path / "first")
     told(tmp_path, "base", "add", tiny_llama, "--name", "one")
     added_first = told(tmp_path, "add", first, "--name", "first", "--base-name", "one")
     assert call("merge", first, "-o", tmp_path / "two", "--base", tiny_llama).code == 0
     said = read_json(tmp_path / "two" / MERGE)
     assert said["weights"] == hash_weights(tmp_path / "two", use_cache=False)
     assert said["adapters"][0]["id"] == added_first["adapter"] and said["method"] == "linear"
-    second = peft_adapter(tmp_path / "two", tmp_path / "second", seed=1)
+    second = adapter_on(tmp_path / "two", tmp_path / "second", seed=1)
     assert call("merge", second, "-o", tmp_path / "three", "--base", tmp_path / "two").code == 0
     assert read_json(tmp_path / "three" / MERGE)["base"]["origin"]["adapters"][0]["id"] == added_first["adapter"]
 
@@ -77,7 +87,7 @@ def test_a_merge_says_what_it_was_made_from_and_base_add_takes_it(tmp_path: Path
 
 
 def test_a_file_for_other_weights_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
-    adapter = peft_adapter(tiny_llama, tmp_path / "adapter")
+    adapter = adapter_on(tiny_llama, tmp_path / "adapter")
     assert call("merge", adapter, "-o", tmp_path / "merged", "--base", tiny_llama).code == 0
     other = tiny_base(tmp_path / "other", "llama", seed=3)
     shutil.copyfile(tmp_path / "merged" / MERGE, other / MERGE)

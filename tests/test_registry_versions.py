@@ -403,16 +403,16 @@ def test_lineage_stops_where_nothing_connects(registry: Registry) -> None:
 
 
 def test_differences_down_to_the_item(registry: Registry, tmp_path: Path) -> None:
-    added(registry, run_folder(tmp_path, 1, ("red", "blue", "red"), score=0.6))
-    two = run_folder(tmp_path, 2, ("red", "red", "green"), score=0.7)
+    added(registry, run_folder(tmp_path, 1, ("pink", "blue", "red"), score=0.6))
+    two = run_folder(tmp_path, 2, ("grey", "red", "green"), score=0.7)
     change_card(two, config={"train": {"rank": 4, "lr": 0.01, "seed": 0}, "base": {"name": "tiny"}})
     added(registry, two)
     found = diff(registry, "support:1", "support:2")
     assert found.settings == {"train.rank": (2, 4)} and found.data == {}
     assert found.scores == {"adapter accuracy": (0.6, 0.7), "base accuracy": (0.6, 0.7)}
-    assert found.items is not None and found.compared == 3
-    assert [(i["row_id"], i["predictions"]) for i in found.items] == [
-        ("rows.jsonl:1", ["blue", "red"]), ("rows.jsonl:2", ["red", "green"]),
+    assert found.items is not None and (found.compared, found.metric) == (3, "accuracy")
+    assert [(i["row_id"], i["predictions"]) for i in found.items] == [  # what the metric tells apart comes first
+        ("rows.jsonl:1", ["blue", "red"]), ("rows.jsonl:2", ["red", "green"]), ("rows.jsonl:0", ["pink", "grey"]),
     ]  # fmt: skip
     assert diff(registry, "support:1", "support:1").items == []
     added(registry, run_folder(tmp_path / "other", 3, data="others"))
@@ -424,6 +424,17 @@ def test_differences_down_to_the_item(registry: Registry, tmp_path: Path) -> Non
     assert (found := diff(registry, "support:1", odd)).items is not None and found.items[0]["predictions"][1] == line
     added(registry, adapter_folder(tmp_path / "bare", 4))
     assert "support:5" in diff(registry, "support:1", "support:5").why_not
+
+
+def test_of_an_adapter_without_a_card_its_own_config_is_compared(registry: Registry, tmp_path: Path) -> None:
+    added(registry, run_folder(tmp_path, 1))
+    added(registry, peft_folder(tmp_path / "peft", 3, base="else", rank=4), name="bare")
+    for one, two in (("support:1", "bare:1"), ("bare:1", "support:1")):
+        found = diff(registry, one, two)
+        swap = slice(None, None, 1 if one == "support:1" else -1)
+        assert found.settings == {"base_model_name_or_path": ("tiny", "else")[swap], "r": (2, 4)[swap]}
+        assert (found.data, found.scores, found.metric, found.cardless) == ({}, {}, None, ("bare:1",))
+        assert found.items is None and "bare:1" in found.why_not
 
 
 # --- upkeep ------------------------------------------------------------------------------------------------------
@@ -566,7 +577,7 @@ def test_a_clock_that_was_a_year_ahead(registry: Registry, tmp_path: Path) -> No
     """Everything is refused until somebody says that the clock is right; then all goes on, and nothing is rewritten."""
     folder = adapter_folder(tmp_path / "one", 1)
     added(registry, folder)
-    with pytest.raises(InputError, match="not dated after"):
+    with pytest.raises(InputError, match="no entry is dated after"):
         trust_clock(registry, why="x")
     late = (datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=365)).isoformat(
         timespec="microseconds"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -276,9 +275,9 @@ def _unpaired(shapes: Mapping[str, tuple[int, ...]], spec: AdapterSpec, where: s
         fits = a is not None and b is not None and len(a) == len(b) == 2 and a[0] == b[1] == rank
         if not fits or (magnitude is not None) != spec.use_dora or (magnitude and b and magnitude != b[:1]):
             expected = f"A ({rank}, in), B (out, {rank})" + (", magnitude (out,)" if spec.use_dora else "")
-            problems.append(
-                Problem("the factors do not fit together", f"{where}: {path}", expected, f"{a}, {b}, {magnitude}")
-            )
+            parts = {"A": a, "B": b, **({"magnitude": magnitude} if spec.use_dora or magnitude else {})}
+            got = ", ".join(f"{name} {shape or 'missing'}" for name, shape in parts.items())
+            problems.append(Problem("the factors do not fit together", f"{where}: {path}", expected, got))
     return problems
 
 
@@ -332,15 +331,7 @@ def _opened(folder: Path) -> Iterator[tuple[BinaryIO, Entries]]:
         fix = "it holds a pickle (adapter_model.bin), which is never read: save it again with PEFT" if pickled else ""
         raise InputError("no such file", where=str(path), fix=fix or "give the folder of a complete adapter")
     with path.open("rb") as handle:
-        try:
-            entries = header_of(handle, path)
-        except InputError as error:
-            size, why = os.fstat(handle.fileno()).st_size, error.problems[0].got
-            raise InputError(
-                "not a whole safetensors file", where=str(path), got=f"{size} bytes; {why}",
-                fix="copy or download it again",
-            ) from error  # fmt: skip
-        yield handle, {entry.name: entry for entry in entries}
+        yield handle, {entry.name: entry for entry in header_of(handle, path)}
 
 
 def _shapes(entries: Entries) -> dict[str, tuple[int, ...]]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from tunegate.cli.console import Console
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, TunegateError, nearest
 
 if TYPE_CHECKING:
     from tunegate.registry.differing import Difference
     from tunegate.registry.entries import Entity, Version
     from tunegate.registry.opening import Registry
 
-COLOURS = {"approved": "cyan", "production": "green", "retired": "dim", "unverified": "yellow"}
 SHOWN_ITEMS = 10
+COLOURS = {"approved": "cyan", "production": "green", "retired": "dim", "unverified": "yellow"}
 
 
 def registry(arguments: argparse.Namespace, console: Console) -> int:
@@ -45,16 +45,21 @@ def _init(arguments: argparse.Namespace, console: Console) -> int:
 
 def _list(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.registry.entries import RETIRED, list_versions
-    from tunegate.registry.tables import versions
 
-    conditions = [] if arguments.all else [versions.c.state != RETIRED]
-    conditions += [versions.c.name == arguments.name] if arguments.name else []
     with _open(arguments).database.reading() as connection:
-        found = list_versions(connection, *conditions)
+        everything = list_versions(connection)
+    named = [v for v in everything if arguments.name in (None, v.name)]
+    if not named and arguments.name is not None:
+        fix = nearest(arguments.name, sorted({v.name for v in everything}))
+        raise InputError("no adapter has this name", where=arguments.name, fix=fix)
+    found = [v for v in named if arguments.all or v.state != RETIRED]
     rows = [
         [escape(v.ref), " ".join(f"@{a}" for a in v.aliases), _standing(v), v.adapter[:15], v.added[:10]] for v in found
     ]
-    console.table(["adapter", "alias", "state", "content", "added"], rows)
+    if rows:
+        console.table(["adapter", "alias", "state", "content", "added"], rows)
+    else:
+        console.text("every version is retired: --all" if named else "no adapter yet: tunegate registry add FOLDER")
     console.result({"versions": [_version(v) for v in found]})
     return 0
 
@@ -114,7 +119,7 @@ def _show_version(version: Version, entity: Entity, console: Console) -> None:
 
 
 def _lineage(arguments: argparse.Namespace, console: Console) -> int:
-    from tunegate.registry.entries import find_entity, read_entity
+    from tunegate.registry.entries import find_entity, list_versions, read_entity
     from tunegate.registry.lineage import lineage, way
 
     with _open(arguments).database.reading() as connection:
@@ -129,37 +134,40 @@ def _lineage(arguments: argparse.Namespace, console: Console) -> int:
         else:
             found = lineage(connection, start.id)
             groups, entities = [("made from", found.above), ("gone into", found.below)], found.entities
+        refs = {v.adapter: v.ref for v in list_versions(connection)}
+    names = {id: refs.get(id, entity.name) for id, entity in entities.items()}
+
+    def thing(id: str) -> str:
+        return f"{entities[id].kind} {escape(names[id])} [dim]{id[:15]}[/]"
+
     for title, edges in groups:
-        rows = [[_thing(entities[e.child]), escape(e.role), _thing(entities[e.parent])] for e in edges]
+        rows = [[thing(e.child), escape(e.role), thing(e.parent)] for e in edges]
         console.table([title, "", ""], rows)
-    told = {i: {"kind": e.kind, "name": e.name} for i, e in entities.items()}
+    told = {id: {"kind": entity.kind, "name": names[id]} for id, entity in entities.items()}
     console.result(
         {"of": start.id, "entities": told, **{t.replace(" ", "_"): [asdict(e) for e in g] for t, g in groups}}
     )
     return 0
 
 
-def _thing(entity: Entity) -> str:
-    return f"{entity.kind} {escape(entity.name)} [dim]{entity.id[:15]}[/]"
-
-
 def _diff(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.registry.differing import diff
 
     found = diff(_open(arguments), arguments.one, arguments.two)
+    unknown = f"not known of {' and '.join(map(escape, found.cardless))}, which came without a card"
     for title, pairs in (("settings", found.settings), ("data", found.data), ("scores on test", found.scores)):
         rows = [[escape(key), *(escape(_value(v)) for v in pair)] for key, pair in pairs.items()]
         if rows:
             console.table([title, escape(found.one.ref), escape(found.two.ref)], rows)
         else:
-            console.text(f"{title}: the same")
+            console.text(f"{title}: {unknown if found.cardless and title != 'settings' else 'the same'}")
     _print_items(found, console)
     console.result({**asdict(found), "one": _version(found.one), "two": _version(found.two)})
     return 0
 
 
 def _value(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    text = f"{value:.5g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -167,13 +175,23 @@ def _print_items(found: Difference, console: Console) -> None:
     if found.items is None:
         console.text(f"items: not compared, {escape(found.why_not)}")
         return
-    console.text(f"items: {len(found.items)} of {found.compared} test items answered or scored differently")
+    answered = [item for item in found.items if item["predictions"][0] != item["predictions"][1]]
+    told = f"items: {len(answered)} of {found.compared} test items answered differently"
+    if alike := len(found.items) - len(answered):
+        told += f", {alike} alike but scored differently"
+    console.text(told)
     rows = [
-        [escape(item["row_id"]), *(escape(_value(p)) for p in item["predictions"]), escape(_value(item["reference"]))]
+        [
+            *(escape(_value(said)) for said in (item["row_id"], *item["predictions"], item["reference"])),
+            " and ".join(_value(scores.get(found.metric)) for scores in item["scores"]),
+        ]
         for item in found.items[:SHOWN_ITEMS]
-    ]
+    ]  # fmt: skip
     if rows:
-        console.table(["item", escape(found.one.ref), escape(found.two.ref), "right"], rows)
+        head = ["item", escape(found.one.ref), escape(found.two.ref), "right", escape(str(found.metric))]
+        console.table(head, rows)
+    if (more := len(found.items) - SHOWN_ITEMS) > 0:
+        console.text(f"and {more} more, which --json lists")
 
 
 # --- what changes ------------------------------------------------------------------------------------------------
@@ -198,7 +216,7 @@ def _add(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _changed(version: Version, console: Console) -> int:
-    console.text(f"{escape(version.ref)}  {_standing(version)}")
+    console.text("  ".join([escape(version.ref), *(f"@{a}" for a in version.aliases), _standing(version)]))
     console.result(_version(version))
     return 0
 
@@ -335,7 +353,10 @@ def _base_supersede(arguments: argparse.Namespace, console: Console) -> int:
 
     opened = _open(arguments)
     new = _known_base(opened, arguments.new) or _base_of(arguments.new, arguments.name, arguments.revision, console)
-    flagged = supersede(opened, arguments.old, new, why=arguments.why)
+    old = arguments.old
+    if Path(old).is_dir() and _known_base(opened, old) is None:
+        old = _base_of(old, None, None, console).id
+    flagged = supersede(opened, old, new, why=arguments.why)
     console.text(f"{len(flagged)} versions in use are incompatible now")
     for version in flagged:
         console.text(f"  [red]{escape(version.ref)}[/]  {escape(version.state)}")
@@ -460,7 +481,7 @@ def _add_base(actions: Any, shared: argparse.ArgumentParser) -> None:
     add = acts.add_parser("add", parents=[shared], help="enter a base, or another name for one")
     add.add_argument("base", metavar="BASE", help="packaged name, local folder or hub id")
     supersede = acts.add_parser("supersede", parents=[shared], help="a new base takes the place of an old one")
-    supersede.add_argument("old", metavar="OLD", help="name or fingerprint")
+    supersede.add_argument("old", metavar="OLD", help="name, fingerprint or folder")
     supersede.add_argument("new", metavar="NEW", help="name or fingerprint, or a base on this machine")
     supersede.add_argument("--why", required=True, metavar="WHY")
     for parser in (add, supersede):

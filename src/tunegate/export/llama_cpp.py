@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tunegate.errors import TunegateError
 from tunegate.export.parity import POSITIONS
+from tunegate.export.readers import Feed, greedy
 
 
 @cache
@@ -90,17 +91,18 @@ class LlamaCpp:
         return [int(ids[i]) for i in range(count)]
 
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
-        return [self._answer(list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
+        return [greedy(self._feed(), prompt, stop_ids, new_tokens) for prompt in prompts]
 
-    def _answer(self, prompt: list[int], stop_ids: set[int], new_tokens: int) -> list[int]:
-        found: list[int] = []
-        logits = self._run(prompt, 0, 1)
-        while (token := int(logits[-1].argmax())) not in stop_ids:
-            found.append(token)
-            if len(found) == new_tokens:
-                break
-            logits = self._run([token], len(prompt) + len(found) - 1, 1)
-        return found
+    def _feed(self) -> Feed:
+        past = 0
+
+        def feed(ids: Sequence[int]) -> Tensor:
+            nonlocal past
+            found = self._run(list(ids), past, 1)
+            past += len(ids)
+            return found
+
+        return feed
 
     def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
         return torch.log_softmax(self._run(list(row), 0, last), -1)

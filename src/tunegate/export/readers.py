@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +28,46 @@ from tunegate.errors import InputError, TunegateError
 from tunegate.export.gguf_families import family_of, from_gguf, gguf_name
 from tunegate.export.parity import POSITIONS, InRunner, Subject
 
+Feed = Callable[[Sequence[int]], Tensor]  # ids behind those that it was fed before -> logits (ids or fewer, vocabulary)
+
 
 def installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 class InTransformers:
-    """A causal model of transformers, or PEFT's wrapper of one, one row at a time."""
+    """A causal model of transformers, or PEFT's wrapper of one."""
 
     def __init__(self, model: Any):
         self._model = model.eval()
 
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
-        return [self._answer(list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
+        return [greedy(self._feed(), prompt, stop_ids, new_tokens) for prompt in prompts]
 
-    @torch.no_grad()
-    def _answer(self, prompt: list[int], stop_ids: set[int], new_tokens: int) -> list[int]:
-        """By the model's own cache of keys and values: ``generate`` would also obey the base's generation config."""
-        found: list[int] = []
-        ids, cache = prompt, None
-        while len(found) < new_tokens:
-            given = self._model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
-            token, cache = int(given.logits[0, -1].argmax()), given.past_key_values
-            if token in stop_ids:
-                break
-            found.append(token)
-            ids = [token]
-        return found
-
-    @torch.no_grad()
     def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
-        return torch.log_softmax(self._model(input_ids=torch.tensor([list(row)])).logits[0, -last:].float(), -1)
+        return torch.log_softmax(self._feed()(row)[-last:].float(), -1)
+
+    def _feed(self) -> Feed:
+        cache: Any = None
+
+        @torch.no_grad()
+        def feed(ids: Sequence[int]) -> Tensor:
+            nonlocal cache
+            found = self._model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            logits: Tensor = found.logits[0]
+            return logits
+
+        return feed
 
 
-def greedy(logits: Any, prompt: list[int], stop_ids: set[int], new_tokens: int) -> list[int]:
-    """The continuation of ``prompt`` by the most likely token, without the stop id; ``logits`` maps ids to rows."""
+def greedy(feed: Feed, prompt: Sequence[int], stop_ids: Sequence[int], new_tokens: int) -> list[int]:
+    """The continuation of ``prompt`` by the most likely token, without the stop id."""
     found: list[int] = []
-    while len(found) < new_tokens and (token := int(logits([*prompt, *found])[-1].argmax())) not in stop_ids:
+    ids: Sequence[int] = prompt
+    while len(found) < new_tokens and (token := int(feed(ids)[-1].argmax())) not in stop_ids:
         found.append(token)
+        ids = [token]
     return found
 
 
@@ -152,11 +154,18 @@ class InMlx:
         self._model.eval()
 
     def answers(self, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int) -> list[list[int]]:
-        return [greedy(self._logits, list(prompt), set(stop_ids), new_tokens) for prompt in prompts]
+        return [greedy(self._feed(), prompt, stop_ids, new_tokens) for prompt in prompts]
 
     def log_probs(self, row: Sequence[int], last: int = POSITIONS) -> Tensor:
-        return torch.log_softmax(self._logits(list(row))[-last:], -1)
+        return torch.log_softmax(self._feed()(row)[-last:], -1)
 
-    def _logits(self, ids: list[int]) -> Tensor:
-        found = self._model(self._mx.array([ids]))[0].astype(self._mx.float32)
-        return torch.from_numpy(np.array(found))
+    def _feed(self) -> Feed:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache: Any = make_prompt_cache(self._model)
+
+        def feed(ids: Sequence[int]) -> Tensor:
+            found = self._model(self._mx.array([list(ids)]), cache=cache)[0].astype(self._mx.float32)
+            return torch.from_numpy(np.array(found))
+
+        return feed

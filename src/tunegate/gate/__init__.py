@@ -12,6 +12,9 @@ computed, no model started.
 
 from tunegate.gate.evidence import Evidence
 from tunegate.gate.policy import FAIL, HOLD, INCONCLUSIVE, PASS, SHIP, Policy, RuleSetting
-from tunegate.gate.verdict import decide, foreseen
+from tunegate.gate.verdict import decide, foreseen, verdict_of
 
-__all__ = ["FAIL", "HOLD", "INCONCLUSIVE", "PASS", "SHIP", "Evidence", "Policy", "RuleSetting", "decide", "foreseen"]
+__all__ = [
+    "FAIL", "HOLD", "INCONCLUSIVE", "PASS", "SHIP", "Evidence", "Policy", "RuleSetting", "decide", "foreseen",
+    "verdict_of",
+]  # fmt: skip

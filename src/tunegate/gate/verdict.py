@@ -11,7 +11,7 @@ is read at the level ``1 - (1 - confidence) / m``, and as some are decided the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,9 +39,13 @@ def decide(policy: Policy, evidence: Evidence) -> Decision:
         cases += [Case(clause.of(name), measures[name]) for name in names] or [Case(clause, None)]
     correct(cases, policy.correction)
     results = [_finite(evidence), *(_result(case, measures, evidence) for case in cases)]
-    verdicts = {rule.verdict for rule in results if rule.required}
-    verdict = HOLD if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else SHIP
-    return Decision(verdict, results, policy.hash(), policy.correction)
+    return Decision(verdict_of(results), results, policy.hash(), policy.correction)
+
+
+def verdict_of(rules: Iterable[RuleResult]) -> str:
+    """What judged rules amount to."""
+    verdicts = {rule.verdict for rule in rules if rule.required}
+    return HOLD if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else SHIP
 
 
 def foreseen(policy: Policy, measures: Mapping[str, Measure]) -> dict[str, str]:

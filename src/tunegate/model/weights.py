@@ -40,7 +40,7 @@ CONVERT_FIX = (
     "on a machine where you trust these files, load them with transformers and write "
     "`model.save_pretrained(folder, safe_serialization=True)`, then use that folder"
 )
-_FETCH_AGAIN = "the file is damaged or its download was cut off: fetch it again"
+_FETCH_AGAIN = "the file is damaged or its download was cut off: copy or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class TensorEntry:
 
 
 class _Malformed(ValueError):
-    """What is wrong with a header, in words."""
+    """What is wrong with a header, in words, and the way out."""
+
+    def __init__(self, text: str, fix: str = _FETCH_AGAIN):
+        super().__init__(text)
+        self.fix = fix
 
 
 def load_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
@@ -92,7 +96,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     if ".." in name.replace("\\", "/").split("/") or name.startswith("/") or "\0" in name:
-        raise _Malformed(f"the tensor's name {name!r} is a path out of the folder")
+        raise _Malformed(
+            f"the tensor's name {name!r} is a path out of the folder",
+            "names are modules and dots, as in layers.0.mlp.up_proj.weight: save it again with the tool that made it, "
+            "and do not trust a file from elsewhere that has such names",
+        )
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise _Malformed(f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -153,7 +161,7 @@ def header_of(handle: Any, path: Path) -> list[TensorEntry]:
     try:
         return _parse(handle, os.fstat(handle.fileno()).st_size)
     except _Malformed as error:
-        raise InputError("not a sound safetensors file", where=str(path), got=str(error), fix=_FETCH_AGAIN) from error
+        raise InputError("not a sound safetensors file", where=str(path), got=str(error), fix=error.fix) from error
 
 
 def _index_files(folder: Path) -> tuple[dict[str, list[str]], list[Problem]]:

@@ -54,8 +54,9 @@ class BaseEntry:
     flags: tuple[str, ...]
 
 
-def name_problem(connection: Connection, base: Entity) -> Problem | None:
-    """Why ``base`` cannot go by its name: another base has it. A base that is known already keeps its names."""
+def name_problem(connection: Connection, base: Entity, flag: str = "--base-name") -> Problem | None:
+    """Why ``base`` cannot go by its name: another base has it. A base that is known already keeps its names. ``flag``
+    gives it another one."""
     if (problem := _form_problem(base.name)) or is_known(connection, base.id):
         return problem
     taken = _meaning(connection, base.name)
@@ -64,7 +65,7 @@ def name_problem(connection: Connection, base: Entity) -> Problem | None:
     return Problem(
         "another base has this name", base.name, taken, base.id,
         f"if it takes the old one's place: tunegate registry base supersede {taken[:15]} NEW --why WHY; "
-        "if it is another base: --base-name NAME",
+        f"if it is another base: {flag} NAME",
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def add_base(registry: Registry, base: Entity) -> bool:
     """Enter ``base`` under its name, a further name for one that is known, and what its folder says it was made from;
     False if its name was known."""
     with registry.database.writing() as connection:
-        problem, taken = name_problem(connection, base), _meaning(connection, base.name)
+        problem, taken = name_problem(connection, base, "--name"), _meaning(connection, base.name)
         if problem is None and taken not in (None, base.id):
             problem = Problem("another base has this name", base.name, str(taken), base.id, "give another --name")
         if problem:

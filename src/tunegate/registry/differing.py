@@ -1,7 +1,8 @@
 """Two versions side by side: settings, data, scores, and the test items that they answer differently.
 
 Items are matched by row id and compared where both adapters answered the same sealed set; that is in the evidence that
-`tunegate run` leaves and `registry add` takes along. Two versions without it differ in settings and scores only.
+`tunegate run` leaves and `registry add` takes along. Of a version without a card only the adapter's own config is
+known, so that is what is compared then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tunegate.adapter.files import CONFIG
 from tunegate.registry.entries import Version, read_entity, resolve
 from tunegate.registry.intake import EVIDENCE
 from tunegate.registry.opening import Registry
@@ -21,49 +23,63 @@ ITEMS = EVIDENCE + "test/adapter.items.jsonl"
 @dataclass(frozen=True)
 class Difference:
     """``settings`` and ``data``: key to the two values, None where one has none. ``scores``: metric to the two means on
-    the test split. ``items``: those answered or scored differently, None if they cannot be compared (``why_not``)."""
+    the test split; ``metric`` is the main one. ``items``: those answered or scored differently, by how far they are
+    apart in it; None if they cannot be compared (``why_not``). ``cardless``: versions of which data and scores are not
+    known."""
 
     one: Version
     two: Version
     settings: dict[str, tuple[Any, Any]]
     data: dict[str, tuple[Any, Any]]
     scores: dict[str, tuple[float | None, float | None]]
+    metric: str | None
     items: list[dict[str, Any]] | None
     compared: int
     why_not: str
+    cardless: tuple[str, ...]
 
 
 def diff(registry: Registry, one: str, two: str) -> Difference:
     """What distinguishes two versions."""
     with registry.database.reading() as connection:
         versions = [resolve(connection, one), resolve(connection, two)]
-        bodies = [read_entity(connection, v.adapter).body for v in versions]
-        parts = [parts_of(connection, v.adapter).get(ITEMS) for v in versions]
-    cards = [body.get("card") or {} for body in bodies]
-    tests = [(card.get("data") or {}).get("test") for card in cards]
+        cards = [read_entity(connection, v.adapter).body.get("card") or {} for v in versions]
+        parts = [parts_of(connection, v.adapter) for v in versions]
+    cardless = tuple(v.ref for v, card in zip(versions, cards, strict=True) if not card)
+    if cardless:
+        settings = [json.loads(_file(registry, p[CONFIG])) for p in parts]
+        cards = [{}, {}]
+    else:
+        settings = [{**card["config"], **_facts(card)} for card in cards]
+    data = [card.get("data") or {} for card in cards]
+    metric = next((e["primary"] for card in cards for e in card.get("evaluations") or [] if _is_main(e)), None)
     items, compared, why_not = None, 0, ""
-    if not all(parts):
-        why_not = "no stored answers of " + " and ".join(v.ref for v, p in zip(versions, parts, strict=True) if not p)
-    elif tests[0] != tests[1]:
+    if silent := [v.ref for v, p in zip(versions, parts, strict=True) if ITEMS not in p]:
+        why_not = "no stored answers of " + " and ".join(silent)
+    elif data[0].get("test") != data[1].get("test"):
         why_not = "the two were tested on different items"
     else:
-        answers = [_items(b"".join(registry.store.get(d) for d in digests or ())) for digests in parts]
-        compared = len(answers[0].keys() & answers[1].keys())
-        items = _different(*answers)
-    settings = [_flat(card.get("config") or body.get("config") or {}) for card, body in zip(cards, bodies, strict=True)]
-    settings = [{**s, **_facts(c)} for s, c in zip(settings, cards, strict=True)]
-    data = [_flat(card.get("data") or {}) for card in cards]
-    scores = [_scores(card) for card in cards]
+        first, second = (_items(_file(registry, p[ITEMS])) for p in parts)
+        compared = len(first.keys() & second.keys())
+        items = _different(first, second, str(metric))
     return Difference(
-        versions[0], versions[1], _unequal(*settings), _unequal(*data), _unequal(*scores), items, compared, why_not
-    )
+        versions[0], versions[1], _unequal(*map(_flat, settings)), _unequal(*map(_flat, data)),
+        _unequal(*map(_scores, cards)), metric, items, compared, why_not, cardless,
+    )  # fmt: skip
+
+
+def _file(registry: Registry, digests: list[str]) -> bytes:
+    return b"".join(map(registry.store.get, digests))
+
+
+def _is_main(evaluation: dict[str, Any]) -> bool:
+    return bool(evaluation["subject"] == "adapter" and evaluation["split"] == "test")
 
 
 def _facts(card: dict[str, Any]) -> dict[str, Any]:
-    base = card.get("base") or {}
     return {
-        "base.fingerprint": (base.get("fingerprint") or {}).get("total"),
-        "base.recipe": base.get("recipe"),
+        "base.fingerprint": card["base"]["fingerprint"]["total"],
+        "base.recipe": card["base"].get("recipe"),
         "template.hash": (card.get("template") or {}).get("hash"),
         "run.best_step": (card.get("run") or {}).get("best_step"),
     }
@@ -96,9 +112,9 @@ def _items(data: bytes) -> dict[str, dict[str, Any]]:
     return {str(row["row_id"]): row for row in rows}
 
 
-def _different(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _different(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     found = []
-    for id in sorted(one.keys() & two.keys()):
+    for id in one.keys() & two.keys():
         a, b = one[id], two[id]
         if a["prediction"] != b["prediction"] or a["scores"] != b["scores"]:
             found.append(
@@ -107,4 +123,14 @@ def _different(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -
                     "scores": [a["scores"], b["scores"]],
                 }
             )  # fmt: skip
-    return found
+
+    def order(item: dict[str, Any]) -> tuple[float, bool, str]:
+        first, second = item["predictions"]
+        return (-abs(_gap(item, metric)), first == second, item["row_id"])
+
+    return sorted(found, key=order)
+
+
+def _gap(item: dict[str, Any], metric: str) -> float:
+    first, second = (scores.get(metric) or 0.0 for scores in item["scores"])
+    return float(second - first)

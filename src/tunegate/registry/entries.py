@@ -24,7 +24,6 @@ from tunegate.errors import InputError, nearest
 from tunegate.files import canonical_json
 from tunegate.registry.tables import aliases, base_names, edges, entities, events, superseded, versions
 
-KINDS = ("base", "dataset", "run", "eval", "decision", "adapter")
 UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED = "unverified", "candidate", "approved", "production", "retired"
 STATES = (UNVERIFIED, CANDIDATE, APPROVED, PRODUCTION, RETIRED)
 LATEST = "latest"
@@ -143,7 +142,10 @@ def resolve(connection: Connection, reference: str) -> Version:
     if name in known:
         there = list_versions(connection, versions.c.name == name)
         got = ", ".join(f"{v.ref} ({v.state})" for v in there[-8:])
-        raise InputError("no such version", where=reference, got=got, fix="`tunegate registry list` shows all")
+        what = "which version of it?" if name == reference else "no such version"
+        raise InputError(
+            what, where=reference, expected=f"{name}:NUMBER, {name}@production, @latest or another alias", got=got
+        )
     raise InputError(
         "no such adapter in the registry", where=reference, expected="NAME:NUMBER, NAME@ALIAS or a content hash",
         fix=nearest(name, known) or "`tunegate registry list` shows all",
@@ -243,9 +245,9 @@ def read_entity(connection: Connection, id: str) -> Entity:
 
 def find_entity(connection: Connection, text: str) -> Entity:
     """What ``text`` names: a version's reference, a base's name, or the beginning of any entity's hash."""
-    named = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == text)).scalar()
-    if named is not None:
-        return read_entity(connection, named)
+    base = connection.execute(sa.select(base_names.c.base).where(base_names.c.name == text)).scalar()
+    if base is not None:
+        return read_entity(connection, base)
     if prefix := _hash_prefix(text):
         ids = connection.execute(sa.select(entities.c.id).where(entities.c.id.startswith(prefix)).limit(3)).scalars()
         found = list(ids)
@@ -253,6 +255,14 @@ def find_entity(connection: Connection, text: str) -> Entity:
             return read_entity(connection, found[0])
         what = "the beginning of several hashes" if found else "nothing in the registry has this hash"
         raise InputError(what, where=text, got=", ".join(found), fix="write more of it" if found else "")
+    named = connection.execute(sa.select(versions.c.name).where(versions.c.name == text)).first()
+    if named is None and not is_reference(text):
+        bases = sorted(connection.execute(sa.select(base_names.c.name)).scalars())
+        raise InputError(
+            "no such base or adapter in the registry", where=text,
+            expected="a base's name, NAME:NUMBER, NAME@ALIAS or a content hash",
+            fix=nearest(text, bases) or "`tunegate registry list` and `tunegate registry base list` show all",
+        )  # fmt: skip
     return read_entity(connection, resolve(connection, text).adapter)
 
 

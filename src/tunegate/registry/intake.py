@@ -14,7 +14,6 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tunegate import records
 from tunegate.adapter.card import CARD, FILES, MANIFEST, README, check_complete, load_card
@@ -22,9 +21,9 @@ from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, check_alone
 from tunegate.adapter.peft_config import read_config
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.files import hash_file, hash_json, read_json
-from tunegate.gate import FAIL, HOLD, INCONCLUSIVE, SHIP
+from tunegate.gate import verdict_of
 from tunegate.model.origin import check_origin
-from tunegate.records import AdapterCard, Decision, EvalRecord
+from tunegate.records import AdapterCard, EvalRecord
 from tunegate.registry.entries import NAME, Edge, Entity
 from tunegate.registry.store import is_hash
 
@@ -187,7 +186,7 @@ def _card_problems(card: AdapterCard, folder: Path) -> list[Problem]:
     problems = []
     if (found := adapter_hash(folder)) != card.adapter["hash"]:
         problems.append(Problem("the card is of another adapter", where, found, card.adapter["hash"]))
-    if (follows := verdict_of(card.decision)) != card.decision.verdict:
+    if (follows := verdict_of(card.decision.rules)) != card.decision.verdict:
         problems.append(
             Problem("the decision does not follow from its rules", where, follows, card.decision.verdict,
                     "judge it again: tunegate gate TASK")
@@ -207,12 +206,6 @@ def _dataset(source: str, digest: str) -> Entity:
     """A file by its hash; a data set of the hub's by its name and its own fingerprint (``hf:...``)."""
     id = digest if is_hash(digest) else hash_json([source, digest])
     return Entity(id, "dataset", source, {"source": source, "version": digest})
-
-
-def verdict_of(decision: Decision) -> str:
-    """What the rules of ``decision`` amount to."""
-    verdicts = {rule.verdict for rule in decision.rules if rule.required}
-    return HOLD if FAIL in verdicts else INCONCLUSIVE if INCONCLUSIVE in verdicts else SHIP
 
 
 def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, list[Entity], list[Edge]]:
@@ -260,7 +253,3 @@ def _kept(file: Path, id: str, base: str) -> tuple[list[Entity], list[Edge]]:
         raise InputError("not a record", where=str(file))
     entity = Entity(hash_json(body), "eval", file.stem, body)
     return [entity], [Edge(entity.id, id, "scores"), Edge(entity.id, base, "compares with")]
-
-
-def describe(intake: Intake) -> dict[str, Any]:
-    return {"id": intake.id, "name": intake.name, "files": sorted(intake.files), "left_out": intake.left_out}

@@ -18,9 +18,8 @@ from tunegate.registry.tables import edges
 
 @dataclass(frozen=True)
 class Lineage:
-    """``above`` leads to everything that ``of`` was made from, ``below`` to everything made from it."""
+    """``above`` leads to everything that a thing was made from, ``below`` to everything made from it."""
 
-    of: Entity
     above: list[Edge]
     below: list[Edge]
     entities: dict[str, Entity]
@@ -30,7 +29,7 @@ def lineage(connection: Connection, id: str) -> Lineage:
     above = _reached(connection, id, edges.c.child, edges.c.parent)
     below = _reached(connection, id, edges.c.parent, edges.c.child)
     ids = {id, *(e.child for e in above + below), *(e.parent for e in above + below)}
-    return Lineage(read_entity(connection, id), above, below, {i: read_entity(connection, i) for i in sorted(ids)})
+    return Lineage(above, below, {i: read_entity(connection, i) for i in sorted(ids)})
 
 
 def way(connection: Connection, start: str, end: str) -> list[Edge] | None:

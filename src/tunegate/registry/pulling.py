@@ -173,5 +173,6 @@ def adapter_folders(texts: Sequence[str], where: str | None, what: str, line: Ca
 def _announced(registry: Registry, reference: str, line: Callable[[str], None]) -> Path:
     with registry.database.reading() as connection:
         version = resolve(connection, reference)
-    line(f"{reference} is {version.ref} {shown(version.adapter)}, {version.standing}")
+    told = version.ref if reference == version.ref else f"{reference} is {version.ref}"
+    line(f"{told} {shown(version.adapter)}, {version.standing}")
     return materialize(registry, version.adapter)

@@ -190,8 +190,8 @@ def trust_clock(registry: Registry, *, why: str) -> str:
         now = clock(connection)
         last = connection.execute(sa.select(events).order_by(events.c.seq.desc()).limit(1)).first()
         if last is None or last.at <= now:
-            got = "no entry" if last is None else last.at
-            raise InputError("the last entry is not dated after the present time", expected=f"after {now}", got=got)
+            got = "no entry yet" if last is None else f"the last entry is of {last.at}, now is {now}"
+            raise InputError("no entry is dated after the present time: there is nothing to go on from", got=got)
         record(connection, last.subject, f"dated {last.at} by a clock that was ahead", registry.who, why, now)
         connection.execute(pins.update().where(pins.c.at > now).values(at=now))
     return str(last.at)

@@ -30,11 +30,11 @@ from tunegate.adapter.card import (
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash
 from tunegate.errors import InputError, Problem, collecting
 from tunegate.files import hash_file, read_json
-from tunegate.gate import SHIP
+from tunegate.gate import SHIP, verdict_of
 from tunegate.records import AdapterCard
 from tunegate.registry.bases import check_base
 from tunegate.registry.entries import RETIRED, Version, list_versions, refuse_flagged
-from tunegate.registry.intake import id_of, regular_files, verdict_of
+from tunegate.registry.intake import id_of, regular_files
 from tunegate.registry.opening import Registry
 from tunegate.registry.pulling import PROVENANCE
 from tunegate.registry.tables import versions
@@ -180,7 +180,7 @@ def standing_of(
         return UNVERIFIED, problems if house.allow_ungated else [*problems, Problem(what, where, fix=fix)]
     problems += base_problems(card, house.base.at_hand, where)
     verdict = card.decision.verdict
-    if (follows := verdict_of(card.decision)) != verdict:
+    if (follows := verdict_of(card.decision.rules)) != verdict:
         problems.append(Problem("the decision does not follow from its rules", where, follows, verdict))
     if verdict == SHIP:
         return SHIP, problems

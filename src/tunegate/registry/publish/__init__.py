@@ -49,5 +49,6 @@ def _publisher(target: str) -> Callable[[Published, str], dict[str, Any]]:
         raise InputError(
             "not a place to publish to", where=target,
             expected="mlflow:URI, hf:OWNER/NAME, s3://BUCKET/PREFIX or a folder's path",
+            fix=f"for a folder of this name: ./{target}",
         )  # fmt: skip
     return publish

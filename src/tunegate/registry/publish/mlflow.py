@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
 from tunegate.errors import InputError, TunegateError, without_secrets
 from tunegate.registry.publish.published import Published
@@ -23,6 +26,7 @@ def publish(item: Published, target: str) -> dict[str, Any]:
     uri = target.removeprefix("mlflow:") or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise InputError("which MLflow?", where=target, expected="mlflow:http://HOST:PORT, or MLFLOW_TRACKING_URI set")
+    _knock(uri)
     try:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -32,11 +36,29 @@ def publish(item: Published, target: str) -> dict[str, Any]:
     try:
         return _publish(client, item, uri)
     except MlflowException as error:
-        raise TunegateError(
-            "MLflow refuses or cannot be reached", where=without_secrets(uri),
-            got=without_secrets(next(iter(str(error).splitlines()), "")),
-            fix="the same command goes on from there",
-        ) from error  # fmt: skip
+        raise _failed(uri, error) from error
+
+
+def _failed(uri: str, error: Exception) -> TunegateError:
+    return TunegateError(
+        "MLflow refuses or cannot be reached", where=without_secrets(uri),
+        got=without_secrets(next(iter(str(error).splitlines()), "")), fix="the same command goes on from there",
+    )  # fmt: skip
+
+
+def _knock(uri: str) -> None:
+    """:class:`TunegateError` where nobody listens. MLflow's client would try for minutes before it says so."""
+    try:
+        place = urlsplit(uri)
+        host, port = place.hostname, place.port or {"http": 80, "https": 443}.get(place.scheme)
+    except ValueError as error:
+        raise InputError("not an address", where=without_secrets(uri), got=str(error)) from None
+    behind_proxy = urllib.request.getproxies() and not urllib.request.proxy_bypass(host or "")
+    if host and port and not behind_proxy:
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+        except OSError as error:
+            raise _failed(uri, error) from error
 
 
 def _publish(client: Any, item: Published, uri: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def publish(item: Published, target: str) -> dict[str, Any]:
         _write(fs, f"{root}/{version.name}/{alias}.json", _json(told))
     _withdraw(fs, f"{root}/{version.name}", version)
     return {
-        "address": f"{target.rstrip('/')}/{version.name}/{version.number}",
+        "address": address if is_local(fs) else f"{target.rstrip('/')}/{version.name}/{version.number}",
         "files": len(item.paths),
         "written": written,
     }
