@@ -47,7 +47,7 @@ inline void quantize_row(const T* x, int64_t n, int8_t* codes, float* absmax) {
   *absmax = largest_of(x, n);
   float factor = 1.0f / *absmax * 127.0f;  // as torch divides a number by a tensor: rounded twice
   if (!(factor <= 3.402823466e38f)) {  // a row of zeros, or of numbers whose reciprocal is none: bitsandbytes' codes too
-    memset(codes, 0, size_t(n));
+    if (n > 0) memset(codes, 0, size_t(n));  // codes of no elements may be a null pointer
     return;
   }
   int64_t i = 0;
