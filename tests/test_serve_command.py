@@ -31,7 +31,7 @@ from tunegate.registry.intake import read_folder
 from tunegate.registry.opening import Registry
 from tunegate.registry.states import promote
 from tunegate.serve.base import ServedBase, open_base
-from tunegate.serve.keys import KeyGuard
+from tunegate.serve.guard import KeyGuard, Keys
 from tunegate.serve.start import Wanted, bind, find_base, url_of
 
 needs_uvicorn = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="uvicorn is not installed")
@@ -133,7 +133,7 @@ def test_the_key_opens_what_is_not_open(method: str, path: str, headers: list[An
         raise AssertionError("a refused body is not read")
 
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    asyncio.run(KeyGuard(app, "secret")(scope, receive, send))
+    asyncio.run(KeyGuard(app, Keys(("VAR", "secret")))(scope, receive, send))
     if passes:
         assert sent == ["passed"]
     else:
@@ -164,14 +164,16 @@ class Stage:
         self.engine = FakeEngine()
         self.options: Any = None
         self.admin: bool | None = None
+        self.limits: Any = None
+        self.started = False
         self.release = threading.Event()
 
     def process(self, options: Any) -> FakeEngine:
         self.options = options
         return self.engine
 
-    def app(self, engine: Any, catalogue: Any, *, admin: bool = True) -> Any:
-        self.admin = admin
+    def app(self, engine: Any, catalogue: Any, *, limits: Any, admin: bool, keys: Keys | None) -> Any:
+        self.admin, self.limits = admin, limits
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
@@ -183,7 +185,7 @@ class Stage:
                     await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"done"})
 
-        return app
+        return app if keys is None else KeyGuard(app, keys)
 
 
 @pytest.fixture
