@@ -165,7 +165,6 @@ class Stage:
         self.options: Any = None
         self.admin: bool | None = None
         self.limits: Any = None
-        self.started = False
         self.release = threading.Event()
 
     def process(self, options: Any) -> FakeEngine:
