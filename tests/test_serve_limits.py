@@ -1,5 +1,5 @@
-"""A server under people who may not all they want: limited keys, bodies and answers that do not end, secrets in prompts.
-Real sockets on 127.0.0.1, OpenAI's own client where it fits."""
+"""A server under people who may not do all they want: limited keys, bodies and answers that do not end, secrets in
+prompts. Real sockets on 127.0.0.1, OpenAI's own client where it fits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def until(what: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def keyed(tmp_path: Path) -> Iterator[Serving]:
-    """``all`` may use every model, ``some`` what begins with sup, ``root`` may load; ``poor`` has 20 tokens a minute."""
+    """``all`` may use every model, ``some`` what begins with sup, ``root`` may load, ``poor`` has few tokens."""
     path = tmp_path / "keys"
     for key in (
         Key("all", hash_of(b"k-all")), Key("some", hash_of(b"k-some"), models=("sup*",)),
