@@ -194,7 +194,7 @@ def memory_of(shape: ModelShape, sizes: Sizes, merged: int = 0) -> tuple[Part, .
     linear layers: an adapter may have fewer."""
     inputs = PlanInputs(shape, (), WORKING_TOKENS, sizes.rows, quantization=sizes.quantization)
     weights, constants = weight_bytes(inputs)
-    width_of_copy = 2 if sizes.quantization else min(inputs.itemsize, shape.stored)
+    copied = 2 if sizes.quantization else min(inputs.itemsize, shape.stored)
     width = 3 * shape.intermediate + 4 * shape.hidden
     working = 4 * (WORKING_TOKENS * width + sizes.rows * shape.vocab)
     how = f"{shape.parameters:,} parameters" + (
@@ -202,7 +202,7 @@ def memory_of(shape: ModelShape, sizes: Sizes, merged: int = 0) -> tuple[Part, .
     )
     parts = (
         Part("weights", weights + constants, how),
-        Part("merged", merged * shape.linear * width_of_copy, f"{merged} x {shape.linear:,} weights of linear layers"),
+        Part("merged", merged * shape.linear * copied, f"{merged} x {shape.linear:,} weights of linear layers"),
         Part("KV cache", sizes.kv_cache, "as it is limited"),
         Part("adapters", sizes.adapter_cache, "in RAM, as they are limited"),
         Part("working", working, f"a pass of {WORKING_TOKENS:,} tokens, logits of {sizes.rows} rows"),
