@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from task import call
@@ -43,6 +43,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,9}", fullmatch=True)
 MODELS = st.none() | st.lists(st.text(min_size=1, max_size=9).filter(lambda s: s.isprintable()), max_size=3).map(tuple)
 
 
+@settings(max_examples=25, deadline=None)  # each writes files through to the disk
 @given(keys=st.lists(st.tuples(NAMES, LIMIT, LIMIT, MODELS, st.booleans()), max_size=5, unique_by=lambda k: k[0]))
 def test_what_is_added_is_read_and_what_is_removed_is_gone(
     keys: list[tuple[Any, ...]], tmp_path_factory: pytest.TempPathFactory

@@ -59,8 +59,7 @@ def _inside(deployment: Deployment, server: Server) -> list[str]:
 
 
 def _mounts(deployment: Deployment, server: Server) -> list[tuple[Path, str, bool]]:
-    """(folder here, path in the container, read-only)."""
-    # The keys' folder, because a file that is mounted by itself stays the one it was when another takes its name.
+    """(folder here, path in the container, read-only). The keys' folder, since a file alone would stay the old one."""
     return [*_models(deployment, server), *([(deployment.keys.parent, KEYS_PLACE, True)] if deployment.keys else [])]
 
 
@@ -300,8 +299,8 @@ def kubernetes(deployment: Deployment) -> Files:
     if deployment.secrets:
         files = "".join(f" --from-file={_SECRETS[name]}=FILE" for name in deployment.secrets)
         head.append(f"#   kubectl create secret generic {deployment.name}{files}")
-    if deployment.keys:
-        head.append(f"#   kubectl create secret generic {deployment.name}-keys --from-file={deployment.keys}")
+    keys = f"#   kubectl create secret generic {deployment.name}-keys --from-file={deployment.keys}"
+    head += [keys] if deployment.keys else []
     for server in deployment.servers:
         for folder, place, _ in _models(deployment, server):
             head.append(f"#   copy {folder} to {place.lstrip('/')} of the claim {server.name}-models")
