@@ -77,6 +77,7 @@ class FakeEngine:
     """
 
     alive = True
+    started = False
     facts = EngineFacts(128, 100, "float32", "fused", 10, 16, 0, 0.0)
 
     def __init__(self) -> None:
@@ -86,6 +87,7 @@ class FakeEngine:
         self.broken: Exception | None = None
 
     async def start(self) -> EngineFacts:
+        self.started = True
         return self.facts
 
     async def stop(self) -> None:

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,28 +182,33 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(
-    tokenizer: Any, script: Script, around: Callable[[Any], Any] = lambda app: app, **options: Any
-) -> Iterator[Serving]:
+    tokenizer: Any, script: Script, around: Callable[[Any], Any] = lambda app: app, *,
+    front: Mapping[str, Any] | None = None, **options: Any,
+) -> Iterator[Serving]:  # fmt: skip
     """A server in a thread of its own; it ends with the block. ``around``: what stands before the application;
-    ``options`` are the engine's."""
+    ``front``: options of the application, ``options`` are the engine's."""
     pytest.importorskip("fastapi")
-    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("uvicorn")
     from tunegate.serve.app import create_app
+    from tunegate.serve.start import listen
 
     engine = FakeEngine(tokenizer, script, **options)
     catalogue = FakeCatalogue(Renderer(tokenizer))
-    app = create_app(engine, catalogue)  # type: ignore[arg-type]
+    app = create_app(engine, catalogue, **(front or {}))  # type: ignore[arg-type]
+    ready = threading.Event()
+    stop: list[Callable[[], None]] = []
+
+    async def run(listening: socket.socket) -> None:
+        asked, loop = asyncio.Event(), asyncio.get_running_loop()
+        stop.append(lambda: loop.call_soon_threadsafe(asked.set) and None)
+        await listen(around(app), listening, 2, asked, ready.set)
+
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(
-            uvicorn.Config(around(app), log_level="error", timeout_graceful_shutdown=2, lifespan="off")
-        )
-        thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+        thread = threading.Thread(target=lambda: asyncio.run(run(listening)), daemon=True)
         thread.start()
-        until = time.monotonic() + 20
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.005)
+        assert ready.wait(20)
         try:
             yield Serving(f"http://127.0.0.1:{listening.getsockname()[1]}", engine, catalogue, app)
         finally:
-            server.should_exit = True
+            stop[0]()
             thread.join(20)

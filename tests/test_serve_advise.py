@@ -163,8 +163,11 @@ def test_the_command_shows_the_arithmetic(tmp_path: Path, capsys: pytest.Capture
     assert main(line) == 0
     assert "= 24.00 requests/s; 12 asked, 50%" in capsys.readouterr().out
     assert main([*line, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "multi"
-    assert main([*line, "--latency", "0.01"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["kind"] == "multi"
+    assert main(["serve", *line[1:], "--json"]) == 0 and json.loads(capsys.readouterr().out) == said
+    assert main([*line, "--latency", "0.01"]) == 1 and "latency: 0.33 s, at most 0.01 s" in capsys.readouterr().out
+    assert main([*line, "--latency", "9", "--adapter", "c=900"]) == 1 and "inf" not in capsys.readouterr().out
     path.write_text("{")
     assert main(line) == 2
 

@@ -25,13 +25,14 @@ from served import FakeEngine, make_adapter, make_peft, served_base
 from tiny import tiny_base
 from tunegate.adapter.files import adapter_hash
 from tunegate.cli import main
-from tunegate.errors import InputError
+from tunegate.errors import InputError, TunegateError
 from tunegate.registry.adding import add
 from tunegate.registry.intake import read_folder
 from tunegate.registry.opening import Registry
 from tunegate.registry.states import promote
 from tunegate.serve.base import ServedBase, open_base
-from tunegate.serve.keys import KeyGuard
+from tunegate.serve.guard import KeyGuard, Keys
+from tunegate.serve.keys import Key, add_key, hash_of
 from tunegate.serve.start import Wanted, bind, find_base, url_of
 
 needs_uvicorn = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="uvicorn is not installed")
@@ -133,7 +134,7 @@ def test_the_key_opens_what_is_not_open(method: str, path: str, headers: list[An
         raise AssertionError("a refused body is not read")
 
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    asyncio.run(KeyGuard(app, "secret")(scope, receive, send))
+    asyncio.run(KeyGuard(app, Keys(("VAR", "secret")))(scope, receive, send))
     if passes:
         assert sent == ["passed"]
     else:
@@ -164,14 +165,15 @@ class Stage:
         self.engine = FakeEngine()
         self.options: Any = None
         self.admin: bool | None = None
+        self.limits: Any = None
         self.release = threading.Event()
 
     def process(self, options: Any) -> FakeEngine:
         self.options = options
         return self.engine
 
-    def app(self, engine: Any, catalogue: Any, *, admin: bool = True) -> Any:
-        self.admin = admin
+    def app(self, engine: Any, catalogue: Any, *, limits: Any, admin: bool, keys: Keys | None) -> Any:
+        self.admin, self.limits = admin, limits
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
@@ -183,7 +185,7 @@ class Stage:
                     await asyncio.sleep(0.01)
             await send({"type": "http.response.body", "body": b"done"})
 
-        return app
+        return app if keys is None else KeyGuard(app, keys)
 
 
 @pytest.fixture
@@ -378,9 +380,51 @@ def test_what_cannot_be_parsed(capsys: pytest.CaptureFixture[str], arguments: li
 
 
 @needs_uvicorn
-def test_a_pinned_name_must_be_there(stage: Stage, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(tiny_llama), "--pin", "nobody", "--port", "0"]) == 2
-    assert "no such model" in capsys.readouterr().err
+def test_wrong_names_are_told_together_before_the_engine_starts(
+    stage: Stage, tmp_path: Path, base: ServedBase, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = make_adapter(tmp_path / "held", base, seed=1, verdict="hold")
+    line = ["serve", "--adapter", f"support={adapter}", "--adapter", f"held={held}", "--port", "0"]
+    wrong = ["--pin", "nobody", "--merged", "suport", "--preload", "supporr", "--preload", "held", "--pin", base.name]
+    assert main([*line, *wrong]) == 2
+    told = capsys.readouterr().err
+    for text in ("--pin: no such model", "--merged: no such model", "--preload: no such model", "gate says hold"):
+        assert text in told
+    assert told.count("did you mean 'support'") == 2 and told.count("no such model") == 4  # the held one is told once
+    assert "starting the engine" not in told and not stage.engine.started
+
+
+@needs_uvicorn
+def test_the_engine_is_told_of_when_it_starts(
+    stage: Stage, tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start() -> None:
+        raise TunegateError("no memory")
+
+    monkeypatch.setattr(stage.engine, "start", start)
+    line = ["serve", str(tiny_llama), "--preload", served_base(tiny_llama).name, "--answer-timeout", "7", "--port", "0"]
+    assert main([*line, "--body-timeout", "2.5"]) == 1
+    told = capsys.readouterr().err
+    assert told.index("starting the engine") < told.index("no memory")
+    assert (stage.limits.answer_seconds, stage.limits.body_seconds) == (7, 2.5)
+
+
+@needs_uvicorn
+def test_a_file_of_keys(
+    capsys: pytest.CaptureFixture[str], stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("THE_KEY", "secret")
+    path, seen = tmp_path / "keys", list[int]()
+    assert main(["serve", str(tiny_llama), "--keys", str(path), "--port", "0"]) == 2
+    assert "no file of keys" in capsys.readouterr().err
+    add_key(path, Key("a", hash_of(b"of-a")))
+
+    def client(url: str) -> None:
+        for key in ("of-a", "secret", "of-b"):
+            seen.append(get(f"{url}/v1/models", Authorization=f"Bearer {key}")[0])
+
+    code, _ = serve(capsys, client, str(tiny_llama), "--keys", str(path), "--api-key-env", "THE_KEY")
+    assert (code, seen) == (0, [200, 200, 401])
 
 
 def test_without_the_extra_it_says_what_to_install(

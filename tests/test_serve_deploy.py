@@ -131,6 +131,53 @@ def test_an_unknown_target_is_refused(multi: Deployment) -> None:
         files_for(multi, "nomad")
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_file_of_keys_and_merged_adapters(target: str, multi: Deployment, tmp_path: Path) -> None:
+    """The keys' folder is mounted, because a file by itself would stay the old one; no single key is asked for."""
+    keys = tmp_path / "secrets" / "keys.jsonl"
+    template = replace(multi, keys=keys, merged=("billing",), registry=None)
+    sources = [(a.name, a.where) for a in multi.servers[0].adapters]
+    planned = plan_deployment("multi", "some/base", sources, [SHAPE], Sizes(), deployment=template)
+    text = files_for(planned, target)[
+        {"systemd": "tunegate.service", "docker": "run.sh", "compose": "compose.yaml", "kubernetes": "kubernetes.yaml"}[
+            target
+        ]
+    ]
+    assert "TUNEGATE_API_KEY" not in text and "EnvironmentFile" not in text
+    words = [word.strip("-\"' ") for line in text.splitlines() for word in re.split(r"\s+", line)]
+    assert words.count("merged") == 1 and words[words.index("merged") :][:8].count("billing") == 1
+    if target == "systemd":
+        assert f"--keys {keys} " in text
+        return
+    assert "/keys/keys.jsonl" in text
+    if target == "docker":
+        assert f"{keys.parent}:/keys:ro" in text
+    elif target == "compose":
+        mount = {"type": "bind", "source": str(keys.parent), "target": "/keys", "read_only": True}
+        assert mount in yaml.safe_load(text)["services"]["tunegate"]["volumes"]
+    else:
+        assert "kubectl create secret generic tunegate-keys --from-file=" + str(keys) in text
+        first = next(iter(yaml.safe_load_all(text)))
+        jsonschema.validate(first, SCHEMAS["Deployment"])
+        spec = first["spec"]["template"]["spec"]
+        assert {"name": "keys", "secret": {"secretName": "tunegate-keys"}} in spec["volumes"]
+        assert {"name": "keys", "mountPath": "/keys", "readOnly": True} in spec["containers"][0]["volumeMounts"]
+        assert f"copy {keys.parent}" not in text
+
+
+def test_merged_adapters_must_be_there_and_take_memory(multi: Deployment) -> None:
+    sources = [(a.name, a.where) for a in multi.servers[0].adapters]
+    with pytest.raises(InputError, match=r"--merged: no adapter of this name(.|\n)*did you mean 'billing'"):
+        plan_deployment("multi", "b", sources, [SHAPE], Sizes(), deployment=replace(multi, merged=("biling",)))
+    with pytest.raises(InputError, match="has its adapter in it already"):
+        plan_deployment("merged", "b", [], [SHAPE], Sizes(), deployment=replace(multi, merged=("billing",)))
+    linear = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
+    for sizes in (Sizes(), Sizes(quantization="nf4")):
+        parts = {part.name: part.bytes for part in memory_of(SHAPE, sizes, merged=3)}
+        assert parts["merged"] == 3 * 2 * linear  # 16 bits, over 4 bits too
+    assert "merged" not in {part.name for part in memory_of(SHAPE, Sizes())}
+
+
 # --- systemd ------------------------------------------------------------------------------------------------------
 
 
@@ -433,4 +480,6 @@ def test_the_command_writes_and_overwrites_nothing(
     assert "limit" in capsys.readouterr().out and (tmp_path / "out" / "tunegate.service").is_file()
     assert main(line) == 2 and "stand there already" in capsys.readouterr().err
     assert main([*line[:-3], "b=nowhere"]) == 2 and "neither folders nor references" in capsys.readouterr().err
+    keys = ["--keys", str(tmp_path / "none")]
+    assert main([*line, *keys]) == 2 and "no file of keys" in capsys.readouterr().err
     assert main([*line[:-3], "b=b@production"]) == 2 and "which registry" in capsys.readouterr().err

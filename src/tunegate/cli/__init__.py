@@ -25,7 +25,10 @@ ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "plan", "quanti
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = make_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["serve", "advise"]:  # another name of it; a base in a folder `advise` is ./advise
+        words[0] = "deploy"
+    arguments = make_parser().parse_args(words)
     # Read by OpenMP when torch is loaded. Its default is to spin at barriers, which with one busy neighbour on the
     # machine makes training many times slower; a bounded spin costs nothing measurable on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -17,6 +17,7 @@ from tunegate.cli.deploy import deploy
 from tunegate.cli.doctor import doctor
 from tunegate.cli.export import export, items_of, limits_of, parity_line, tell_items
 from tunegate.cli.kept import tell_kept
+from tunegate.cli.keys import keys
 from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.cli.registry import registry
@@ -32,8 +33,8 @@ from tunegate.records import AdapterCard, Comparison, Decision, EvalRecord
 
 # the commands, by the name that is typed
 __all__ = [
-    "advise", "check", "deploy", "doctor", "eval", "export", "gate", "init", "merge", "plan", "quantize", "registry",
-    "review", "run", "serve", "show", "sweep", "train",
+    "advise", "check", "deploy", "doctor", "eval", "export", "gate", "init", "keys", "merge", "plan", "quantize",
+    "registry", "review", "run", "serve", "show", "sweep", "train",
 ]  # fmt: skip
 COLOURS = {"ship": "green", "hold": "red", "inconclusive": "yellow", "pass": "green", "fail": "red"}
 

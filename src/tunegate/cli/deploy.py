@@ -78,6 +78,12 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--adapter", dest="adapters", type=_named, action="append", default=[], metavar="NAME=SOURCE",
         help="a folder, or NAME@ALIAS, NAME:NUMBER or a hash in the registry; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--merged", action="append", default=[], metavar="NAME", help="an adapter that runs on weights of its own"
+    )
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="of `tunegate keys`, in a folder of its own; default: one key"
+    )
     parser.add_argument("--registry", metavar="WHERE", help="a folder, or a database's URL, which stays a secret")
     parser.add_argument("--name", default="tunegate", help="of units, services and objects; default: tunegate")
     parser.add_argument("--port", type=_whole, default=8000, help="on the host, of the first server; default: 8000")
@@ -131,7 +137,8 @@ def _files(arguments: argparse.Namespace, console: Console) -> int:
         rows = [[p.name, f"{p.bytes / 1e9:,.2f} GB", escape(p.how)] for p in server.memory]
         rows.append(["limit", f"{server.limit_mib * 2**20 / 1e9:,.2f} GB", "and a tenth, in units of 64 MiB"])
         console.table(["memory", "", ""], rows, title=f"{server.name}, port {server.port}")
-    console.text(f"secrets   {', '.join(deployment.secrets)}: named in the files, not held")
+    if deployment.secrets:
+        console.text(f"secrets   {', '.join(deployment.secrets)}: named in the files, not held")
     console.text("\n".join(f"wrote     {escape(str(arguments.out / name))}" for name in files))
     console.result(
         {
@@ -152,6 +159,7 @@ def _planned(arguments: argparse.Namespace, console: Console) -> Deployment:
     from tunegate.plan.shapes import packing, shape_of_folder
     from tunegate.registry.entries import is_reference
     from tunegate.serve.deploy import Deployment, Sizes, plan_deployment
+    from tunegate.serve.keys import read_keys
 
     problems = []
     for name, source in arguments.adapters:
@@ -160,6 +168,8 @@ def _planned(arguments: argparse.Namespace, console: Console) -> Deployment:
                 problems.append(f"{name}={source}")
             elif arguments.registry is None:
                 raise InputError("a reference into which registry?", where="--registry", got=f"{name}={source}")
+    if arguments.keys is not None:
+        read_keys(arguments.keys)
     if problems:
         raise InputError("neither folders nor references of the registry", where="--adapter", got=", ".join(problems))
     folders = [resolve_config(base, report=console.line)[0] for base in arguments.base]
@@ -174,7 +184,7 @@ def _planned(arguments: argparse.Namespace, console: Console) -> Deployment:
         name=arguments.name, port=arguments.port, bases=each,
         deployment=Deployment(
             arguments.kind, arguments.name, (), arguments.registry, arguments.image, arguments.replicas,
-            arguments.allow_ungated,
+            arguments.allow_ungated, arguments.keys and arguments.keys.absolute(), tuple(arguments.merged),
         ),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from tunegate.cli.advise import add_parser as add_advise
 from tunegate.cli.deploy import add_parser as add_deploy
 from tunegate.cli.export import add_items, add_limits
 from tunegate.cli.export import add_parser as add_export
+from tunegate.cli.keys import add_parser as add_keys
 from tunegate.cli.quantize import size
 from tunegate.cli.registry import add_parser as add_registry
 from tunegate.cli.review import add_parser as add_review
@@ -132,6 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_merge(commands, common)
     add_export(commands, common)
     add_serve(commands, common)
+    add_keys(commands, common)
     add_deploy(commands, common)
     _add_quantize(commands, common)
     add_registry(commands, common)

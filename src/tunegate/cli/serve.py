@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tunegate.serve.base import ServedBase
     from tunegate.serve.catalogue import Catalogue, Served
     from tunegate.serve.engine_client import EngineClient
+    from tunegate.serve.guard import Keys
     from tunegate.serve.start import Wanted
 
 SHOWN = 20  # adapters in the table at the start
@@ -62,7 +63,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="many adapters on one base, behind OpenAI's API",
         description="Serves a base and adapters of it. An adapter that was not made for this base, that the gate did "
-        "not ship or that changed since is refused. SIGTERM finishes what is under way. docs/serve.md",
+        "not ship or that changed since is refused. SIGTERM finishes what is under way. `tunegate serve advise` says "
+        "whether one server, merged models or several servers fit. docs/serve.md",
     )
     parser.add_argument(
         "base", nargs="?", metavar="BASE", help="packaged name, folder or hub id; default: what the cards name"
@@ -97,12 +99,22 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=_whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
     parser.add_argument("--api-key-env", metavar="VAR", help="requests need the key that this variable holds")
     parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="or one of this file (`tunegate keys add`), followed as it changes"
+    )
+    parser.add_argument(
         "--load-requests", action="store_true",
         help="take load and unload requests where other machines reach this one; else only from here",
     )  # fmt: skip
     parser.add_argument(
         "--adapter-root", dest="roots", type=Path, action="append", default=[], metavar="FOLDER",
         help="load requests may name folders below it; default: registry references only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--body-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for reading a request; default 30"
+    )
+    parser.add_argument(
+        "--answer-timeout", type=_seconds, default=1800.0, metavar="SECONDS",
+        help="from a request to the end of its answer; default 1800",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=_seconds, default=30.0, metavar="SECONDS", help="for answers under way at the end; default 30"
@@ -140,40 +152,41 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.serve.start import LOOPBACK, bind
 
     _check_installed()
-    key = _api_key(arguments.api_key_env)
+    keys = _keys(arguments)
     wanted = _wanted(arguments)
     local = arguments.host in LOOPBACK
-    if not local and key is None:
-        console.line("warning: other machines reach this server, and it asks for no key (--api-key-env)")
+    if not local and keys is None:
+        console.line("warning: other machines reach this server, and it asks for no key (--api-key-env, --keys)")
     with bind(arguments.host, arguments.port) as bound:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-        logging.getLogger("tunegate.serve").setLevel(logging.INFO)
-        asyncio.run(_run(arguments, wanted, key, bound, local or arguments.load_requests, console))
+        # At DEBUG, errors that nobody foresaw are logged with their messages, which may quote a prompt.
+        logging.getLogger("tunegate.serve").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+        asyncio.run(_run(arguments, wanted, keys, bound, local or arguments.load_requests, console))
     console.line("stopped")
     return 0
 
 
 async def _run(
-    arguments: argparse.Namespace, wanted: Wanted, key: str | None, bound: Any, admin: bool, console: Console
+    arguments: argparse.Namespace, wanted: Wanted, keys: Keys | None, bound: Any, admin: bool, console: Console
 ) -> None:
     import torch
 
     from tunegate.serve.app import create_app
     from tunegate.serve.catalogue import Catalogue
-    from tunegate.serve.keys import KeyGuard
+    from tunegate.serve.exchange import Limits
     from tunegate.serve.start import find_base, house_of, serve, url_of
 
     torch.set_num_threads(1)  # the cores are the engine's; this process hashes and checks
     base = find_base(wanted, console.line)
     engine = _engine(arguments, base, wanted, console)
-    catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=arguments.merged)
-    app: Any = create_app(engine, catalogue, admin=admin)
-    if key is not None:
-        app = KeyGuard(app, key)
-    console.line(f"{base.name}: starting the engine")
+    catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=wanted.merged)
+    limits = Limits(body_seconds=arguments.body_timeout, answer_seconds=arguments.answer_timeout)
+    app = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
     await serve(
-        engine, catalogue, wanted, app, bound, arguments.grace, lambda c: _tell(c, engine, url_of(bound), console)
-    )
+        engine, catalogue, wanted, app, bound, arguments.grace,
+        lambda: console.line(f"{base.name}: starting the engine"),
+        lambda c: _tell(c, engine, url_of(bound), console),
+    )  # fmt: skip
 
 
 def _check_installed() -> None:
@@ -184,13 +197,17 @@ def _check_installed() -> None:
         )
 
 
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise InputError("the variable holds no key", where=f"--api-key-env {variable}", fix=f"export {variable}=...")
-    return key
+def _keys(arguments: argparse.Namespace) -> Keys | None:
+    """Who may ask: whoever has the variable's key or one of the file; None for everybody."""
+    from tunegate.serve.guard import Keys
+
+    variable, own = arguments.api_key_env, None
+    if variable is not None:
+        own = variable, os.environ.get(variable, "").strip()
+        if not own[1]:
+            fix = f"export {variable}=..."
+            raise InputError("the variable holds no key", where=f"--api-key-env {variable}", fix=fix)
+    return None if own is None and arguments.keys is None else Keys(own, arguments.keys)
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:
@@ -215,8 +232,8 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
         base=arguments.base, revision=arguments.revision, base_as=arguments.base_name,
         adapters=tuple(arguments.adapters), registry=registry, everything=followed and not arguments.adapters,
         allow_ungated=arguments.allow_ungated, quantization=arguments.quantization, roots=tuple(arguments.roots),
-        pinned=(*arguments.pin, *arguments.merged), preload=tuple(arguments.preload), poll=arguments.poll,
-        trust_remote_code=arguments.trust_remote_code,
+        pinned=tuple(arguments.pin), merged=tuple(arguments.merged), preload=tuple(arguments.preload),
+        poll=arguments.poll, trust_remote_code=arguments.trust_remote_code,
     )  # fmt: skip
 
 

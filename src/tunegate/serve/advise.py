@@ -198,7 +198,7 @@ def _reasons(kind: Kind, wanted: Wanted, taken: int, load: float, seconds: float
         found.append(f"memory: {taken / 1e9:.2f} GB, and {1 - FREE:.0%} of {wanted.memory / 1e9:.1f} GB may be taken")
     if load > LOAD:
         found.append(f"load: {load:.0%} of the capacity, at most {LOAD:.0%}; {math.ceil(load / LOAD)} such machines")
-    if wanted.latency is not None and seconds > wanted.latency:
+    if wanted.latency is not None and wanted.latency < seconds < math.inf:  # beyond the capacity, load says it
         found.append(f"latency: {seconds:.2f} s, at most {wanted.latency:g} s")
     return found
 

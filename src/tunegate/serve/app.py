@@ -3,19 +3,19 @@
 A request is read (``openai_requests``), its model resolved, its prompt rendered on a thread of its own
 (``openai_plan``), and its answers written as they come (``openai_streams``, ``openai_answers``). The first piece is
 awaited before the status is sent, so an engine that is full or gone is an HTTP error and not the end of a stream. A
-client that goes away cancels its jobs, while it waits and while it reads.
+client that goes away cancels its jobs, while it waits and while it reads, and so does an answer that takes too long
+(``exchange``). A key that is limited to some models sees and names no others.
 
-It starts and stops no engine, listens on no port and knows no keys: the command does.
+It starts and stops no engine and listens on no port: the command does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunegate import __version__
 from tunegate.errors import InputError, TunegateError, nearest
@@ -34,6 +33,8 @@ from tunegate.serve import openai_errors as errors
 from tunegate.serve import openai_requests as requests
 from tunegate.serve.catalogue import Catalogue, DuplicateName, Served, UnknownModel
 from tunegate.serve.engine_client import EngineClient
+from tunegate.serve.exchange import ClientGone, Exchanges, Limits, read_body, unless_gone, until
+from tunegate.serve.guard import Caller, KeyGuard, Keys, caller_of
 from tunegate.serve.jobs import EngineGone
 from tunegate.serve.metrics import Metrics
 from tunegate.serve.openai_answers import Shape
@@ -59,13 +60,6 @@ PAGE_HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """``body``: bytes of the largest request."""
-
-    body: int = 2 * 1024 * 1024
-
-
 class Front:
     """The handlers of one application."""
 
@@ -84,7 +78,7 @@ class Front:
         """A chat's next message."""
         began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
-        served = await self.catalogue.resolve(asked.model)
+        served = await self._resolve(request, asked.model)
         plan = await self._on_thread(lambda: chat_plan(asked, served, self.engine.facts, self._known))
         return await self._answer(request, plan, asked, began)
 
@@ -92,7 +86,7 @@ class Front:
         """What follows a text, or a list of token ids."""
         began = time.monotonic()
         asked = await self._read(request, requests.CompletionRequest)
-        served = await self.catalogue.resolve(asked.model)
+        served = await self._resolve(request, asked.model)
         plan = await self._on_thread(lambda: completion_plan(asked, served, self.engine.facts, self._known))
         return await self._answer(request, plan, asked, began)
 
@@ -103,19 +97,22 @@ class Front:
         shape = Shape(plan, isinstance(asked, requests.ChatRequest), usage)
         headers = {"X-Tunegate-Adapter": plan.served.fingerprint}
         found = [Answer() for _ in plan.jobs]
-        pieces = self._watched(plan, answers(self.engine, plan), began)
+        limit = self.limits.answer_seconds
+        pieces = self._watched(
+            plan, until(began + limit, limit, answers(self.engine, plan)), began, caller_of(request.scope)
+        )
         if not asked.stream:
-            await _unless_gone(request, _collect(pieces, found))
+            await unless_gone(request, _collect(pieces, found))
             return JSONResponse(shape.whole(found), headers=headers)
-        first = await _unless_gone(request, _first(pieces))
+        first = await unless_gone(request, _first(pieces))
         stream = shape.events(first, pieces, found)
         headers |= {"Cache-Control": "no-cache"}
         return StreamingResponse(stream, headers=headers, media_type="text/event-stream")
 
     async def _watched(
-        self, plan: Plan, pieces: AsyncGenerator[Numbered, None], began: float
+        self, plan: Plan, pieces: AsyncGenerator[Numbered, None], began: float, caller: Caller
     ) -> AsyncGenerator[Numbered, None]:
-        """``pieces``, counted, and timed from ``began``, when the request came."""
+        """``pieces``, counted for ``caller``, and timed from ``began``, when the request came."""
         name, first = plan.served.name, 0.0
         self.metrics.prompt_tokens.labels(name).inc(plan.prompt_tokens)
         made, cached = [0] * len(plan.jobs), [0] * len(plan.jobs)
@@ -126,6 +123,8 @@ class Front:
                     if not first:
                         first = time.monotonic()
                         self.metrics.first_token.labels(name).observe(first - began)
+                        caller.use(plan.prompt_tokens)
+                    caller.use(piece.made - made[number])
                     made[number], cached[number] = piece.made, max(cached[number], piece.cached)
                     if piece.waited is not None and number in waiting:
                         waiting.remove(number)
@@ -140,19 +139,40 @@ class Front:
         finally:
             self.metrics.generated_tokens.labels(name).inc(sum(made))
             self.metrics.cached_tokens.labels(name).inc(sum(cached[:: plan.n]))
+            if caller.key.name and first:
+                self.metrics.key_tokens.labels(caller.key.name).inc(plan.prompt_tokens + sum(made))
 
     # --- models -------------------------------------------------------------------------------------------------
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self, request: Request) -> dict[str, Any]:
         """What is served: the base and its adapters."""
-        return {"object": "list", "data": [self._card(served) for served in self.catalogue.names()]}
+        return {"object": "list", "data": [self._card(served) for served in self._names(request)]}
 
-    async def model(self, model_id: str) -> dict[str, Any]:
+    async def model(self, request: Request, model_id: str) -> dict[str, Any]:
         """One of the models that are served."""
-        names = {served.name: served for served in self.catalogue.names()}
-        if model_id not in names:
-            raise UnknownModel("no model of this name is served", got=model_id[:200], fix=nearest(model_id, [*names]))
-        return self._card(names[model_id])
+        found = next((served for served in self._names(request) if served.name == model_id), None)
+        if found is None:
+            raise self._unknown(request, model_id)
+        return self._card(found)
+
+    def _names(self, request: Request) -> list[Served]:
+        """What the request's key may use."""
+        key = caller_of(request.scope).key
+        return [served for served in self.catalogue.names() if key.may_use(served.name)]
+
+    async def _resolve(self, request: Request, name: str) -> Served:
+        key = caller_of(request.scope).key
+        if key.may_use(name):
+            try:
+                return await self.catalogue.resolve(name)
+            except UnknownModel:
+                if key.models is None:
+                    raise
+        raise self._unknown(request, name)  # which names no others than the key's
+
+    def _unknown(self, request: Request, name: str) -> UnknownModel:
+        fix = nearest(name[:200], [served.name for served in self._names(request)]) or "GET /v1/models lists all"
+        return UnknownModel("no such model", got=repr(name)[:120], fix=fix)
 
     def _card(self, served: Served) -> dict[str, Any]:
         return {
@@ -169,6 +189,7 @@ class Front:
 
     async def load(self, request: Request) -> Response:
         """Serve an adapter under a name."""
+        _for_administrators(request)
         asked = await self._read(request, requests.LoadAdapterRequest)
         try:
             await self.catalogue.load(asked.lora_name, asked.lora_path, replace=asked.load_inplace, pinned=asked.pinned)
@@ -184,6 +205,7 @@ class Front:
 
     async def unload(self, request: Request) -> Response:
         """Serve an adapter no more; answers under way are finished."""
+        _for_administrators(request)
         asked = await self._read(request, requests.UnloadAdapterRequest)
         await self.catalogue.unload(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
@@ -193,7 +215,7 @@ class Front:
     async def tokenize(self, request: Request) -> Response:
         """The ids that a prompt or a chat gives the model."""
         asked = await self._read(request, requests.TokenizeRequest)
-        served = await self.catalogue.resolve(asked.model or self.catalogue.base)
+        served = await self._resolve(request, asked.model or self.catalogue.base)
         ids = await self._on_thread(lambda: tokenized(asked, served))
         tokenizer = served.renderer.tokenizer
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
@@ -203,7 +225,7 @@ class Front:
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special ones written out."""
         asked = await self._read(request, requests.DetokenizeRequest)
-        served = await self.catalogue.resolve(asked.model or self.catalogue.base)
+        served = await self._resolve(request, asked.model or self.catalogue.base)
         wrong = [i for i in asked.tokens if i >= self.engine.facts.vocabulary]
         if wrong:
             expected = f"0 to {self.engine.facts.vocabulary - 1}"
@@ -221,8 +243,11 @@ class Front:
             raise EngineGone("the engine is not running; it is started again")
         return JSONResponse({"status": "ok"})
 
-    async def figures(self) -> Response:
+    async def figures(self, request: Request) -> Response:
         """Figures for Prometheus."""
+        key = caller_of(request.scope).key
+        if key.models is not None and not key.admin:
+            raise errors.NotAllowed("the figures name all models, and this key is limited to some")
         alive, stats = self.engine.alive, dict[str, Any]()
         if alive:
             try:
@@ -242,21 +267,18 @@ class Front:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which no other site's page can send without being allowed to
             raise errors.NotJson("a JSON body is expected", got=kind[:100], fix="Content-Type: application/json")
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > self.limits.body:
-                raise errors.BodyTooLarge("the body is too large", expected=f"up to {self.limits.body} bytes")
+        data = await read_body(request, self.limits)
         if len(data) <= SMALL_BODY:
-            return read_request(bytes(data), model)
-        return await self._on_thread(lambda: read_request(bytes(data), model))
+            return read_request(data, model)
+        return await self._on_thread(lambda: read_request(data, model))
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-class _ClientGone(Exception):
-    """Nobody reads the answer."""
+def _for_administrators(request: Request) -> None:
+    if not caller_of(request.scope).key.admin:
+        raise errors.NotAllowed("this key may not load or unload adapters", fix="a key made with --admin")
 
 
 async def _collect(pieces: AsyncGenerator[Numbered, None], found: list[Answer]) -> None:
@@ -269,51 +291,18 @@ async def _first(pieces: AsyncGenerator[Numbered, None]) -> Numbered:
     return await anext(pieces)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """``work``, cancelled when the client goes away."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ClientGone
-        return task.result()
-    finally:
-        for one in (task, watch):
-            one.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-class _Counting:
-    """Counts answers by route and status. Plain ASGI, so that it stands between no client and its disconnection."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = getattr(route, "path_format", None) or getattr(route, "path", None) or "other"
-                self._metrics.requests.labels(path, message["status"]).inc()
-            await send(message)
-
-        await self._app(scope, receive, counted if scope["type"] == "http" else send)
-
-
 def create_app(
-    engine: EngineClient, catalogue: Catalogue, *, limits: Limits | None = None, admin: bool = True
-) -> FastAPI:
+    engine: EngineClient, catalogue: Catalogue, *, limits: Limits | None = None, admin: bool = True,
+    keys: Keys | None = None,
+) -> FastAPI:  # fmt: skip
     """The application. ``engine`` is started and stopped by the caller. ``admin``: whether adapters may be loaded and
-    unloaded by request."""
+    unloaded by request. ``keys``: who may ask; None for everybody."""
     front = Front(engine, catalogue, limits or Limits())
     app = FastAPI(title="tunegate", version=__version__, docs_url=None, redoc_url=None)
     app.state.metrics = front.metrics
-    app.add_middleware(_Counting, metrics=front.metrics)
+    if keys is not None:
+        app.add_middleware(KeyGuard, keys=keys)
+    app.add_middleware(Exchanges, metrics=front.metrics)  # around the other, which it counts too
     _add_routes(app, front, admin)
     for path in PAGES:
         app.add_api_route(f"/{path}", front.page, include_in_schema=False, response_model=None)
@@ -322,9 +311,8 @@ def create_app(
         TunegateError: _refused,
         HTTPException: _no_route,
         RequestValidationError: _refused,
-        _ClientGone: _nobody,
+        ClientGone: _nobody,
         ClientDisconnect: _nobody,
-        Exception: _refused,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
@@ -344,7 +332,7 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
         return {status: {"model": documents.Error} for status in statuses}
 
     def post(path: str, handler: Any, body: Any, answer: dict[str, Any], *statuses: int) -> None:
-        responses = {200: answer, **failing(400, 403, 404, 413, 415, 500, *statuses)}
+        responses = {200: answer, **failing(400, 401, 403, 404, 408, 413, 415, 429, 500, *statuses)}
         extra = documents.taken(body)
         app.add_api_route(
             path, handler, methods=["POST"], responses=responses, openapi_extra=extra, response_model=None
@@ -354,8 +342,8 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     chat = {"model": documents.ChatCompletion, "content": events}
     complete = {"model": documents.Completion, "content": events}
-    post("/v1/chat/completions", front.chat, requests.ChatRequest, chat, 429, 503)
-    post("/v1/completions", front.complete, requests.CompletionRequest, complete, 429, 503)
+    post("/v1/chat/completions", front.chat, requests.ChatRequest, chat, 503, 504)
+    post("/v1/completions", front.complete, requests.CompletionRequest, complete, 503, 504)
     post("/tokenize", front.tokenize, requests.TokenizeRequest, {"model": documents.Tokenized})
     post("/detokenize", front.detokenize, requests.DetokenizeRequest, {"model": documents.Detokenized})
     if admin:

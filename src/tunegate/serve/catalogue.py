@@ -140,8 +140,14 @@ class Catalogue:
         :meth:`resolve`. The engine need not have started."""
         return await self._add(name, lambda: _anywhere(source), source, replace=False, pinned=False, put=False)
 
+    def known(self, name: str) -> None:
+        """:class:`UnknownModel` if ``name`` is neither the base nor an adapter."""
+        if name != self.base and name not in self._entries:
+            raise self._unknown(name)
+
     def pin(self, name: str) -> None:
-        """Once in the engine, the weights of ``name`` are never pushed out. :class:`UnknownModel` if there is none."""
+        """Once in the engine, the weights of ``name`` are never pushed out. :class:`UnknownModel` if no adapter has
+        that name."""
         if name not in self._entries:
             raise self._unknown(name)
         self._entries[name] = replace(self._entries[name], pinned=True)

@@ -6,7 +6,8 @@ wait for another. Memory comes from ``plan``'s formulas: the weights as the engi
 limited, two processes; a tenth is left free. Base and adapters are folders that are mounted read-only, or names that
 the server fetches at its start: packaged, hub, registry.
 
-Secrets are named and never held: an API key, a registry's address with a password. ``deploy_files`` writes the files.
+Secrets are named and never held: an API key, a registry's address with a password. A file of keys stays where it is,
+and the servers see its changes. ``deploy_files`` writes the files.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Server:
 @dataclass(frozen=True)
 class Deployment:
     """``registry``: where the registry is, None without one; a URL is a secret's, a folder is mounted. ``image``: the
-    tag of what the Dockerfile makes; ``replicas`` of each server (Kubernetes)."""
+    tag of what the Dockerfile makes; ``replicas`` of each server (Kubernetes). ``keys``: the file of keys that all
+    servers ask for, in place of one key; ``merged``: names of adapters that run on weights of their own."""
 
     kind: Kind
     name: str
@@ -98,6 +100,8 @@ class Deployment:
     image: str = "tunegate:local"
     replicas: int = 1
     allow_ungated: bool = False
+    keys: Path | None = None
+    merged: tuple[str, ...] = ()
 
     @property
     def registry_folder(self) -> Path | None:
@@ -107,7 +111,8 @@ class Deployment:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Environment variables that whoever runs it has to fill."""
-        return (KEY, REGISTRY) if self.registry and self.registry_folder is None else (KEY,)
+        registry = (REGISTRY,) if self.registry and self.registry_folder is None else ()
+        return registry if self.keys else (KEY, *registry)
 
 
 def plan_deployment(
@@ -116,7 +121,9 @@ def plan_deployment(
 ) -> Deployment:  # fmt: skip
     """The servers of a deployment. ``shapes``: of each server's base, one for all or one each; ``bases``: of each
     adapter for ``separate``, where they differ. :class:`InputError` with everything that is wrong."""
+    deployment = deployment or Deployment(kind, name, ())
     problems = _problems(kind, base, adapters, bases, name)
+    problems += _merged_problems(kind, deployment.merged, [n for n, _ in adapters])
     if problems:
         raise InputError(problems)
     sources = [Source(n, where) for n, where in adapters]
@@ -128,10 +135,11 @@ def plan_deployment(
     every = list(shapes) * len(parts) if len(shapes) == 1 else list(shapes)
     servers = []
     for number, ((unit, model, own), shape) in enumerate(zip(parts, every, strict=True)):
+        merged = [one.name for one in own if one.name in deployment.merged]
         mine = sizes if own else replace(sizes, adapter_cache=0)
         source = Source(name if kind == "merged" else "base", str(model))
-        servers.append(Server(unit, source, own, port + number, mine, memory_of(shape, mine)))
-    return replace(deployment or Deployment(kind, name, ()), kind=kind, name=name, servers=tuple(servers))
+        servers.append(Server(unit, source, own, port + number, mine, memory_of(shape, mine, len(merged))))
+    return replace(deployment, kind=kind, name=name, servers=tuple(servers))
 
 
 def unit_name(text: str) -> str:
@@ -171,10 +179,22 @@ def _problems(
     return found
 
 
-def memory_of(shape: ModelShape, sizes: Sizes) -> tuple[Part, ...]:
-    """The parts of a server's memory, in bytes."""
+def _merged_problems(kind: Kind, merged: Sequence[str], names: Sequence[str]) -> list[Problem]:
+    if merged and kind == "merged":
+        return [Problem("a merged model has its adapter in it already", "--merged", "none", merged[0])]
+    return [
+        Problem("no adapter of this name", "--merged", got=name, fix=nearest(name, names))
+        for name in merged
+        if name not in names
+    ]
+
+
+def memory_of(shape: ModelShape, sizes: Sizes, merged: int = 0) -> tuple[Part, ...]:
+    """The parts of a server's memory, in bytes. ``merged``: adapters on weights of their own, whose size is that of all
+    linear layers: an adapter may have fewer."""
     inputs = PlanInputs(shape, (), WORKING_TOKENS, sizes.rows, quantization=sizes.quantization)
     weights, constants = weight_bytes(inputs)
+    copied = 2 if sizes.quantization else min(inputs.itemsize, shape.stored)
     width = 3 * shape.intermediate + 4 * shape.hidden
     working = 4 * (WORKING_TOKENS * width + sizes.rows * shape.vocab)
     how = f"{shape.parameters:,} parameters" + (
@@ -182,6 +202,7 @@ def memory_of(shape: ModelShape, sizes: Sizes) -> tuple[Part, ...]:
     )
     parts = (
         Part("weights", weights + constants, how),
+        Part("merged", merged * shape.linear * copied, f"{merged} x {shape.linear:,} weights of linear layers"),
         Part("KV cache", sizes.kv_cache, "as it is limited"),
         Part("adapters", sizes.adapter_cache, "in RAM, as they are limited"),
         Part("working", working, f"a pass of {WORKING_TOKENS:,} tokens, logits of {sizes.rows} rows"),
@@ -192,16 +213,19 @@ def memory_of(shape: ModelShape, sizes: Sizes) -> tuple[Part, ...]:
 
 
 def serve_command(
-    deployment: Deployment, server: Server, *, host: str, port: int, base: str, adapters: Sequence[str]
-) -> list[str]:
-    """The arguments behind ``tunegate``: ``base`` and ``adapters`` as the server sees them."""
+    deployment: Deployment, server: Server, *, host: str, port: int, base: str, adapters: Sequence[str],
+    keys: str | None,
+) -> list[str]:  # fmt: skip
+    """The arguments behind ``tunegate``: ``base``, ``adapters`` and ``keys`` as the server sees them."""
     sizes = server.sizes
     line = ["serve", base, "--base-name", server.base.name]
     for source, where in zip(server.adapters, adapters, strict=True):
         line += ["--adapter", f"{source.name}={where}"]
+        line += ["--merged", source.name] if source.name in deployment.merged else []
     if deployment.registry:
         line.append("--registry")  # which one, TUNEGATE_REGISTRY says
-    line += ["--host", host, "--port", str(port), "--api-key-env", KEY]
+    line += ["--host", host, "--port", str(port)]
+    line += ["--keys", keys] if keys else ["--api-key-env", KEY]
     line += ["--kv-cache", str(sizes.kv_cache), "--max-rows", str(sizes.rows)]
     if server.adapters:
         line += ["--adapter-cache", str(sizes.adapter_cache)]

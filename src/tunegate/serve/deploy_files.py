@@ -28,8 +28,9 @@ from tunegate.serve.deploy import KEY, KEY_NAME, PORT, REGISTRY, TARGETS, Deploy
 USER = 10_001
 GRACE = 45  # seconds: --grace's 30, and the engine's end
 START = 600  # seconds: a base is fetched, hashed and loaded
-CACHE, REGISTRY_PLACE = "/var/cache/tunegate", "/registry"
+CACHE, REGISTRY_PLACE, KEYS_PLACE = "/var/cache/tunegate", "/registry", "/keys"
 _DROPPED = ("nvidia-", "cuda-", "triton")  # of torch's CUDA builds; the image takes the CPU build
+_SECRETS = {KEY: KEY_NAME, REGISTRY: REGISTRY.lower()}  # as Kubernetes names them
 Files = dict[str, str]
 
 
@@ -53,11 +54,17 @@ def _inside(deployment: Deployment, server: Server) -> list[str]:
     return serve_command(
         deployment, server, host="0.0.0.0", port=PORT, base=_place(server.base, "/models/base"),
         adapters=[_place(a, f"/models/adapters/{a.name}") for a in server.adapters],
+        keys=f"{KEYS_PLACE}/{deployment.keys.name}" if deployment.keys else None,
     )  # fmt: skip
 
 
 def _mounts(deployment: Deployment, server: Server) -> list[tuple[Path, str, bool]]:
-    """(folder here, path in the container, read-only)."""
+    """(folder here, path in the container, read-only). The keys' folder, since a file alone would stay the old one."""
+    return [*_models(deployment, server), *([(deployment.keys.parent, KEYS_PLACE, True)] if deployment.keys else [])]
+
+
+def _models(deployment: Deployment, server: Server) -> list[tuple[Path, str, bool]]:
+    """Those mounts whose content a cluster needs a claim for."""
     found = [(server.base.folder, "/models/base", True)]
     found += [(a.folder, f"/models/adapters/{a.name}", True) for a in server.adapters]
     found.append((deployment.registry_folder, REGISTRY_PLACE, False))  # SQLite locks its file
@@ -77,13 +84,15 @@ def _unit(deployment: Deployment, server: Server) -> str:
         deployment, server, host="127.0.0.1", port=server.port,
         base=str(server.base.folder or server.base.where),
         adapters=[str(a.folder or a.where) for a in server.adapters],
+        keys=str(deployment.keys) if deployment.keys else None,
     )  # fmt: skip
     line = " ".join(_quoted(part) for part in [sys.executable, "-m", "tunegate.cli", *command])
     health = " ".join(_quoted(p) for p in [sys.executable, "-m", "tunegate.serve.health", str(server.port), str(START)])
     read_only = [str(s.folder) for s in (server.base, *server.adapters) if s.folder]
+    secrets, file = deployment.secrets, f"/etc/tunegate/{server.name}.env"
     lines = [
-        f"# Before the first start: /etc/tunegate/{server.name}.env, root's, mode 0600, with a line for each of:",
-        *(f"#   {name}=..." for name in deployment.secrets),
+        *([f"# Before the first start: {file}, root's, mode 0600, with a line for each of:"] if secrets else []),
+        *(f"#   {name}=..." for name in secrets),
         "[Unit]",
         f"Description=tunegate {deployment.kind}: {', '.join(a.name for a in server.adapters) or server.base.where}",
         "After=network-online.target",
@@ -93,7 +102,7 @@ def _unit(deployment: Deployment, server: Server) -> str:
         "Type=exec",
         f"ExecStart={line}",
         f"ExecStartPost={health}",
-        f"EnvironmentFile=/etc/tunegate/{server.name}.env",
+        *([f"EnvironmentFile={file}"] if secrets else []),
         "Environment=TUNEGATE_HOME=%C/tunegate HOME=%C/tunegate PYTHONUNBUFFERED=1",
         *(
             [f"Environment={_quoted(f'{REGISTRY}={folder}')}", f"ReadWritePaths={_quoted(str(folder))}"]
@@ -241,7 +250,8 @@ def _run_script(deployment: Deployment) -> str:
 def compose(deployment: Deployment) -> Files:
     services = {server.name: _service(deployment, server) for server in deployment.servers}
     volumes: dict[str, Any] = {f"{server.name}-cache": {} for server in deployment.servers}
-    text = "# docker compose up --build --wait; " + ", ".join(deployment.secrets) + " in the environment or in .env\n"
+    needs = f"; {', '.join(deployment.secrets)} in the environment or in .env" if deployment.secrets else ""
+    text = f"# docker compose up --build --wait{needs}\n"
     return {**image(), "compose.yaml": text + _yaml({"services": services, "volumes": volumes})}
 
 
@@ -285,11 +295,14 @@ def _service(deployment: Deployment, server: Server) -> dict[str, Any]:
 
 def kubernetes(deployment: Deployment) -> Files:
     objects = [one for server in deployment.servers for one in _objects(deployment, server)]
-    secret = f"kubectl create secret generic {deployment.name} --from-file={KEY_NAME}=FILE"
-    secret += f" --from-file={REGISTRY.lower()}=FILE" if REGISTRY in deployment.secrets else ""
-    head = [f"# Before: push {deployment.image} to a registry your nodes reach, and", f"#   {secret}"]
+    head = [f"# Before: push {deployment.image} to a registry your nodes reach, and"]
+    if deployment.secrets:
+        files = "".join(f" --from-file={_SECRETS[name]}=FILE" for name in deployment.secrets)
+        head.append(f"#   kubectl create secret generic {deployment.name}{files}")
+    keys = f"#   kubectl create secret generic {deployment.name}-keys --from-file={deployment.keys}"
+    head += [keys] if deployment.keys else []
     for server in deployment.servers:
-        for folder, place, _ in _mounts(deployment, server):
+        for folder, place, _ in _models(deployment, server):
             head.append(f"#   copy {folder} to {place.lstrip('/')} of the claim {server.name}-models")
     return {**image(), "kubernetes.yaml": "\n".join(head) + "\n" + "---\n".join(map(_yaml, objects))}
 
@@ -301,7 +314,7 @@ def _objects(deployment: Deployment, server: Server) -> list[dict[str, Any]]:
     }  # fmt: skip
     chosen = {"app.kubernetes.io/instance": server.name}
     meta = {"name": server.name, "labels": labels}
-    mounts = _mounts(deployment, server)
+    mounts = _models(deployment, server)
     pod = {
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": GRACE,
@@ -314,6 +327,7 @@ def _objects(deployment: Deployment, server: Server) -> list[dict[str, Any]]:
             {"name": "cache", "emptyDir": {}},
             {"name": "tmp", "emptyDir": {}},
             *([{"name": "models", "persistentVolumeClaim": {"claimName": f"{server.name}-models"}}] if mounts else []),
+            *([{"name": "keys", "secret": {"secretName": f"{deployment.name}-keys"}}] if deployment.keys else []),
         ],
     }  # fmt: skip
     found: list[dict[str, Any]] = [
@@ -347,9 +361,8 @@ def _objects(deployment: Deployment, server: Server) -> list[dict[str, Any]]:
 
 
 def _container(deployment: Deployment, server: Server, mounts: Iterable[tuple[Path, str, bool]]) -> dict[str, Any]:
-    keys = {KEY: KEY_NAME, REGISTRY: REGISTRY.lower()}
     environment: list[dict[str, Any]] = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": deployment.name, "key": keys[name]}}}
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": deployment.name, "key": _SECRETS[name]}}}
         for name in deployment.secrets
     ]
     if deployment.registry_folder:
@@ -378,6 +391,7 @@ def _container(deployment: Deployment, server: Server, mounts: Iterable[tuple[Pa
             {"name": "tmp", "mountPath": "/tmp"},
             *({"name": "models", "mountPath": place, "subPath": place.lstrip("/"), "readOnly": read_only}
               for _, place, read_only in mounts),
+            *([{"name": "keys", "mountPath": KEYS_PLACE, "readOnly": True}] if deployment.keys else []),
         ],
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Figures for Prometheus: what the front counts, and what the engine says of itself when it is asked.
 
-One registry per application, nothing process-wide. Labels hold names that are served, never a client's text, so there
-are as many series as models.
+One registry per application, nothing process-wide. Labels hold names of models and of keys, never a client's text, so
+there are as many series as these.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Metrics:
         self._registry.register(self._engine)
         own: Any = {"registry": self._registry}
         self.requests = Counter("tunegate_requests", "Answered requests", ["route", "status"], **own)
+        self.key_requests = Counter("tunegate_key_requests", "Answered requests of a key", ["key", "status"], **own)
+        self.key_tokens = Counter("tunegate_key_tokens", "Tokens of a key's prompts and answers", ["key"], **own)
         self.answers = Counter("tunegate_answers", "Finished answers", ["model", "finish"], **own)
         self.prompt_tokens = Counter("tunegate_prompt_tokens", "Tokens of prompts", ["model"], **own)
         self.cached_tokens = Counter("tunegate_cached_tokens", "Of these, not computed again", ["model"], **own)

@@ -1,14 +1,16 @@
 """Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
-Every exception has one status: 400 for what is wrong with a request, 403 for a model that must not answer, 404 for a
-name that is not served, 413 and 415 for a body that is too large or no JSON, 429 for an engine that is full, 503 for
-one that is gone, the last two with ``Retry-After``. All problems of a request are in one message, a line each. What
-nobody foresaw is a 500 without details; they go to the log.
+Every exception has one status (``_KINDS``): 400 for what is wrong with a request, 404 for a name that is not served,
+429 for an engine that is full, 503 for one that is gone, and so on. All problems of a request are in one message, each
+in a line. What nobody foresaw is a 500 without details; the log has its kind and its places, and not its message, which
+may quote a prompt.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tunegate.errors import InputError, Problem, TunegateError
@@ -18,8 +20,9 @@ from tunegate.serve.jobs import EngineFull, EngineGone
 if TYPE_CHECKING:
     from starlette.responses import JSONResponse
 
-RETRY_FULL, RETRY_GONE = 1, 5  # seconds
+log = logging.getLogger("tunegate.serve")
 SHOWN = 20  # problems
+FRAMES = 8  # of each error in the log
 
 
 class BodyTooLarge(InputError):
@@ -28,6 +31,18 @@ class BodyTooLarge(InputError):
 
 class NotJson(InputError):
     """A body that says to be something else."""
+
+
+class BodyTooSlow(InputError):
+    """A body that did not come in time."""
+
+
+class NotAllowed(InputError):
+    """What the request's key may not do."""
+
+
+class AnswerTooLong(TunegateError):
+    """An answer that took longer than one may."""
 
 
 def line(problem: Problem) -> str:
@@ -49,31 +64,58 @@ def body(message: str, kind: str, *, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+_WRONG, _FAILED = "invalid_request_error", "server_error"
+# exception, status, type, code, param, headers; the first that fits
+_KINDS: tuple[tuple[type[TunegateError], int, str, str, str | None, dict[str, str]], ...] = (
+    (EngineFull, 429, "rate_limit_error", "engine_full", None, {"Retry-After": "1"}),
+    (EngineGone, 503, _FAILED, "engine_gone", None, {"Retry-After": "5"}),
+    # OpenAI's client asks again after a 504, for as long; this header keeps it from that.
+    (AnswerTooLong, 504, _FAILED, "answer_timeout", None, {"x-should-retry": "false"}),
+    (UnknownModel, 404, _WRONG, "model_not_found", "model", {}),
+    (ModelRefused, 403, _WRONG, "model_refused", "model", {}),
+    (NotAllowed, 403, _WRONG, "not_allowed", None, {}),
+    (AdapterNotFound, 404, _WRONG, "adapter_not_found", "lora_path", {}),
+    (BodyTooSlow, 408, _WRONG, "body_timeout", None, {"Connection": "close"}),
+    (BodyTooLarge, 413, _WRONG, "body_too_large", None, {}),
+    (NotJson, 415, _WRONG, "not_json", None, {}),
+)
+
+
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an exception."""
     if not isinstance(error, TunegateError):
-        logging.getLogger("tunegate.serve").error("a request failed", exc_info=error)
-        return 500, body("the server failed; its log says more", "server_error", code="internal_error"), {}
+        tell("a request failed", error)
+        return 500, body("the server failed; its log says more", _FAILED, code="internal_error"), {}
     message = explain(error)
-    if isinstance(error, EngineFull):
-        found = body(message, "rate_limit_error", code="engine_full")
-        return 429, found, {"Retry-After": str(RETRY_FULL)}
-    if isinstance(error, EngineGone):
-        return 503, body(message, "server_error", code="engine_gone"), {"Retry-After": str(RETRY_GONE)}
-    if isinstance(error, UnknownModel):
-        return 404, body(message, "invalid_request_error", param="model", code="model_not_found"), {}
-    if isinstance(error, ModelRefused):
-        return 403, body(message, "invalid_request_error", param="model", code="model_refused"), {}
-    if isinstance(error, AdapterNotFound):
-        return 404, body(message, "invalid_request_error", param="lora_path", code="adapter_not_found"), {}
-    if isinstance(error, BodyTooLarge):
-        return 413, body(message, "invalid_request_error", code="body_too_large"), {}
-    if isinstance(error, NotJson):
-        return 415, body(message, "invalid_request_error", code="not_json"), {}
+    for kind, status, name, code, param, headers in _KINDS:
+        if isinstance(error, kind):
+            return status, body(message, name, param=param, code=code), headers
     if isinstance(error, InputError):
         param = next((problem.where for problem in error.problems if problem.where), None)
-        return 400, body(message, "invalid_request_error", param=param, code="invalid_request"), {}
-    return 500, body(message, "server_error", code="failed"), {}
+        return 400, body(message, _WRONG, param=param, code="invalid_request"), {}
+    return 500, body(message, _FAILED, code="failed"), {}
+
+
+def tell(what: str, error: BaseException) -> None:
+    """Log an error that nobody foresaw; with its message only where the log is at DEBUG."""
+    log.error(
+        "%s: %s", what, "; from ".join(_places(error)), exc_info=error if log.isEnabledFor(logging.DEBUG) else None
+    )
+
+
+def _places(error: BaseException) -> Iterator[str]:
+    """An error, and those it came from: ``ValueError at serve/text.py:88 in push``."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting and len(seen) < FRAMES:
+        one = waiting.pop()
+        if any(one is other for other in seen):
+            continue
+        seen.append(one)
+        frames = traceback.extract_tb(one.__traceback__)[-FRAMES:]
+        places = [f"{'/'.join(f.filename.split('/')[-2:])}:{f.lineno} in {f.name}" for f in frames]
+        yield f"{type(one).__name__} at {', '.join(places) or 'no place'}"
+        waiting += [e for e in (one.__cause__ or one.__context__, *getattr(one, "exceptions", ())) if e is not None]
 
 
 def response(error: Exception) -> JSONResponse:

@@ -7,7 +7,7 @@
     engine    started; pinned and preloaded adapters are put into it
     serving   until SIGTERM or SIGINT; then no new connection, and ``grace`` seconds for the answers under way
 
-It writes no messages: whoever calls it is told when it is ready.
+It writes no messages: whoever calls it is told when the engine starts, and when it is ready.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tunegate.records import AdapterCard
 from tunegate.registry.entries import PRODUCTION, is_reference, list_versions, read_entity, resolve
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import versions
+from tunegate.serve import openai_errors as errors
 from tunegate.serve.admission import House
 from tunegate.serve.base import ServedBase, open_base
 from tunegate.serve.catalogue import Catalogue
@@ -44,8 +45,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class Wanted:
     """What is to be served. ``base``: None where the adapters say it. ``adapters``: (name, source) pairs.
     ``everything``: also all that ``registry`` has in production on this base. ``quantization``: nf4, int8, none, or
-    None for that of the training. ``roots``: where load requests may find adapters. ``pinned`` and ``preload`` are
-    names."""
+    None for that of the training. ``roots``: where load requests may find adapters. ``pinned``, ``merged`` and
+    ``preload`` are names."""
 
     base: str | None = None
     revision: str | None = None
@@ -57,6 +58,7 @@ class Wanted:
     quantization: str | None = None
     roots: tuple[Path, ...] = ()
     pinned: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     poll: float = 2.0
     trust_remote_code: bool = False
@@ -161,15 +163,18 @@ async def fill(catalogue: Catalogue, wanted: Wanted) -> Follower | None:
     for name, source in wanted.adapters:
         with collecting(problems):
             await catalogue.register(name, source)
-    if problems:
-        raise InputError(problems)
     follower = None
     if wanted.registry is not None:
         follower = Follower(catalogue, wanted.registry, everything=wanted.everything, every=wanted.poll)
         await follower.look()
-    for name in wanted.pinned:
-        with collecting(problems):
-            catalogue.pin(name)
+    given = {name for name, _ in wanted.adapters}
+    for flag, names in (("--pin", wanted.pinned), ("--merged", wanted.merged), ("--preload", wanted.preload)):
+        for name in names:
+            try:
+                catalogue.pin(name) if flag != "--preload" else catalogue.known(name)
+            except InputError as error:
+                if name not in given:  # else its adapter was refused, which is told
+                    problems += [replace(problem, where=flag) for problem in error.problems]
     if problems:
         raise InputError(problems)
     return follower
@@ -241,6 +246,7 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
         timeout_graceful_shutdown=max(1, round(grace)),
     )  # fmt: skip
     server = uvicorn.Server(config)
+    asyncio.get_running_loop().set_exception_handler(_without_message)
 
     async def watch() -> None:
         await asked.wait()
@@ -259,17 +265,26 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
         raise TunegateError("the server did not start", fix="its log, above, says why")
 
 
+def _without_message(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio cannot raise anywhere. Its own handler logs messages, and these may quote a prompt."""
+    if (error := context.get("exception")) is not None:
+        errors.tell(context["message"], error)
+    else:
+        errors.log.error("%s", context["message"])
+
+
 async def serve(
     engine: EngineClient, catalogue: Catalogue, wanted: Wanted, app: Any, bound: socket.socket, grace: float,
-    ready: Callable[[Catalogue], None],
+    starting: Callable[[], None], ready: Callable[[Catalogue], None],
 ) -> None:  # fmt: skip
-    """Run until SIGTERM or SIGINT. ``catalogue`` is filled, the engine started and stopped here; ``ready`` is called
-    when requests are taken."""
+    """Run until SIGTERM or SIGINT. ``catalogue`` is filled, the engine started and stopped here; ``starting`` is called
+    when nothing is refused any more, ``ready`` when requests are taken."""
 
     async def start() -> None:
         follower = await fill(catalogue, wanted)
+        starting()
         await engine.start()
-        for name in dict.fromkeys((*wanted.pinned, *wanted.preload)):
+        for name in dict.fromkeys((*wanted.pinned, *wanted.merged, *wanted.preload)):
             await catalogue.resolve(name)
         if follower is not None:
             following.append(asyncio.ensure_future(follower.run()))
