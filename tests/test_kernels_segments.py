@@ -98,7 +98,9 @@ def test_slots_are_used_again() -> None:
     assert slots == list(range(20))
     table.remove(3)
     assert table.add({0: factors(5, 8, 8, torch.float32, dora=False, seed=99)}) == 3
-    assert table.facts([0, 3]) == (5, {0}, set()) and table.largest_rank == 5
+    assert table.facts([0, 3]) == (5, {0}, set()) and table.room_rank == 64
+    table.add({0: factors(65, 8, 8, torch.float32, dora=False, seed=7)})
+    assert table.room_rank == 128  # what was recorded for 64 ends here, and not before
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "rank", "gain", "column", "layout"])

@@ -61,7 +61,7 @@ from tunegate.serve.lane import Proof, Read, merged_layer, prompts_of, read
 
 
 def read_merged(served: Served, folder: Path) -> Read:
-    return read(served, folder, adapter_hash(folder) + MERGED, 400)
+    return read(served, served.identify(folder), folder, adapter_hash(folder) + MERGED, 400)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from tunegate.adapter.peft_config import canonical
 from tunegate.files import canonical_json, read_into, read_scattered
 from tunegate.model.weights import TensorEntry
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,7 +53,7 @@ class Header:
 class Canonical:
     """``data``: all bytes. ``places``: where each tensor's values begin, and its shape."""
 
-    data: np.ndarray[Any, np.dtype[np.uint8]]
+    data: Bytes
     places: Mapping[str, tuple[int, tuple[int, ...]]]
 
     def hash(self) -> str:
@@ -69,12 +70,14 @@ class Canonical:
         return {name: self.tensor(name) for name in self.places}
 
 
-def read_canonical(handle: BinaryIO, header: Header, config: Mapping[str, Any]) -> Canonical:
-    """The canonical bytes of the file that is open as ``handle``. In memory of our own: a mapped file could change
-    after it was checked. :class:`~tunegate.errors.InputError` if the file ends too early."""
+def read_canonical(
+    handle: BinaryIO, header: Header, config: Mapping[str, Any], memory: Bytes | None = None
+) -> Canonical:
+    """The canonical bytes of the file that is open as ``handle``, in ``memory`` where it is large enough. Not mapped: such
+    a file could change after it was checked. :class:`~tunegate.errors.InputError` if the file ends too early."""
     text = _meaning(config)
     size = len(text) + sum(len(name) + 4 * _count(entry) for name, entry in header.pieces)
-    data = np.empty(size, np.uint8)
+    data = fresh_bytes(size) if memory is None or memory.nbytes < size else memory[:size]
     view = data.data
     view[: len(text)] = text
     at, places, parts = len(text), {}, []
@@ -92,6 +95,11 @@ def read_canonical(handle: BinaryIO, header: Header, config: Mapping[str, Any]) 
             for entry, part in run:
                 _widen(handle, entry, part)
     return Canonical(data, places)
+
+
+def fresh_bytes(size: int) -> Bytes:
+    """Uninitialised memory from torch: numpy's is asked for in huge pages, and the first touch of one takes longest."""
+    return torch.empty(size, dtype=torch.uint8).numpy()
 
 
 def content_hash(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:

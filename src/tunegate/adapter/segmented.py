@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunegate.adapter.canonical import Canonical, read_canonical
+from tunegate.adapter.canonical import Bytes, Canonical, read_canonical
 from tunegate.adapter.files import TENSORS, Fitting, Known, non_finite, opened_fitting, tensor_name, untrained
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments, lay_out
+
+_TOUCHED = 1 << 17  # factors that are touched at a time
+_REST = 0.002  # seconds between: a pass needs the cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +119,9 @@ class Served:
         self.table = FactorTable(len(self.layers), dtype)
         self._known = Known()
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="layout")
+        self._bytes: Bytes | None = None  # memory that was touched before: the first touch takes longer than all else
+        self._spare: Tensor | None = None
 
     @contextlib.contextmanager
     def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
@@ -129,21 +134,22 @@ class Served:
 
     def identify(self, folder: Path) -> Identified:
         """The adapter in a PEFT folder, read once: what is hashed is what the factors are made of.
-        :class:`InputError` with everything that is wrong. From one thread at a time."""
+        :class:`InputError` with everything that is wrong. From one thread at a time; the next call writes over the
+        bytes of the last one's."""
         where, begun = str(folder / TENSORS), time.perf_counter()
         with opened_fitting(self.skeleton, folder, self._known) as (handle, header, fitting):
-            canonical = read_canonical(handle, header, fitting.config)
+            canonical = read_canonical(handle, header, fitting.config, self._bytes)
+        self._bytes = canonical.data if self._bytes is None else max(self._bytes, canonical.data, key=len)
         read = time.perf_counter()
-        hashing = self._hashing.submit(canonical.hash)  # on one core, while another lays the values out
+        key = canonical.hash()
+        hashed = time.perf_counter()
         factors, a, b = self._factors(fitting, canonical)
         problems = [] if np.isfinite(a + b) else non_finite(canonical.state(), where)
         if b == 0.0:
             problems += untrained(canonical.state(), where)
-        laid_out = time.perf_counter()
-        key = hashing.result()
         if problems:
             raise InputError(problems)
-        seconds = {"read": read - begun, "layout": laid_out - read, "rest of the hash": time.perf_counter() - laid_out}
+        seconds = {"read": read - begun, "hash": hashed - read, "layout": time.perf_counter() - hashed}
         return Identified(key, fitting.spec, factors, max(a, b), canonical, seconds)
 
     def read(self, folder: Path, key: str) -> dict[int, Factors]:
@@ -158,8 +164,9 @@ class Served:
         of all B, infinite if a value is not finite."""
         names = [(tensor_name(path, "lora_A"), tensor_name(path, "lora_B")) for path in fitting.paths]
         sizes = [int(np.prod(canonical.places[name][1])) for pair in names for name in pair]
-        width = self.table.dtype.itemsize
-        memory = torch.from_numpy(np.empty(sum(sizes) * width, np.uint8)).view(self.table.dtype)
+        memory, self._spare = self._spare, None
+        if memory is None or memory.numel() != sum(sizes):
+            memory = torch.empty(sum(sizes), dtype=self.table.dtype)
         pieces = iter(memory.split(sizes))
         parts, found = [], {}
         for path, (name_a, name_b) in zip(fitting.paths, names, strict=True):
@@ -167,7 +174,9 @@ class Served:
             a, b = next(pieces).view(shape_a), next(pieces).view(shape_b[::-1])
             parts += [(at_a, a, False), (at_b, b, True)]
             found[self.layers[path].column] = Factors(a, b, fitting.spec.scale_for(path))
-        largest_a, largest_b = lay_out(canonical.data, parts)
+        half = len(parts) // 2
+        other = self._helper.submit(lay_out, canonical.data, parts[half:])
+        largest_a, largest_b = map(max, lay_out(canonical.data, parts[:half]), other.result())
         for path in fitting.paths if fitting.spec.use_dora else ():
             magnitude = canonical.tensor(tensor_name(path, "lora_magnitude_vector"))
             if not bool(magnitude.isfinite().all()):
@@ -182,6 +191,18 @@ class Served:
         a, b = (canonical.tensor(tensor_name(path, part)) for part in ("lora_A", "lora_B"))
         norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
         return (magnitude / norm).contiguous()
+
+    def prepare(self, factors: Mapping[int, Factors], go_on: Callable[[], bool]) -> None:
+        """Have memory at hand for the next adapter, if it is as large as ``factors``; from the thread of
+        :meth:`identify`, a little at a time while ``go_on``."""
+        if self._spare is not None:
+            return
+        self._spare = torch.empty(sum(f.a.numel() + f.b.numel() for f in factors.values()), dtype=self.table.dtype)
+        for part in self._spare.split(_TOUCHED):
+            if not go_on():
+                return
+            part.zero_()
+            time.sleep(_REST)
 
     def _squared(self, layer: SegmentedLinear) -> Tensor:
         if layer.column not in self._norms:

@@ -57,16 +57,16 @@ class Effect:
         ``merged`` weights. 0: it changes none; not finite: it gives NaN or infinity."""
         columns = factors if merged is None else merged.layers
         last = max((self._layer_of.get(column, 0) for column in columns), default=0)
-        starts = dict.fromkeys((last if largest <= _LARGEST else 0, 0))
-        slot = self._table.add(dict(factors)) if merged is None else None
-        try:
-            for first in starts:
+        for first in dict.fromkeys((last if largest <= _LARGEST else 0, 0)):
+            computed = {c: f for c, f in factors.items() if self._layer_of.get(c, 0) >= first}
+            slot = None if merged is not None else self._table.add(computed)
+            try:
                 moved = float((self._logits(first, slot, merged) - self._plain).abs().max())
-                if moved != 0.0:
-                    return moved if math.isfinite(moved) else math.nan
-        finally:
-            if slot is not None:
-                self._table.remove(slot)
+            finally:
+                if slot is not None:
+                    self._table.remove(slot)
+            if moved != 0.0:
+                return moved if math.isfinite(moved) else math.nan
         return 0.0
 
     @torch.inference_mode()
