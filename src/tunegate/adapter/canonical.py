@@ -10,6 +10,7 @@ It checks nothing: a header has been found sound, and fit for its base, before a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,58 +44,90 @@ class Header:
         return {name: entry.shape for name, entry in self.entries.items()}
 
     @cached_property
-    def pieces(self) -> list[tuple[bytes, TensorEntry]]:
-        """The tensors in the order of names, and the text before each."""
-        ordered = (self.entries[name] for name in sorted(self.entries))
-        return [(_text(entry.name, entry.shape), entry) for entry in ordered]
+    def spans(self) -> tuple[_Span, ...]:
+        """The tensors in the order of names, with their places among the canonical bytes after the config's."""
+        found, at = [], 0
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            text = _text(name, entry.shape)
+            begin = at + len(text)
+            at = begin + 4 * math.prod(entry.shape)
+            found.append(_Span(text, begin, at, entry))
+        return tuple(found)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[_Span, ...], ...]:
+        """Spans of one type that lie one behind the other in the file too."""
+        runs: list[list[_Span]] = []
+        for span in self.spans:
+            last = runs[-1][-1].entry if runs else None
+            if last is not None and last.end == span.entry.start and last.dtype == span.entry.dtype:
+                runs[-1].append(span)
+            else:
+                runs.append([span])
+        return tuple(map(tuple, runs))
+
+    @cached_property
+    def places(self) -> dict[str, _Span]:
+        return {span.entry.name: span for span in self.spans}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """``text`` ends where the values' bytes begin; they go up to ``end``."""
+
+    text: bytes
+    begin: int
+    end: int
+    entry: TensorEntry
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """``data``: all bytes. ``places``: where each tensor's values begin, and its shape."""
+    """``data``: all bytes, of which those of the tensors begin at ``start``."""
 
     data: Bytes
-    places: Mapping[str, tuple[int, tuple[int, ...]]]
+    start: int
+    header: Header
 
     def hash(self) -> str:
         threads = blake3.AUTO if self.data.nbytes > 1 << 20 else 1
         return "b3:" + blake3(self.data.data, max_threads=threads).hexdigest()
 
+    def place(self, name: str) -> int:
+        """The byte at which a tensor's values begin."""
+        return self.start + self.header.places[name].begin
+
     def tensor(self, name: str) -> Tensor:
         """A copy, fp32."""
-        place, shape = self.places[name]
-        values = self.data[place : place + 4 * int(np.prod(shape, dtype=np.int64))].copy()
-        return torch.from_numpy(values).view(torch.float32).view(shape)
+        span = self.header.places[name]
+        values = self.data[self.start + span.begin : self.start + span.end].copy()
+        return torch.from_numpy(values).view(torch.float32).view(span.entry.shape)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: self.tensor(name) for name in self.places}
+        return {name: self.tensor(name) for name in self.header.places}
 
 
 def read_canonical(
     handle: BinaryIO, header: Header, config: Mapping[str, Any], memory: Bytes | None = None
 ) -> Canonical:
-    """The canonical bytes of the file that is open as ``handle``, in ``memory`` where it is large enough. Not mapped: such
-    a file could change after it was checked. :class:`~tunegate.errors.InputError` if the file ends too early."""
+    """The canonical bytes of the file that is open as ``handle``, in ``memory`` where it is large enough. Not mapped:
+    such a file could change after it was checked. :class:`~tunegate.errors.InputError` if the file ends too early."""
     text = _meaning(config)
-    size = len(text) + sum(len(name) + 4 * _count(entry) for name, entry in header.pieces)
+    start, size = len(text), len(text) + header.spans[-1].end
     data = fresh_bytes(size) if memory is None or memory.nbytes < size else memory[:size]
-    view = data.data
-    view[: len(text)] = text
-    at, places, parts = len(text), {}, []
-    for name, entry in header.pieces:
-        view[at : at + len(name)] = name
-        at += len(name)
-        end = at + 4 * _count(entry)
-        places[entry.name] = at, entry.shape
-        parts.append((entry, view[at:end]))
-        at = end
-    for run in _runs(parts):
-        if run[0][0].dtype == "F32":
-            read_scattered(handle.fileno(), [part for _, part in run], run[0][0].start, handle.name)
+    data.data[:start] = text
+    view = data.data[start:]
+    for span in header.spans:
+        view[span.begin - len(span.text) : span.begin] = span.text
+    for run in header.runs:
+        parts = [view[span.begin : span.end] for span in run]
+        if run[0].entry.dtype == "F32":
+            read_scattered(handle.fileno(), parts, run[0].entry.start, handle.name)
         else:
-            for entry, part in run:
-                _widen(handle, entry, part)
-    return Canonical(data, places)
+            for span, part in zip(run, parts, strict=True):
+                _widen(handle, span.entry, part)
+    return Canonical(data, start, header)
 
 
 def fresh_bytes(size: int) -> Bytes:
@@ -117,22 +150,6 @@ def _meaning(config: Mapping[str, Any]) -> bytes:
 
 def _text(name: str, shape: Iterable[int]) -> bytes:
     return canonical_json([name, list(shape)]).encode("utf-8")
-
-
-def _count(entry: TensorEntry) -> int:
-    return (entry.end - entry.start) // DTYPES[entry.dtype].itemsize
-
-
-def _runs(parts: list[tuple[TensorEntry, memoryview]]) -> list[list[tuple[TensorEntry, memoryview]]]:
-    """Tensors of one type that lie one behind the other in the file."""
-    runs: list[list[tuple[TensorEntry, memoryview]]] = []
-    for entry, part in parts:
-        last = runs[-1][-1][0] if runs else None
-        if last is not None and last.end == entry.start and last.dtype == entry.dtype:
-            runs[-1].append((entry, part))
-        else:
-            runs.append([(entry, part)])
-    return runs
 
 
 def _widen(handle: BinaryIO, entry: TensorEntry, part: memoryview) -> None:

@@ -33,7 +33,7 @@ from tunegate.errors import InputError, TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments, lay_out
 
 _TOUCHED = 1 << 17  # factors that are touched at a time
-_REST = 0.002  # seconds between: a pass needs the cores
+_REST = 0.001  # seconds between: a pass needs the cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ class Served:
         self.table = FactorTable(len(self.layers), dtype)
         self._known = Known()
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="layout")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._bytes: Bytes | None = None  # memory that was touched before: the first touch takes longer than all else
         self._spare: Tensor | None = None
 
@@ -141,15 +141,16 @@ class Served:
             canonical = read_canonical(handle, header, fitting.config, self._bytes)
         self._bytes = canonical.data if self._bytes is None else max(self._bytes, canonical.data, key=len)
         read = time.perf_counter()
-        key = canonical.hash()
-        hashed = time.perf_counter()
+        hashing = self._hashing.submit(canonical.hash)  # on one core, while another lays the values out
         factors, a, b = self._factors(fitting, canonical)
         problems = [] if np.isfinite(a + b) else non_finite(canonical.state(), where)
         if b == 0.0:
             problems += untrained(canonical.state(), where)
+        laid_out = time.perf_counter()
+        key = hashing.result()
         if problems:
             raise InputError(problems)
-        seconds = {"read": read - begun, "hash": hashed - read, "layout": time.perf_counter() - hashed}
+        seconds = {"read": read - begun, "layout": laid_out - read, "rest of the hash": time.perf_counter() - laid_out}
         return Identified(key, fitting.spec, factors, max(a, b), canonical, seconds)
 
     def read(self, folder: Path, key: str) -> dict[int, Factors]:
@@ -162,21 +163,23 @@ class Served:
     def _factors(self, fitting: Fitting, canonical: Canonical) -> tuple[dict[int, Factors], float, float]:
         """A fitting adapter as factors by column, all in one piece of memory, and the largest magnitudes of all A and
         of all B, infinite if a value is not finite."""
-        names = [(tensor_name(path, "lora_A"), tensor_name(path, "lora_B")) for path in fitting.paths]
-        sizes = [int(np.prod(canonical.places[name][1])) for pair in names for name in pair]
+        spans = {
+            path: [canonical.header.places[tensor_name(path, part)] for part in ("lora_A", "lora_B")]
+            for path in fitting.paths
+        }
+        size = sum(span.end - span.begin for pair in spans.values() for span in pair) // 4
         memory, self._spare = self._spare, None
-        if memory is None or memory.numel() != sum(sizes):
-            memory = torch.empty(sum(sizes), dtype=self.table.dtype)
-        pieces = iter(memory.split(sizes))
-        parts, found = [], {}
-        for path, (name_a, name_b) in zip(fitting.paths, names, strict=True):
-            (at_a, shape_a), (at_b, shape_b) = canonical.places[name_a], canonical.places[name_b]
-            a, b = next(pieces).view(shape_a), next(pieces).view(shape_b[::-1])
-            parts += [(at_a, a, False), (at_b, b, True)]
+        if memory is None or memory.numel() != size:
+            memory = torch.empty(size, dtype=self.table.dtype)
+        parts, found, at = [], {}, 0
+        for path, (span_a, span_b) in spans.items():
+            (rank, k), (n, _) = span_a.entry.shape, span_b.entry.shape
+            a = memory.as_strided((rank, k), (k, 1), at)
+            b = memory.as_strided((rank, n), (n, 1), at + rank * k)
+            at += rank * (k + n)
+            parts += [(canonical.start + span_a.begin, a, False), (canonical.start + span_b.begin, b, True)]
             found[self.layers[path].column] = Factors(a, b, fitting.spec.scale_for(path))
-        half = len(parts) // 2
-        other = self._helper.submit(lay_out, canonical.data, parts[half:])
-        largest_a, largest_b = map(max, lay_out(canonical.data, parts[:half]), other.result())
+        largest_a, largest_b = lay_out(canonical.data, parts)
         for path in fitting.paths if fitting.spec.use_dora else ():
             magnitude = canonical.tensor(tensor_name(path, "lora_magnitude_vector"))
             if not bool(magnitude.isfinite().all()):
