@@ -29,7 +29,7 @@ import rows
 import servers
 
 STREAMS = (0, 1, 8)
-STREAMED = 160  # tokens of each stream
+STREAMED = 160  # tokens of each stream: they outlast the loads
 LOADS = 8  # beside each number of streams
 
 
@@ -47,19 +47,23 @@ class Streams:
             "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
 
-    async def beside(self, count: int, work: Callable[[], Awaitable[None]] | None) -> float:
-        """Milliseconds of the longest pause of ``count`` streams while ``work`` is done in their middle."""
+    async def beside(self, count: int, work: Callable[[], Awaitable[None]]) -> float:
+        """Milliseconds of the longest pause of ``count`` streams during ``work``, which begins once all have begun."""
         streams = [asyncio.create_task(load.ask(self.port, self._body())) for _ in range(count)]
-        await asyncio.sleep(1.0 if count else 0.0)  # their prompts are through
-        if work is not None:
-            await work()
-        return 1000 * max([answer.gap or 0.0 for answer in await asyncio.gather(*streams)], default=0.0)
+        await asyncio.sleep(1.5 if count else 0.0)  # their prompts are through
+        begin = time.perf_counter()
+        await work()
+        end = time.perf_counter()
+        answers = await asyncio.gather(*streams)
+        assert all(answer.began + answer.seconds > end for answer in answers), "the streams were too short"
+        return 1000 * max([answer.gap_within(begin, end) or 0.0 for answer in answers], default=0.0)
 
 
 async def measure(port: int, folders: dict[str, Path], chats: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
     """Milliseconds: of a load, of the longest pause beside loads, and of the longest pause without."""
     streams, waiting, found = Streams(port, chats), iter(folders.items()), {}
-    await streams.beside(max(STREAMS), None)  # what is seen often is recorded by then
+    for count in STREAMS:
+        await streams.beside(count, _nothing)  # what is seen often is recorded by then
     for count in STREAMS:
         times: list[float] = []
 
@@ -73,10 +77,14 @@ async def measure(port: int, folders: dict[str, Path], chats: Sequence[list[dict
                 times.append(1000 * answer.seconds)
                 await asyncio.sleep(0.1)
 
-        calm = [await streams.beside(count, None) for _ in range(2)] if count else []
+        calm = await streams.beside(count, _nothing)
         paused = await streams.beside(count, loads)
-        found[str(count)] = {"load_ms": common.summary(times), "pause_ms": paused, "calm_ms": min(calm, default=0.0)}
+        found[str(count)] = {"load_ms": common.summary(times), "pause_ms": paused, "calm_ms": calm}
     return found
+
+
+async def _nothing() -> None:
+    await asyncio.sleep(1.0)
 
 
 # --- the timeline ---------------------------------------------------------------------------------------------------
@@ -138,8 +146,8 @@ async def timeline(base: Path, folders: dict[str, Path], chats: Sequence[list[di
     found = {}
     async with front(base, next(iter(folders.values())).parent) as (port, engine):
         streams, waiting = Streams(port, chats), iter(folders.items())
-        await streams.beside(max(STREAMS), None)
         for count in STREAMS:
+            await streams.beside(count, _nothing)
             steps: dict[str, list[float]] = {}
 
             async def loads(steps: dict[str, list[float]] = steps) -> None:

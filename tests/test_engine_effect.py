@@ -1,4 +1,4 @@
-"""What an adapter changes, by a short probe: the same as the whole model says, and never nothing where there is something."""
+"""What an adapter changes, by a short probe: what the whole model says, and not nothing where there is something."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +28,10 @@ from tunegate.adapter.canonical import Bytes, Canonical, read_canonical
 from tunegate.adapter.files import TENSORS, Fitting, Known, non_finite, opened_fitting, tensor_name, untrained
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
+from tunegate.adapter.spares import Spares
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments, lay_out
-
-_TOUCHED = 1 << 17  # factors that are touched at a time
-_REST = 0.001  # seconds between: a pass needs the cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +118,8 @@ class Served:
         self._known = Known()
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._bytes: Bytes | None = None  # memory that was touched before: the first touch takes longer than all else
-        self._spare: Tensor | None = None
+        self._bytes: Bytes | None = None  # touched before
+        self.spares = Spares(dtype)
 
     @contextlib.contextmanager
     def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
@@ -168,9 +166,7 @@ class Served:
             for path in fitting.paths
         }
         size = sum(span.end - span.begin for pair in spans.values() for span in pair) // 4
-        memory, self._spare = self._spare, None
-        if memory is None or memory.numel() != size:
-            memory = torch.empty(size, dtype=self.table.dtype)
+        memory = self.spares.take(size)
         parts, found, at = [], {}, 0
         for path, (span_a, span_b) in spans.items():
             (rank, k), (n, _) = span_a.entry.shape, span_b.entry.shape
@@ -194,18 +190,6 @@ class Served:
         a, b = (canonical.tensor(tensor_name(path, part)) for part in ("lora_A", "lora_B"))
         norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
         return (magnitude / norm).contiguous()
-
-    def prepare(self, factors: Mapping[int, Factors], go_on: Callable[[], bool]) -> None:
-        """Have memory at hand for the next adapter, if it is as large as ``factors``; from the thread of
-        :meth:`identify`, a little at a time while ``go_on``."""
-        if self._spare is not None:
-            return
-        self._spare = torch.empty(sum(f.a.numel() + f.b.numel() for f in factors.values()), dtype=self.table.dtype)
-        for part in self._spare.split(_TOUCHED):
-            if not go_on():
-                return
-            part.zero_()
-            time.sleep(_REST)
 
     def _squared(self, layer: SegmentedLinear) -> Tensor:
         if layer.column not in self._norms:

@@ -87,7 +87,6 @@ class Adapters:
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
         self._ahead: tuple[Identified, float] | None = None  # the reader's alone
-        self._asked = 0  # what the reader has to do
 
     # --- what is asked from outside ------------------------------------------------------------------------------
 
@@ -116,7 +115,7 @@ class Adapters:
             tell(found.key)
             self._ahead = found, self._effect_of(found, None)
 
-        self._submit(work)
+        self._reader.submit(work)
 
     def unload(self, key: str) -> None:
         """Forget an adapter; rows that run with it finish first."""
@@ -202,19 +201,7 @@ class Adapters:
     def _read(self, adapter: Adapter) -> None:
         if not adapter.reading and adapter.proof is None:
             adapter.begun, adapter.reading = time.monotonic(), True
-            self._submit(lambda: self._work(adapter))
-
-    def _submit(self, work: Callable[[], None]) -> None:
-        def counted() -> None:
-            try:
-                work()
-            finally:
-                with self._lock:
-                    self._asked -= 1
-
-        with self._lock:
-            self._asked += 1
-        self._reader.submit(counted)
+            self._reader.submit(self._work, adapter)
 
     def _work(self, adapter: Adapter) -> None:
         """In the reader's thread: all that costs time, without the lock."""
@@ -238,7 +225,7 @@ class Adapters:
             else:
                 self._to_prove.append(adapter)
                 self._wake()
-        self.served.prepare(read.factors, lambda: self._asked == 1)
+        self.served.spares.refill()
 
     def _measured(self, adapter: Adapter) -> Read:
         """The adapter, which changes what the base says."""
