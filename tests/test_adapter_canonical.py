@@ -22,7 +22,6 @@ KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 tensors = st.dictionaries(
     st.text("abcäz.019", min_size=1, max_size=9),
     st.tuples(st.sampled_from(sorted(KINDS)), st.lists(st.integers(1, 7), max_size=2)),
-    min_size=1,
     max_size=8,
 )
 

@@ -94,10 +94,6 @@ class Canonical:
         threads = blake3.AUTO if self.data.nbytes > 1 << 20 else 1
         return "b3:" + blake3(self.data.data, max_threads=threads).hexdigest()
 
-    def place(self, name: str) -> int:
-        """The byte at which a tensor's values begin."""
-        return self.start + self.header.places[name].begin
-
     def tensor(self, name: str) -> Tensor:
         """A copy, fp32."""
         span = self.header.places[name]
@@ -114,7 +110,8 @@ def read_canonical(
     """The canonical bytes of the file that is open as ``handle``, in ``memory`` where it is large enough. Not mapped:
     such a file could change after it was checked. :class:`~tunegate.errors.InputError` if the file ends too early."""
     text = _meaning(config)
-    start, size = len(text), len(text) + header.spans[-1].end
+    start = len(text)
+    size = start + max((span.end for span in header.spans), default=0)
     data = fresh_bytes(size) if memory is None or memory.nbytes < size else memory[:size]
     data.data[:start] = text
     view = data.data[start:]

@@ -28,7 +28,7 @@ from tunegate.adapter.canonical import Bytes, Canonical, read_canonical
 from tunegate.adapter.files import TENSORS, Fitting, Known, non_finite, opened_fitting, tensor_name, untrained
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
-from tunegate.adapter.spares import Spares
+from tunegate.adapter.spares import LARGEST, Spares
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
 from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments, lay_out
@@ -137,7 +137,8 @@ class Served:
         where, begun = str(folder / TENSORS), time.perf_counter()
         with opened_fitting(self.skeleton, folder, self._known) as (handle, header, fitting):
             canonical = read_canonical(handle, header, fitting.config, self._bytes)
-        self._bytes = canonical.data if self._bytes is None else max(self._bytes, canonical.data, key=len)
+        if (0 if self._bytes is None else self._bytes.nbytes) < canonical.data.nbytes <= LARGEST:
+            self._bytes = canonical.data
         read = time.perf_counter()
         hashing = self._hashing.submit(canonical.hash)  # on one core, while another lays the values out
         factors, a, b = self._factors(fitting, canonical)
@@ -160,7 +161,7 @@ class Served:
 
     def _factors(self, fitting: Fitting, canonical: Canonical) -> tuple[dict[int, Factors], float, float]:
         """A fitting adapter as factors by column, all in one piece of memory, and the largest magnitudes of all A and
-        of all B, infinite if a value is not finite."""
+        gains, and of all B, infinite if a value is not finite."""
         spans = {
             path: [canonical.header.places[tensor_name(path, part)] for part in ("lora_A", "lora_B")]
             for path in fitting.paths
@@ -181,7 +182,9 @@ class Served:
             if not bool(magnitude.isfinite().all()):
                 return found, np.inf, largest_b
             column = self.layers[path].column
-            found[column] = replace(found[column], gain=self._gain(path, fitting.spec, canonical, magnitude))
+            gain = self._gain(path, fitting.spec, canonical, magnitude)
+            found[column], most = replace(found[column], gain=gain), float(gain.abs().max())
+            largest_a = max(largest_a, most if np.isfinite(most) else np.inf)
         return found, largest_a, largest_b
 
     def _gain(self, path: str, spec: AdapterSpec, canonical: Canonical, magnitude: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _KEPT = 2
-_LARGEST = 64 << 20  # bytes of one
+LARGEST = 64 << 20  # bytes of one
 _AT_ONCE = 1 << 17  # elements that are touched at a time
 _LOWER = 5  # of the thread's priority (nice)
 
@@ -42,7 +42,7 @@ class Spares:
 
     def refill(self) -> None:
         """Have memory for the next ones; returns at once."""
-        if self._size * self.dtype.itemsize > _LARGEST:
+        if self._size * self.dtype.itemsize > LARGEST:
             return
         while len(self._kept) < _KEPT:
             made = torch.empty(self._size, dtype=self.dtype)
