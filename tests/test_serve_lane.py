@@ -278,7 +278,7 @@ class Engine:
 
     def run(self) -> None:
         for _ in range(100_000):
-            if not self.core.busy and not self.core.adapters.reading:
+            if not self.core.adapters.reading and not self.core.busy:  # in this order: what was read makes it busy
                 return
             self.core.step()
         raise AssertionError("it does not end")
