@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ TIMEOUT = 600.0
 
 @dataclass(frozen=True)
 class Answer:
-    """``first``: seconds to the first token of a stream, ``gap`` the longest between two reads that brought tokens;
-    ``began`` by time.perf_counter. ``text`` is what was answered, or the error."""
+    """``first``: seconds to the first token of a stream; ``times`` of the reads that brought tokens, and ``began``, by
+    time.perf_counter. ``text`` is what was answered, or the error."""
 
     status: int
     seconds: float
@@ -29,7 +30,16 @@ class Answer:
     text: str
     began: float = 0.0
     first: float | None = None
-    gap: float | None = None
+    times: tuple[float, ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """The longest time between two reads that brought tokens."""
+        return self.gap_within(0.0, math.inf)
+
+    def gap_within(self, begin: float, end: float) -> float | None:
+        """:attr:`gap` of reads of which the later one came after ``begin``, and the earlier one before ``end``."""
+        return max((b - a for a, b in itertools.pairwise(self.times) if b > begin and a < end), default=None)
 
 
 async def ask(port: int, body: dict[str, Any], path: str = "/v1/chat/completions", key: str = "") -> Answer:
@@ -72,9 +82,8 @@ def _answer(raw: bytes, streamed: bool, began: float, seconds: float, times: Seq
         json.loads(line[5:]) for line in content.split(b"\n") if line.startswith(b"data:") and b"[DONE]" not in line
     ]
     tokens = max((_tokens(event) for event in events), default=0)
-    gaps = [b - a for a, b in itertools.pairwise(times)]
     first = times[0] - began if times else None
-    return Answer(status, seconds, tokens, "".join(map(_text, events)), began, first, max(gaps, default=None))
+    return Answer(status, seconds, tokens, "".join(map(_text, events)), began, first, tuple(times))
 
 
 def unchunked(content: bytes) -> bytes:

@@ -52,6 +52,7 @@ def summarise(figures: dict[str, Figures]) -> dict[str, Any]:
         "one_adapter_costs": cost("1 adapter req/s"),
         "four_adapters_cost": cost("4 adapters req/s"),
         "64_adapters_cost": cost("64 adapters req/s"),
+        "64_adapters_cost_first_requests": cost("64 adapters, first req/s"),
         "load_ms": ours("load ms"),
         "calm_pause_ms": ours("calm pause ms"),
         "pause_while_loading_ms": ours("pause while loading ms"),

@@ -119,7 +119,7 @@ class FakeEngine:
 
 async def until(what: Callable[[], bool]) -> None:
     """Wait until ``what`` holds; AssertionError after many looks, which a machine that stands still does not use up."""
-    for _ in range(3000):
+    for _ in range(15_000):  # an engine that starts again imports torch first
         if what():
             return
         await asyncio.sleep(0.002)

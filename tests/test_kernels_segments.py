@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunegate.kernels import native, segments
-from tunegate.kernels.segments import Factors, FactorTable, Segment, Segments, Target, add_segments
+from tunegate.kernels.segments import (
+    Factors,
+    FactorTable,
+    Segment,
+    Segments,
+    Target,
+    _lay_out_twin,
+    add_segments,
+    lay_out,
+)
 
 
 def factors(rank: int, k: int, n: int, dtype: torch.dtype, *, dora: bool, seed: int) -> Factors:
@@ -98,7 +110,9 @@ def test_slots_are_used_again() -> None:
     assert slots == list(range(20))
     table.remove(3)
     assert table.add({0: factors(5, 8, 8, torch.float32, dora=False, seed=99)}) == 3
-    assert table.facts([0, 3]) == (5, {0}, set()) and table.largest_rank == 5
+    assert table.facts([0, 3]) == (5, {0}, set()) and table.room_rank == 64
+    table.add({0: factors(65, 8, 8, torch.float32, dora=False, seed=7)})
+    assert table.room_rank == 128  # what was recorded for 64 ends here, and not before
 
 
 @pytest.mark.parametrize("wrong", ["dtype", "rank", "gain", "column", "layout"])
@@ -114,3 +128,42 @@ def test_factors_that_do_not_fit_are_refused(wrong: str) -> None:
     }[wrong]
     with pytest.raises(ValueError, match="column"):
         table.add({2 if wrong == "column" else 0: bad})
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 7),
+    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70), st.booleans()), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([None, float("nan"), float("inf"), float("-inf"), -1e6]),
+)
+def test_values_are_laid_out_from_any_address(ahead, shapes, dtype, planted) -> None:
+    g = torch.Generator().manual_seed(ahead)
+    values = [torch.randn(n, m, generator=g) for n, m, _ in shapes]
+    if planted is not None:
+        values[-1][-1, -1] = planted
+    data = np.concatenate([np.zeros(ahead, np.uint8), *(v.numpy().reshape(-1).view(np.uint8) for v in values)])
+    places = [ahead + 4 * sum(v.numel() for v in values[:n]) for n in range(len(values))]
+    parts = [
+        (place, torch.empty((m, n) if turned else (n, m), dtype=dtype), turned)
+        for place, (n, m, turned) in zip(places, shapes, strict=True)
+    ]
+    largest = lay_out(data, parts)
+    for (_, to, turned), value in zip(parts, values, strict=True):
+        wanted = (value.t() if turned else value).to(dtype)
+        assert torch.equal(to.nan_to_num(0.5), wanted.nan_to_num(0.5))
+    for kind in (False, True):
+        mine = [float(v.abs().max()) for v, (_, _, turned) in zip(values, shapes, strict=True) if turned is kind]
+        assert largest[kind] == max((m if math.isfinite(m) else math.inf for m in mine), default=0.0)
+    twins = [(place, torch.empty_like(to), turned) for place, to, turned in parts]
+    assert _lay_out_twin(data, twins) == largest
+    for (_, to, _), (_, twin, _) in zip(parts, twins, strict=True):
+        assert torch.equal(to.nan_to_num(0.5), twin.nan_to_num(0.5))
+
+
+def test_nothing_is_read_beyond_the_data() -> None:
+    data = np.zeros(40, np.uint8)
+    for place, shape in ((1, (2, 5)), (-1, (1, 1)), (37, (1, 1))):
+        with pytest.raises(ValueError, match="values from byte"):
+            lay_out(data, [(place, torch.empty(shape), False)])
+    assert lay_out(data, [(0, torch.empty(2, 5), True)]) == (0.0, 0.0)

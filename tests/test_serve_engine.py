@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import shutil
 import signal
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from test_engine_scheduler import adapter_folder, adapter_folders, alone, loaded, prompts
@@ -20,6 +23,7 @@ from tiny import tiny_base
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, load_adapter
 from tunegate.engine.sampling import Picking
 from tunegate.errors import InputError, TunegateError
+from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.engine_process import EngineProcess
 from tunegate.serve.jobs import EngineFull, EngineGone, EngineOptions, Job, TokenLogprob, Tokens, to_json
 from tunegate.serve.wire import error_json, error_of
@@ -164,6 +168,87 @@ def test_what_was_hashed_is_what_answers(base: Path, adapters: list[Path], tmp_p
         other = adapter_hash(adapters[1])
         await engine.load(other, adapters[1])
         assert await whole(engine, job(prompt, other)) != answer
+
+    with_engine(base, body)
+
+
+def test_loads_beside_streams_change_no_answer(base: Path, adapters: list[Path]) -> None:
+    """Adapters come, are replaced and go all the time while others, and the base, answer."""
+
+    async def body(engine: EngineProcess) -> None:
+        stays, *moving = [(await engine.identify(folder), folder) for folder in adapters]
+        await engine.load(*stays)
+        asked = [(prompt, key) for prompt in prompts(4) for key in (None, stays[0])]
+        quiet = [await whole(engine, job(prompt, key, max_new_tokens=60)) for prompt, key in asked]
+        over = asyncio.Event()
+
+        async def churn() -> int:
+            loads = 0
+            while not over.is_set():
+                for key, folder in moving:
+                    assert await engine.identify(folder) == key
+                    assert (await engine.load(key, folder)).moved > 0
+                    await engine.unload(key)
+                    loads += 1
+            return loads
+
+        churning = asyncio.create_task(churn())
+        for _ in range(3):
+            found = await asyncio.gather(*(whole(engine, job(p, key, max_new_tokens=60)) for p, key in asked))
+            assert found == quiet
+        over.set()
+        assert await churning >= len(moving)
+        assert (await engine.stats())["adapters"] == 1
+
+    with_engine(base, body)
+
+
+def test_a_load_waits_for_no_pass(base: Path, adapters: list[Path]) -> None:
+    """The engine's loop stands still, and the adapter is there."""
+    sent: dict[int, list[Any]] = {}
+    woken = threading.Event()
+    options = EngineOptions(str(base), threads=1, cache_bytes=1 << 22)
+    core = EngineCore(options, lambda number, found: sent.setdefault(number, []).append(found), woken.set)
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    core.adapters.identify(adapters[0], told.put)
+    key = told.get(timeout=60)
+    assert key == adapter_hash(adapters[0])
+    core.submit(0, job(prompts(2)[1], key), adapters[0])  # waits for it from now on
+    assert not core.scheduler.busy
+    core.adapters.load(key, adapters[0], False, told.put)
+    assert told.get(timeout=60).key == key and woken.wait(60)
+    assert core.stats()["adapters"] == 1 and core.stats()["steps"] == 0 and core.busy and not sent
+    while core.busy:
+        core.step()
+    assert sent[0][-1].finish == "length"
+    core.submit(1, job(prompts(2)[1], key))
+    core.cancel(1)
+    core.adapters.unload(key)
+    assert core.stats()["adapter_bytes"] == 0
+
+
+def test_a_flipped_bit_and_an_adapter_without_effect_are_refused(
+    base: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    flipped, idle = tmp_path / "flipped", tmp_path / "idle"
+    for place in (flipped, idle):
+        shutil.copytree(adapters[0], place)
+    data = bytearray((flipped / TENSORS).read_bytes())
+    data[-3] ^= 1
+    (flipped / TENSORS).write_bytes(data)
+    tensors = load_file(idle / TENSORS)
+    save_file({n: torch.zeros_like(t) if "lora_A" in n else t for n, t in tensors.items()}, idle / TENSORS)
+
+    async def body(engine: EngineProcess) -> None:
+        right = adapter_hash(adapters[0])
+        with pytest.raises(InputError, match="not those that were admitted"):
+            await engine.load(right, flipped)
+        assert await engine.identify(flipped) == adapter_hash(flipped) != right
+        key = await engine.identify(idle)
+        for _ in range(2):  # measured ahead, and then anew
+            with pytest.raises(InputError, match="changes no logit"):
+                await engine.load(key, idle)
+        assert (await engine.stats())["adapters"] == 0
 
     with_engine(base, body)
 

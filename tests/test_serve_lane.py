@@ -61,7 +61,7 @@ from tunegate.serve.lane import Proof, Read, merged_layer, prompts_of, read
 
 
 def read_merged(served: Served, folder: Path) -> Read:
-    return read(served, folder, adapter_hash(folder) + MERGED, 400)
+    return read(served, served.identify(folder), folder, adapter_hash(folder) + MERGED, 400)
 
 
 @pytest.fixture(scope="module")
@@ -278,14 +278,14 @@ class Engine:
 
     def run(self) -> None:
         for _ in range(100_000):
-            if not self.core.busy and not self.core.reading:
+            if not self.core.adapters.reading and not self.core.busy:  # in this order: what was read makes it busy
                 return
             self.core.step()
         raise AssertionError("it does not end")
 
     def load(self, key: str, folder: Path) -> Loaded:
         told: list[Any] = []
-        self.core.load(key, folder, False, told.append)
+        self.core.adapters.load(key, folder, False, told.append)
         self.run()
         if isinstance(told[0], TunegateError):
             raise told[0]
@@ -335,12 +335,12 @@ def test_replaced_while_answers_run(base: Path, folders: list[Path], keys: list[
     engine.submit(1, prompt, old)
     engine.submit(2, prompt, new)
     engine.core.step()
-    engine.core.unload(old)
+    engine.core.adapters.unload(old)
     assert engine.core.stats()["merged_bytes"] > 0
     engine.run()
     assert engine.ids(0) == engine.ids(1) == as_adapter(base, folders[0], [prompt])[0]
     assert engine.ids(2) == as_adapter(base, folders[1], [prompt])[0]
-    engine.core.unload(new)
+    engine.core.adapters.unload(new)
     stats = engine.core.stats()
     assert (stats["merged_bytes"], stats["adapters"], stats["pages_used"]) == (0, 0, 0)
 
@@ -358,7 +358,7 @@ def test_a_job_that_comes_before_its_adapter_waits_for_the_proof(
 def test_one_that_fails_its_proof_leaves_nothing(
     base: Path, folders: list[Path], keys: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunegate.serve.engine_core.Limits", lambda: Limits(-1.0, 1.0))
+    monkeypatch.setattr("tunegate.serve.engine_adapters.Limits", lambda: Limits(-1.0, 1.0))
     engine = Engine(base)
     with pytest.raises(InputError, match="not what it is on its base"):
         engine.load(keys[0] + MERGED, folders[0])

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from tunegate.errors import InputError, TunegateError
 
 TEMPORARY_PREFIX = ".tmp-"
 _PIECE = 16 << 20  # bytes read at a time for a hash
+_MOST_VIEWS = 1024  # of one call to the system (IOV_MAX)
 _THREADS_FROM = 1 << 20  # bytes: below this, handing work to other threads costs more than it saves
 
 
@@ -254,8 +255,29 @@ def read_into(descriptor: int, view: memoryview, start: int, path: Path | str) -
     while done < len(view):
         got = os.preadv(descriptor, [view[done:]], start + done)
         if got == 0:
-            raise InputError("the file became shorter while it was read", where=str(path), fix="fetch it again")
+            raise _shorter(path)
         done += got
+
+
+def read_scattered(descriptor: int, views: Sequence[memoryview], start: int, path: Path | str) -> None:
+    """:func:`read_into` of several views, one behind the other in the file, by as few calls as the system allows."""
+    waiting = [view for view in views if len(view)]
+    while waiting:
+        got = os.preadv(descriptor, waiting[:_MOST_VIEWS], start)
+        if got == 0:
+            raise _shorter(path)
+        start += got
+        done = 0
+        while done < len(waiting) and got >= len(waiting[done]):
+            got -= len(waiting[done])
+            done += 1
+        waiting = waiting[done:]
+        if got:
+            waiting[0] = waiting[0][got:]
+
+
+def _shorter(path: Path | str) -> InputError:
+    return InputError("the file became shorter while it was read", where=str(path), fix="fetch it again")
 
 
 def links_out(folder: Path) -> list[Path]:

@@ -16,24 +16,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import Tensor, nn
 
+from tunegate.adapter.canonical import DTYPES, Header, content_hash, read_canonical
 from tunegate.adapter.inject import Injection, find_targets, inject
 from tunegate.adapter.layers import features
-from tunegate.adapter.peft_config import canonical, config_from, read_config, spec_from_config
+from tunegate.adapter.peft_config import config_from, read_config, spec_from_config
 from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, Problem, TunegateError, nearest
-from tunegate.files import atomic_path, canonical_json, read_into
-from tunegate.model.weights import TensorEntry, header_of
+from tunegate.files import atomic_path, read_into
+from tunegate.model.weights import TensorEntry, header_text, parse_header
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -41,12 +42,24 @@ _PREFIX = "base_model.model."
 _NAME = re.compile(  # no empty part, so no `..`; no separator of paths
     re.escape(_PREFIX) + r"(?P<path>\w+(\.\w+)*)\.(lora_[AB]\.weight|lora_magnitude_vector)", re.ASCII
 )
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-Known = dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]]]]  # by spec: modules, and the tensors' shapes
-Entries = Mapping[str, TensorEntry]  # by name
 _MOST_KNOWN = 64
+Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
+
+
+@dataclass
+class Known:
+    """What was found out about adapters of one model, so that the next ones like them cost less. ``selected``: by spec,
+    the modules and the tensors' shapes. ``fitting``: headers that fit the model, by spec, the header's bytes and the
+    file's size, with the modules."""
+
+    selected: dict[str, tuple[tuple[str, ...], Shapes]] = field(default_factory=dict)
+    fitting: dict[tuple[str, bytes, int], tuple[Header, tuple[str, ...]]] = field(default_factory=dict)
+
+
+def _keep(found: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(found) >= _MOST_KNOWN:
+        found.clear()
+    found[key] = value
 
 
 def tensor_name(path: str, parameter: str) -> str:
@@ -86,7 +99,7 @@ def load_state(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         "adapter state",
     )
-    problems += _non_finite(tensors, "adapter state")
+    problems += non_finite(tensors, "adapter state")
     if problems:
         raise InputError(problems)
     for name, parameter in parameters.items():
@@ -107,9 +120,9 @@ def save_adapter(
 
     folder = Path(folder)
     state = read_state(injection)
-    problems = _non_finite(state, str(folder))
+    problems = non_finite(state, str(folder))
     if not allow_untrained:
-        problems += _untrained(state, str(folder))
+        problems += untrained(state, str(folder))
     if problems:
         raise TunegateError(problems)
     data = save(state, metadata={"format": "pt"})
@@ -153,7 +166,7 @@ class Contents:
 
     def hash(self) -> str:
         """:func:`adapter_hash` of what was read."""
-        return _content_hash(self.config, self.state)
+        return content_hash(self.config, self.state)
 
 
 def checked_contents(
@@ -163,16 +176,41 @@ def checked_contents(
     what is returned."""
     folder = Path(folder)
     where = str(folder / TENSORS)
-    config, spec = _read_meaning(folder)
-    with _opened(folder) as (handle, entries):
-        _check_header(model, spec, entries, where, known)
-        state, finite = _tensors(handle, entries)
-    problems = [] if finite else _non_finite(state, where)
+    with opened_fitting(model, folder, known) as (handle, header, fitting):
+        state, finite = _tensors(handle, header.entries)
+    problems = [] if finite else non_finite(state, where)
     if not allow_untrained:
-        problems += _untrained(state, where)
+        problems += untrained(state, where)
     if problems:
         raise InputError(problems)
-    return Contents(config, spec, state)
+    return Contents(fitting.config, fitting.spec, state)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """An adapter whose header fits a model: its config, what that means, and the modules."""
+
+    config: Mapping[str, Any]
+    spec: AdapterSpec
+    paths: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def opened_fitting(
+    model: nn.Module, folder: Path, known: Known | None = None
+) -> Iterator[tuple[BinaryIO, Header, Fitting]]:
+    """The tensors' file of the adapter in ``folder``, open, and its header, which holds exactly the tensors of the
+    modules that the config selects in ``model``; :class:`InputError` otherwise."""
+    config, spec = _read_meaning(folder)
+    known = Known() if known is None else known
+    with _open(folder) as (handle, text, size):
+        found = known.fitting.get((repr(spec), text, size))
+        if found is None:
+            header = _parsed(text, size, folder)
+            found = header, _check_header(model, spec, header, str(folder / TENSORS), known)
+            _keep(known.fitting, (repr(spec), text, size), found)
+        header, paths = found
+        yield handle, header, Fitting(config, spec, paths)
 
 
 def checked_header(
@@ -180,28 +218,22 @@ def checked_header(
 ) -> tuple[AdapterSpec, tuple[str, ...]]:
     """The spec of the adapter in ``folder`` and the modules it adapts, from the config and the header of the tensors'
     file alone; :class:`InputError` if the tensors are not exactly those of the modules that the config selects."""
-    folder = Path(folder)
-    spec = read_spec(folder)
-    with _opened(folder) as (_, entries):
-        return spec, _check_header(model, spec, entries, str(folder / TENSORS), known)
+    with opened_fitting(model, Path(folder), known) as (_, _, fitting):
+        return fitting.spec, fitting.paths
 
 
-def _check_header(
-    model: nn.Module, spec: AdapterSpec, entries: Entries, where: str, known: Known | None
-) -> tuple[str, ...]:
-    """The modules that ``spec`` selects; :class:`InputError` unless ``entries`` are exactly theirs."""
+def _check_header(model: nn.Module, spec: AdapterSpec, header: Header, where: str, known: Known) -> tuple[str, ...]:
+    """The modules that ``spec`` selects; :class:`InputError` unless the tensors are exactly theirs."""
     problems: list[Problem] = []
-    selected = known.get(repr(spec)) if known is not None else None
+    selected = known.selected.get(repr(spec))
     if selected is None:
         targets, problems = find_targets(model, spec, strict=False)
         selected = tuple(targets), _expected(targets, spec)
-        if known is not None and not problems:
-            if len(known) >= _MOST_KNOWN:
-                known.clear()
-            known[repr(spec)] = selected
+        if not problems:
+            _keep(known.selected, repr(spec), selected)
     paths, expected = selected
-    problems += _coverage(expected, _shapes(entries), where)
-    problems += _wrong_types(entries, where)
+    problems += _coverage(expected, header.shapes, where)
+    problems += _wrong_types(header.entries, where)
     if problems:
         raise InputError(problems)
     return paths
@@ -225,20 +257,11 @@ def adapter_hash(folder: Path | str) -> str:
     """
     folder = Path(folder)
     config, _ = _read_meaning(folder)
-    with _opened(folder) as (handle, entries):
-        problems = _wrong_types(entries, str(folder / TENSORS))
+    with _opened(folder) as (handle, header):
+        problems = _wrong_types(header.entries, str(folder / TENSORS))
         if problems:
             raise InputError(problems)
-        state, _ = _tensors(handle, entries)
-    return _content_hash(config, state)
-
-
-def _content_hash(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    hasher = blake3(canonical_json(canonical(config)).encode("utf-8"))
-    for name, tensor in sorted(state.items()):
-        hasher.update(canonical_json([name, list(tensor.shape)]).encode("utf-8"))
-        hasher.update(tensor.numpy().reshape(-1).view(np.uint8).data)
-    return "b3:" + hasher.hexdigest()
+        return read_canonical(handle, header, config).hash()
 
 
 def check_alone(folder: Path | str) -> None:
@@ -246,20 +269,21 @@ def check_alone(folder: Path | str) -> None:
     factors, come in pairs of the rank that the config gives, are finite, and some B is not zero."""
     folder = Path(folder)
     where, spec = str(folder / TENSORS), read_spec(folder)
-    with _opened(folder) as (handle, entries):
+    with _opened(folder) as (handle, header):
+        entries = header.entries
         problems = [
             Problem("not a tensor of an adapter on a module", f"{where}: {name[:200]!r}", f"{_PREFIX}M.lora_A.weight")
             for name in sorted(entries)
             if not _NAME.fullmatch(name)
         ]
         problems += _wrong_types(entries, where)
-        problems += _unpaired({n: shape for n, shape in _shapes(entries).items() if _NAME.fullmatch(n)}, spec, where)
+        problems += _unpaired({n: shape for n, shape in header.shapes.items() if _NAME.fullmatch(n)}, spec, where)
         if not entries:
             problems.append(Problem("the file holds no tensor", where))
         if problems:
             raise InputError(problems)
         state, finite = _tensors(handle, entries)
-    problems = ([] if finite else _non_finite(state, where)) + _untrained(state, where)
+    problems = ([] if finite else non_finite(state, where)) + untrained(state, where)
     if problems:
         raise InputError(problems)
 
@@ -323,22 +347,29 @@ def _expected(targets: Mapping[str, nn.Module], spec: AdapterSpec) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[BinaryIO, Entries]]:
-    """The tensors' file, open, and what its header says, without reading data."""
+def _open(folder: Path) -> Iterator[tuple[BinaryIO, bytes, int]]:
+    """The tensors' file, open, the bytes of its header, and its size."""
     path = folder / TENSORS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         fix = "it holds a pickle (adapter_model.bin), which is never read: save it again with PEFT" if pickled else ""
         raise InputError("no such file", where=str(path), fix=fix or "give the folder of a complete adapter")
     with path.open("rb") as handle:
-        yield handle, {entry.name: entry for entry in header_of(handle, path)}
+        yield handle, header_text(handle, path), os.fstat(handle.fileno()).st_size
 
 
-def _shapes(entries: Entries) -> dict[str, tuple[int, ...]]:
-    return {name: entry.shape for name, entry in entries.items()}
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[BinaryIO, Header]]:
+    """The tensors' file, open, and what its header says, without reading data."""
+    with _open(folder) as (handle, text, size):
+        yield handle, _parsed(text, size, folder)
 
 
-def _tensors(handle: BinaryIO, entries: Entries) -> tuple[dict[str, Tensor], bool]:
+def _parsed(text: bytes, size: int, folder: Path) -> Header:
+    return Header.of(parse_header(text, size, folder / TENSORS))
+
+
+def _tensors(handle: BinaryIO, entries: Mapping[str, TensorEntry]) -> tuple[dict[str, Tensor], bool]:
     """Every tensor in fp32, and whether it is known already that all values are finite. One read into memory of our
     own: a mapped file could change after it was checked."""
     if not entries:
@@ -348,7 +379,7 @@ def _tensors(handle: BinaryIO, entries: Entries) -> tuple[dict[str, Tensor], boo
     read_into(handle.fileno(), data.data, start, handle.name)
     state = {}
     for name, entry in entries.items():
-        part, dtype = data[entry.start - start : entry.end - start], _DTYPES[entry.dtype]
+        part, dtype = data[entry.start - start : entry.end - start], DTYPES[entry.dtype]
         if (entry.start - start) % dtype.itemsize:
             part = part.copy()  # a tensor's bytes may begin anywhere
         state[name] = torch.from_numpy(part).view(dtype).view(entry.shape).to(torch.float32)
@@ -391,15 +422,15 @@ def _explain(name: str) -> str:
     return ""
 
 
-def _wrong_types(entries: Entries, where: str) -> list[Problem]:
+def _wrong_types(entries: Mapping[str, TensorEntry], where: str) -> list[Problem]:
     return [
-        Problem("wrong type", f"{where}: {name}", " or ".join(_DTYPES), entry.dtype)
+        Problem("wrong type", f"{where}: {name}", " or ".join(DTYPES), entry.dtype)
         for name, entry in sorted(entries.items())
-        if entry.dtype not in _DTYPES
+        if entry.dtype not in DTYPES
     ]
 
 
-def _non_finite(tensors: Mapping[str, Tensor], where: str) -> list[Problem]:
+def non_finite(tensors: Mapping[str, Tensor], where: str) -> list[Problem]:
     return [
         Problem("values that are not finite", f"{where}: {name}", "finite values", _count_bad(tensor))
         for name, tensor in sorted(tensors.items())
@@ -417,7 +448,7 @@ def _count_bad(tensor: Tensor) -> str:
     return f"{bad} of {tensor.numel()} are NaN or infinite"
 
 
-def _untrained(state: Mapping[str, Tensor], where: str) -> list[Problem]:
+def untrained(state: Mapping[str, Tensor], where: str) -> list[Problem]:
     factors: Iterable[Tensor] = (t for name, t in state.items() if name.endswith(".lora_B.weight"))
     if any(bool(tensor.any()) for tensor in factors):
         return []

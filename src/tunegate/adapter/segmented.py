@@ -13,18 +13,25 @@ read. No adapters on the head or on embeddings, no dropout, no gradients: this i
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tunegate.adapter.files import Contents, Known, checked_contents, module_paths, tensor_name
+from tunegate.adapter.canonical import Bytes, Canonical, read_canonical
+from tunegate.adapter.files import TENSORS, Fitting, Known, non_finite, opened_fitting, tensor_name, untrained
 from tunegate.adapter.inject import put_module, servable
 from tunegate.adapter.layers import Wrapper, features, row_norm, squared_norm
+from tunegate.adapter.spares import LARGEST, Spares
+from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
-from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments
+from tunegate.kernels.segments import Factors, FactorTable, Segments, Target, add_segments, lay_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +44,31 @@ class Merged:
     @property
     def nbytes(self) -> int:
         return sum(layer.weight.nbytes for layer in self.layers.values())  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Identified:
+    """An adapter in memory, from one reading of its files: its content hash, its factors by column, and ``largest``,
+    the magnitude of its largest factor. ``seconds`` of each stage."""
+
+    key: str
+    spec: AdapterSpec
+    factors: dict[int, Factors]
+    largest: float
+    canonical: Canonical
+    seconds: dict[str, float]
+
+    def state(self) -> dict[str, Tensor]:
+        """Its fp32 tensors by file name."""
+        return self.canonical.state()
+
+
+class _Now(threading.local):
+    """The pass that this thread makes."""
+
+    segments: Segments | None = None
+    merged: Merged | None = None
+    rows = 0
 
 
 class SegmentedLinear(Wrapper):
@@ -54,15 +86,15 @@ class SegmentedLinear(Wrapper):
     @property
     def now(self) -> nn.Module:
         """The layer that the pass under way runs on."""
-        merged = self.served.merged
+        merged = self.served.now.merged
         return self.base if merged is None else merged.layers.get(self.column, self.base)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.now(x)
-        segments = self.served.segments
+        segments = self.served.now.segments
         if segments is not None and self.column in segments.columns:
             flat = x.reshape(-1, x.shape[-1])
-            if len(flat) != self.served.rows:
+            if len(flat) != self.served.now.rows:
                 raise TunegateError(
                     "a layer that sees some rows of a pass only cannot serve adapters", got=str(x.shape)
                 )
@@ -77,73 +109,100 @@ class Served:
     def __init__(self, model: nn.Module, skeleton: nn.Module, dtype: torch.dtype = torch.float32):
         self.skeleton = skeleton
         self.layers: dict[str, SegmentedLinear] = {}
-        self.segments: Segments | None = None
-        self.merged: Merged | None = None
-        self.rows = 0
+        self.now = _Now()
         for column, (path, layer) in enumerate(servable(model).items()):
             self.layers[path] = SegmentedLinear(layer, column, self)
         for path, wrapper in self.layers.items():
             put_module(model, path, wrapper)
         self.table = FactorTable(len(self.layers), dtype)
-        self._known: Known = {}
+        self._known = Known()
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
-        self._identified: tuple[str, Contents] | None = None
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._bytes: Bytes | None = None  # touched before
+        self.spares = Spares(dtype)
 
     @contextlib.contextmanager
     def using(self, segments: Segments | None, rows: int, merged: Merged | None = None) -> Iterator[None]:
-        """A pass over ``rows`` rows that have the adapters of ``segments``, or all run on ``merged``."""
-        self.segments, self.rows, self.merged = segments, rows, merged
+        """A pass of this thread over ``rows`` rows that have the adapters of ``segments``, or all run on ``merged``."""
+        self.now.segments, self.now.rows, self.now.merged = segments, rows, merged
         try:
             yield
         finally:
-            self.segments, self.rows, self.merged = None, 0, None
+            self.now.segments, self.now.rows, self.now.merged = None, 0, None
 
-    def identify(self, folder: Path) -> str:
-        """The content hash of the adapter in a PEFT folder. :class:`InputError` with everything that is wrong. What was
-        read is kept for the :meth:`contents` that follows, which then reads no file."""
-        self._identified = None
-        contents = checked_contents(self.skeleton, folder, known=self._known)
-        key = contents.hash()
-        self._identified = key, contents
-        return key
-
-    def contents(self, folder: Path, key: str) -> Contents:
-        """The adapter in a PEFT folder, whose content hash is ``key``. :class:`InputError` with everything that is
-        wrong; what is returned is what was hashed."""
-        if self._identified is None or self._identified[0] != key:
-            self.identify(folder)
-        assert self._identified is not None
-        (found, contents), self._identified = self._identified, None
-        if found != key:
-            raise InputError(
-                "the adapter's files are not those that were admitted", where=str(folder), expected=key, got=found
-            )
-        return contents
+    def identify(self, folder: Path) -> Identified:
+        """The adapter in a PEFT folder, read once: what is hashed is what the factors are made of.
+        :class:`InputError` with everything that is wrong. From one thread at a time; the next call writes over the
+        bytes of the last one's."""
+        where, begun = str(folder / TENSORS), time.perf_counter()
+        with opened_fitting(self.skeleton, folder, self._known) as (handle, header, fitting):
+            canonical = read_canonical(handle, header, fitting.config, self._bytes)
+        if (0 if self._bytes is None else self._bytes.nbytes) < canonical.data.nbytes <= LARGEST:
+            self._bytes = canonical.data
+        read = time.perf_counter()
+        hashing = self._hashing.submit(canonical.hash)  # on one core, while another lays the values out
+        factors, a, b = self._factors(fitting, canonical)
+        problems = [] if np.isfinite(a + b) else non_finite(canonical.state(), where)
+        if b == 0.0:
+            problems += untrained(canonical.state(), where)
+        laid_out = time.perf_counter()
+        key = hashing.result()
+        if problems:
+            raise InputError(problems)
+        seconds = {"read": read - begun, "layout": laid_out - read, "rest of the hash": time.perf_counter() - laid_out}
+        return Identified(key, fitting.spec, factors, max(a, b), canonical, seconds)
 
     def read(self, folder: Path, key: str) -> dict[int, Factors]:
-        """:meth:`factors` of :meth:`contents`."""
-        return self.factors(self.contents(folder, key))
+        """The factors of the adapter in a PEFT folder, whose content hash is ``key``. :class:`InputError` with
+        everything that is wrong."""
+        found = self.identify(folder)
+        require_key(found, key, folder)
+        return found.factors
 
-    def factors(self, contents: Contents) -> dict[int, Factors]:
-        """A checked adapter as factors by column, all in one piece of memory."""
-        spec, state = contents.spec, contents.state
-        paths = module_paths(state)
-        names = [tensor_name(path, part) for path in paths for part in ("lora_A", "lora_B")]
-        memory = torch.empty(sum(state[name].numel() for name in names), dtype=self.table.dtype)
-        parts = iter(memory.split([state[name].numel() for name in names]))
-        found = {}
-        for path in paths:
-            layer = self.layers[path]
-            a, b = state[tensor_name(path, "lora_A")], state[tensor_name(path, "lora_B")]
-            gain = None
-            if spec.use_dora:
-                norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
-                gain = (state[tensor_name(path, "lora_magnitude_vector")] / norm).contiguous()
-            a, b = (next(parts).view(part.shape).copy_(part) for part in (a, b.t()))
-            found[layer.column] = Factors(a, b, spec.scale_for(path), gain)
-        return found
+    def _factors(self, fitting: Fitting, canonical: Canonical) -> tuple[dict[int, Factors], float, float]:
+        """A fitting adapter as factors by column, all in one piece of memory, and the largest magnitudes of all A and
+        gains, and of all B, infinite if a value is not finite."""
+        spans = {
+            path: [canonical.header.places[tensor_name(path, part)] for part in ("lora_A", "lora_B")]
+            for path in fitting.paths
+        }
+        size = sum(span.end - span.begin for pair in spans.values() for span in pair) // 4
+        memory = self.spares.take(size)
+        parts, found, at = [], {}, 0
+        for path, (span_a, span_b) in spans.items():
+            (rank, k), (n, _) = span_a.entry.shape, span_b.entry.shape
+            a = memory.as_strided((rank, k), (k, 1), at)
+            b = memory.as_strided((rank, n), (n, 1), at + rank * k)
+            at += rank * (k + n)
+            parts += [(canonical.start + span_a.begin, a, False), (canonical.start + span_b.begin, b, True)]
+            found[self.layers[path].column] = Factors(a, b, fitting.spec.scale_for(path))
+        largest_a, largest_b = lay_out(canonical.data, parts)
+        for path in fitting.paths if fitting.spec.use_dora else ():
+            magnitude = canonical.tensor(tensor_name(path, "lora_magnitude_vector"))
+            if not bool(magnitude.isfinite().all()):
+                return found, np.inf, largest_b
+            column = self.layers[path].column
+            gain = self._gain(path, fitting.spec, canonical, magnitude)
+            found[column], most = replace(found[column], gain=gain), float(gain.abs().max())
+            largest_a = max(largest_a, most if np.isfinite(most) else np.inf)
+        return found, largest_a, largest_b
+
+    def _gain(self, path: str, spec: AdapterSpec, canonical: Canonical, magnitude: Tensor) -> Tensor:
+        """DoRA's magnitude over its norm, of one layer."""
+        layer = self.layers[path]
+        a, b = (canonical.tensor(tensor_name(path, part)) for part in ("lora_A", "lora_B"))
+        norm = row_norm(layer.base, self._squared(layer), a, b, spec.scale_for(path))
+        return (magnitude / norm).contiguous()
 
     def _squared(self, layer: SegmentedLinear) -> Tensor:
         if layer.column not in self._norms:
             self._norms[layer.column] = squared_norm(layer.base)
         return self._norms[layer.column]
+
+
+def require_key(found: Identified, key: str, folder: Path) -> None:
+    """:class:`InputError` unless ``key`` is the content hash of what was read from ``folder``."""
+    if found.key != key:
+        raise InputError(
+            "the adapter's files are not those that were admitted", where=str(folder), expected=key, got=found.key
+        )

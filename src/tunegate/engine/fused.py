@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,18 @@ class PassState:
 
     lease: Lease
     seed: int | None = None
+
+
+@dataclass
+class Partial:
+    """For passes in a thread of their own over the same tokens again and again (``attention_pass.partial``): the first
+    keeps what goes into each layer, later ones begin with layer ``first``, on what went into it then. Memory of its
+    own."""
+
+    first: int = 0
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    scratch: Workspace = field(default_factory=Workspace)
+    temporary: Workspace = field(default_factory=Workspace)
 
 
 class FusedLayers:
@@ -109,9 +121,18 @@ class FusedLayers:
 
     def run(self, layer: Any, hidden: Tensor, position_embeddings: Any, attention_pass: Any) -> Tensor | None:
         """The layer on hidden (1, T, H), or None if it cannot be computed here as it now is."""
+        number = self._order[layer]
+        scratch, temporary = self._scratch, self.temporary
+        partial: Partial | None = getattr(attention_pass, "partial", None)
+        if partial is not None:
+            if number < partial.first:
+                return hidden
+            hidden = hidden if number > partial.first else partial.inputs.get(number, hidden)
+            partial.inputs.setdefault(number, hidden)
+            scratch, temporary = partial.scratch, partial.temporary
         recorded = getattr(attention_pass, "recorded", None)
         if recorded is not None:
-            out = recorded.replay(self._order[layer], hidden, position_embeddings)
+            out = recorded.replay(number, hidden, position_embeddings)
             if out is not None:
                 return out
         projections = _projections(layer, self.shapes[layer])
@@ -129,18 +150,22 @@ class FusedLayers:
         attention: Any = _Passing(attention_pass, index)
         if wants_grad:
             attention = _Trained(attention_pass.plan.rows, self._scratch)
-        context = Context(self.shapes[layer], projections, cos, sin, seed, attention, self._scratch)
+        context = Context(self.shapes[layer], projections, cos, sin, seed, attention, scratch)
         if wants_grad:
-            again = self._order[layer] < self.recompute
+            again = number < self.recompute
             return _Layer.apply(x, self, context, state.lease, again, *parameters)[None]
         if recorded is not None:
-            out = recorded.record(self._order[layer], context, hidden, position_embeddings, index)
+            out = recorded.record(number, context, hidden, position_embeddings, index)
             if out is not None:
                 return out
         out = torch.empty_like(x)
-        with self._scratch.scope(), self.temporary.scope():
-            fused_layer.forward(context, x, out, self.temporary, saving=False)
+        with scratch.scope(), temporary.scope():
+            fused_layer.forward(context, x, out, temporary, saving=False)
         return out[None]
+
+    def order(self) -> dict[nn.Module, int]:
+        """The fused layers, with their numbers among each other."""
+        return dict(self._order)
 
     def reserved(self) -> int:
         """Bytes of activation memory held from the system, apart from passes still alive."""

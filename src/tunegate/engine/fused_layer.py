@@ -142,7 +142,7 @@ def _project(
 def _segments(group: Sequence[Projection]) -> Segments | None:
     """Adapters that rows of this pass have of their own on ``group``."""
     served = group[0].served
-    return None if served is None else served.served.segments
+    return None if served is None else served.served.now.segments
 
 
 def _project_backward(

@@ -4,7 +4,7 @@ At a few rows a layer's kernels take less time than the Python around them. Once
 pass records each fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters),
 all in memory that stays where it is, and replay. A recording is proven before it is used: its scratch memory is
 overwritten, it is run once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its
-usual path.
+usual path. A pass records a few layers only, so that none takes much longer than others.
 
 Only on the CPU, with the C++ kernels, for layers that are fused.
 """
@@ -30,6 +30,7 @@ from tunegate.kernels import varlen
 from tunegate.kernels.recording import Recording, recording
 from tunegate.kernels.segments import Segments
 
+_AT_ONCE = 6  # layers that one pass records: each costs it what two or three layers cost
 RECORD_AFTER = 3  # passes of the same kind: a recording costs about one pass, and each replay saves a part of one
 
 
@@ -77,7 +78,7 @@ class RecordedSteps:
         programs = self._own if merged is None else self._merged.setdefault(merged, _Programs())
         kind = (self.rows, adapters)
         programs.passes[kind] += 1
-        self._recording = programs.passes[kind] > RECORD_AFTER
+        self._may_record = _AT_ONCE if programs.passes[kind] > RECORD_AFTER else 0
         self._layers = programs.of.setdefault(kind, {})
         self._seen.clear()
 
@@ -95,8 +96,9 @@ class RecordedSteps:
         self, number: int, context: Context, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, index: int
     ) -> Tensor | None:
         """The same for its first time; None if it is not to be recorded. ``index``: the layer's in the pages."""
-        if not self._recording or number in self._layers:
+        if not self._may_record or number in self._layers:
             return None
+        self._may_record -= 1
         x, out = self._memory(number, hidden)
         cos, sin = self._angles_of(angles) or (x, x)
         own = replace(context, cos=cos, sin=sin, attention=_Decoding(self, index), scratch=self._scratch)

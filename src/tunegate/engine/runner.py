@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tunegate.data.pack import Batch, make_batch
 from tunegate.data.types import Rendered
-from tunegate.engine.fused import FusedLayers, PassState
+from tunegate.engine.fused import FusedLayers, Partial, PassState
 from tunegate.engine.fused_shape import window_of
 from tunegate.engine.liger import LigerLayers, Operations, operations
 from tunegate.engine.positions import long_above, position_table, rows_of
@@ -63,6 +63,7 @@ class PackedPass:
         self.plan = plan
         self.kept: dict[int, tuple[Tensor, Tensor]] | None = {} if keep else None
         self.fused: PassState | None = None
+        self.partial: Partial | None = None
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None

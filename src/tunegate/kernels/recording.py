@@ -5,12 +5,13 @@ the same memory, which then holds other values. What Python does in between is n
 belongs to the sequence goes through :func:`also`, and a tensor that only this function knows through :func:`hold`.
 
 Only matrix products, norms, rotary positions, gated products, decode attention and segments are recorded; there is one
-recording at a time, on one thread. Whether a recording is complete is for the caller to prove.
+recording at a time on each thread, of what it does there. Whether a recording is complete is for the caller to prove.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,38 +44,42 @@ class Recording:
             self._parts.append(self._recorder.run)
 
 
-_now: Recording | None = None
+class _Now(threading.local):
+    recording: Recording | None = None
+
+
+_now = _Now()
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recording]:
     """Record what the kernels do inside. Needs the compiled kernels."""
-    global _now
     library = native.library()
-    if library is None or _now is not None:
+    if library is None or _now.recording is not None:
         raise RuntimeError("nothing to record with, or a recording is under way")
-    _now = made = Recording(library)
+    _now.recording = made = Recording(library)
     made._begin()
     try:
         yield made
     finally:
         made._end()
-        _now = None
+        _now.recording = None
 
 
 def also(operation: Callable[[], Any]) -> None:
     """Do ``operation`` now, and again at its place in a recording under way."""
-    if _now is None:
+    now = _now.recording
+    if now is None:
         operation()
         return
-    _now._end()
+    now._end()
     operation()
-    _now._parts.append(operation)
-    _now._begin()
+    now._parts.append(operation)
+    now._begin()
 
 
 def hold(tensor: Tensor) -> Tensor:
     """``tensor``, kept as long as a recording under way that uses its memory."""
-    if _now is not None:
-        _now._held.append(tensor)
+    if _now.recording is not None:
+        _now.recording._held.append(tensor)
     return tensor

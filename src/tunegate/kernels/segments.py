@@ -6,7 +6,8 @@ arXiv:2310.18547; S-LoRA, arXiv:2311.03285). ``gain`` is DoRA's magnitude over i
 share an input are one call. A row's result does not depend on the other rows.
 
 Factors live in a :class:`FactorTable`: a line for each adapter, a column for each projection of the model, entries as
-the kernels read them. It adds no dropout and has no gradients.
+the kernels read them; :func:`lay_out` brings them there from a file's bytes. Adapters may be added and removed while a
+pass runs that does not use them. It adds no dropout and has no gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ from tunegate.kernels.linear import _TYPES, _matrix
 from tunegate.kernels.recording import hold
 
 MOST_TARGETS = 4
+_USUAL_RANK = 64  # what is recorded for it goes on being used, whatever adapters up to this rank come
 _FIELDS = 5  # a, b, gain, rank, scale
 _FIRST = 128  # slots of a new table: a larger one lies elsewhere, and what was recorded on the old one is lost
 
@@ -50,16 +54,18 @@ class Factors:
 
 
 class FactorTable:
-    """Adapters by slot. ``columns``: projections of the model. ``dtype``: fp32 or bf16, of all factors."""
+    """Adapters by slot. ``columns``: projections of the model. ``dtype``: fp32 or bf16, of all factors. ``slots`` that
+    there is room for at first."""
 
-    def __init__(self, columns: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, columns: int, dtype: torch.dtype = torch.float32, slots: int = _FIRST):
         self.columns, self.dtype = columns, dtype
         self.slots: list[dict[int, Factors] | None] = []
         self._facts: list[tuple[int, frozenset[int], frozenset[int]]] = []  # rank, columns, those with gains, by slot
-        self.numbers = torch.zeros(0, columns, _FIELDS, dtype=torch.int64)
+        self.numbers = torch.zeros(slots, columns, _FIELDS, dtype=torch.int64)
+        self._outgrown: list[Tensor] = []  # a pass may be reading them
 
     def add(self, factors: dict[int, Factors]) -> int:
-        """Put an adapter, by column, in a free slot and return it."""
+        """Put an adapter, by column, in a free slot and return it. From one thread at a time."""
         for column, f in factors.items():
             shapes = f.a.dim() == f.b.dim() == 2 and f.a.shape[0] == f.b.shape[0]
             dense = f.a.is_contiguous() and f.b.is_contiguous() and f.a.dtype == f.b.dtype == self.dtype
@@ -72,8 +78,9 @@ class FactorTable:
             self.slots.append(None)
             self._facts.append(_NOTHING)
         if slot >= len(self.numbers):
-            grown = torch.zeros(max(_FIRST, 2 * slot), self.columns, _FIELDS, dtype=torch.int64)
+            grown = torch.zeros(2 * slot, self.columns, _FIELDS, dtype=torch.int64)
             grown[: len(self.numbers)] = self.numbers
+            self._outgrown.append(self.numbers)
             self.numbers = grown
         entries = [
             (f.a.data_ptr(), f.b.data_ptr(), native.address(f.gain), f.rank, _bits(f.scale)) for f in factors.values()
@@ -95,8 +102,10 @@ class FactorTable:
         return max(ranks), frozenset().union(*columns), frozenset().union(*gains)
 
     @property
-    def largest_rank(self) -> int:
-        return max((rank for rank, _, _ in self._facts), default=0)
+    def room_rank(self) -> int:
+        """A rank that no adapter is above, and that seldom changes."""
+        largest = max((rank for rank, _, _ in list(self._facts)), default=0)
+        return max(_USUAL_RANK, 1 << (largest - 1).bit_length())
 
 
 def _bits(value: float) -> int:
@@ -129,7 +138,7 @@ class Segments:
             memory[: len(self.numbers)] = self.numbers
             self.numbers, self.columns = memory, frozenset(range(table.columns))
             self.gains = self.columns if self.gains else frozenset()
-            self.most_rank = table.largest_rank
+            self.most_rank = table.room_rank
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,44 @@ def add_segments(x: Tensor, segments: Segments, targets: Sequence[Target]) -> No
         flat,
         work.data_ptr(),
     )
+
+
+def lay_out(
+    data: np.ndarray[Any, np.dtype[np.uint8]], parts: Sequence[tuple[int, Tensor, bool]]
+) -> tuple[float, float]:
+    """Copy fp32 values that begin anywhere in ``data`` to tensors, all fp32 or all bf16, contiguous. A part is (first
+    byte, tensor, transposed): the values of (n, m) go to (n, m), or (m, n) if transposed. Returns the largest magnitude
+    of what is not transposed and of what is, infinite if some value is not finite. On this thread alone."""
+    if not parts:
+        return 0.0, 0.0
+    for place, to, _ in parts:
+        if to.dim() != 2 or not to.is_contiguous() or to.dtype != parts[0][1].dtype:
+            raise ValueError(f"{tuple(to.shape)} {to.dtype}; expected contiguous matrices of one dtype")
+        if not 0 <= place <= data.nbytes - 4 * to.numel():
+            raise ValueError(f"{to.numel()} values from byte {place} of {data.nbytes}")
+    library = native.library_for(*(to for _, to, _ in parts))
+    if library is None:
+        return _lay_out_twin(data, parts)
+    begin = data.ctypes.data
+    flat = [
+        (begin + place, to.data_ptr(), *(to.shape[::-1] if transposed else to.shape), transposed)
+        for place, to, transposed in parts
+    ]
+    straight, turned = (np.array(library.lay_out(flat, _TYPES[parts[0][1].dtype]), np.uint32).view(np.float32)).tolist()
+    return (straight if np.isfinite(straight) else np.inf), (turned if np.isfinite(turned) else np.inf)
+
+
+def _lay_out_twin(
+    data: np.ndarray[Any, np.dtype[np.uint8]], parts: Sequence[tuple[int, Tensor, bool]]
+) -> tuple[float, float]:
+    largest = [0.0, 0.0]
+    for place, to, transposed in parts:
+        values = torch.from_numpy(data[place : place + 4 * to.numel()].copy()).view(torch.float32)
+        values = values.view(to.shape[::-1] if transposed else to.shape)
+        to.copy_(values.t() if transposed else values)
+        most = float(values.abs().max())
+        largest[transposed] = max(largest[transposed], most if np.isfinite(most) else np.inf)
+    return largest[0], largest[1]
 
 
 def _twin(x: Tensor, segments: Segments, targets: Sequence[Target]) -> None:

@@ -10,10 +10,11 @@ Format: https://github.com/huggingface/safetensors (README, "Format"). It reads 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
-def _parse(handle: Any, size: int) -> list[TensorEntry]:
+def _header_text(handle: Any, size: int) -> bytes:
     first = handle.read(8)
     if len(first) < 8:
         raise _Malformed(f"the file has {size} bytes, fewer than the 8 of the header's length")
@@ -129,8 +130,12 @@ def _parse(handle: Any, size: int) -> list[TensorEntry]:
         raise _Malformed(f"the header claims {length:,} bytes, more than the limit of {MAX_HEADER_BYTES:,}")
     if 8 + length > size:
         raise _Malformed(f"the header claims {length:,} bytes, the file has {size:,}")
+    return bytes(handle.read(length))
+
+
+def _parse(text: bytes, size: int) -> list[TensorEntry]:
     try:
-        header = json.loads(handle.read(length), object_pairs_hook=_no_duplicates)
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
     except _Malformed:
         raise
     except (ValueError, RecursionError) as error:
@@ -138,8 +143,9 @@ def _parse(handle: Any, size: int) -> list[TensorEntry]:
     if not isinstance(header, dict):
         raise _Malformed("the header is not a JSON object")
     header.pop("__metadata__", None)
-    entries = [_entry(name, value, 8 + length) for name, value in header.items()]
-    position = 8 + length
+    start = 8 + len(text)
+    entries = [_entry(name, value, start) for name, value in header.items()]
+    position = start
     for entry in sorted(entries, key=lambda e: (e.start, e.end)):
         if entry.start != position:
             kind = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
@@ -153,13 +159,25 @@ def _parse(handle: Any, size: int) -> list[TensorEntry]:
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file in header order; :class:`InputError` if the file is not sound."""
     with path.open("rb") as handle:
-        return header_of(handle, path)
+        return parse_header(header_text(handle, path), os.fstat(handle.fileno()).st_size, path)
 
 
-def header_of(handle: Any, path: Path) -> list[TensorEntry]:
-    """:func:`read_header` of the file that was opened for reading as ``handle``."""
+def header_text(handle: Any, path: Path) -> bytes:
+    """The header of the safetensors file that was opened for reading as ``handle``, as it stands there."""
+    with _sound(path):
+        return _header_text(handle, os.fstat(handle.fileno()).st_size)
+
+
+def parse_header(text: bytes, size: int, path: Path) -> list[TensorEntry]:
+    """:func:`read_header` of a file of ``size`` bytes with the header ``text``: these alone say everything."""
+    with _sound(path):
+        return _parse(text, size)
+
+
+@contextlib.contextmanager
+def _sound(path: Path) -> Iterator[None]:
     try:
-        return _parse(handle, os.fstat(handle.fileno()).st_size)
+        yield
     except _Malformed as error:
         raise InputError("not a sound safetensors file", where=str(path), got=str(error), fix=error.fix) from error
 

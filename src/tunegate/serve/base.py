@@ -46,7 +46,7 @@ class ServedBase:
     skeleton: nn.Module
     created: int = field(default_factory=lambda: int(time.time()))
     _renderers: weakref.WeakValueDictionary[str | None, Renderer] = field(default_factory=weakref.WeakValueDictionary)
-    _known: Known = field(default_factory=dict)
+    _known: Known = field(default_factory=Known)
     _checkers: dict[str | None, Renderer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checking: threading.Lock = field(default_factory=threading.Lock)

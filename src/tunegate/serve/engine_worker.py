@@ -1,13 +1,16 @@
 """The engine's process: messages in, passes, tokens out (``wire`` says how they look).
 
-A thread reads the socket; the main thread takes what came, makes one pass, and sends what it gave as one write. Nothing
-to do means waiting for a message. When the front is gone, so is this process.
+A thread reads the socket; the main thread takes what came, makes one pass, and sends what it gave as one write. What is
+asked about adapters waits for no pass: it is handed on, and answered, by other threads. Nothing to do means waiting for
+a message. When the front is gone, so is this process.
 
 ``python -m tunegate.serve.engine_worker FD`` is for ``engine_process``, not for people.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import queue
@@ -27,7 +30,6 @@ from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
 from tunegate.serve.wire import error_json, line
 
-_LOOK_AGAIN = 0.002  # seconds, while an adapter is being read
 _SWITCH = 2e-4  # seconds: a pass comes back from the kernels many times, and must not wait for an adapter's reader
 
 
@@ -39,15 +41,17 @@ class Worker:
         self.lines = connection.makefile("rb")
         self.inbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.out: list[bytes] = []
-        self._sending = threading.Lock()  # the thread that reads adapters answers for itself
+        self._sending = threading.Lock()
 
     def run(self) -> int:
         options = EngineOptions(**json.loads(self.lines.readline()))
         try:
-            self.core = EngineCore(options, self._send_tokens)
+            self.core = EngineCore(options, self._send_tokens, lambda: self.inbox.put({}))
         except TunegateError as error:
             self.connection.sendall(line({"failed": error_json(error)}))
             return 1
+        gc.collect()
+        gc.freeze()  # what is here by now stays, and a collection that looks at it all would hold up a pass
         self.connection.sendall(line({"started": to_json(self.core.facts)}))
         threading.Thread(target=self._listen, daemon=True).start()
         while self._take_messages():
@@ -65,7 +69,9 @@ class Worker:
     def _listen(self) -> None:
         try:
             for text in self.lines:
-                self.inbox.put(json.loads(text))
+                message = json.loads(text)
+                if not self._about_adapters(message):
+                    self.inbox.put(message)
         except OSError:
             pass
         self.inbox.put(None)
@@ -75,7 +81,7 @@ class Worker:
         wait = not self.core.busy and not self.out
         while True:
             try:
-                message = self.inbox.get(wait, _LOOK_AGAIN if self.core.reading else None)
+                message = self.inbox.get(wait)
             except queue.Empty:
                 return True
             if message is None or "stop" in message:
@@ -89,33 +95,35 @@ class Worker:
             self.core.submit(message["job"], Job.from_json(message["data"]), folder)
         elif "cancel" in message:
             self.core.cancel(message["cancel"])
-        elif "load" in message:
-            number = message["load"]
-            self.core.load(
-                message["key"], Path(message["folder"]), message["pinned"], lambda found: self._answer(number, found)
-            )
-        elif "identify" in message:
-            asked = message["identify"]
-            self.core.identify(Path(message["folder"]), lambda found: self._write(_answer(asked, found)))
-        elif "unload" in message:
-            self.core.unload(message["unload"])
         elif "stats" in message:
             self.out.append(line({"answer": message["stats"], "data": {**self.core.stats(), "rss": resident_bytes()}}))
 
-    def _answer(self, number: int, found: Loaded | TunegateError) -> None:
-        self.out.append(_answer(number, found if isinstance(found, TunegateError) else to_json(found)))
+    def _about_adapters(self, message: dict[str, Any]) -> bool:
+        """Do what the message asks about adapters; False if it is about something else."""
+        adapters = self.core.adapters
+        if "load" in message:
+            answer = functools.partial(self._answer, message["load"])
+            adapters.load(message["key"], Path(message["folder"]), message["pinned"], answer)
+        elif "identify" in message:
+            adapters.identify(Path(message["folder"]), functools.partial(self._answer, message["identify"]))
+        elif "unload" in message:
+            adapters.unload(message["unload"])
+        else:
+            return False
+        return True
+
+    def _answer(self, number: int, found: Loaded | str | TunegateError) -> None:
+        """From any thread."""
+        if isinstance(found, TunegateError):
+            self._write(line({"error": number, "data": error_json(found)}))
+        else:
+            self._write(line({"answer": number, "data": to_json(found) if isinstance(found, Loaded) else found}))
 
     def _send_tokens(self, number: int, found: Tokens | TunegateError) -> None:
         if isinstance(found, TunegateError):
             self.out.append(line({"error": number, "data": error_json(found)}))
         else:
             self.out.append(line({"tokens": number, "data": to_json(found)}))
-
-
-def _answer(number: int, found: Any) -> bytes:
-    if isinstance(found, TunegateError):
-        return line({"error": number, "data": error_json(found)})
-    return line({"answer": number, "data": found})
 
 
 def main() -> int:

@@ -111,14 +111,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in the engine: its bytes there (of merged weights: theirs), its largest rank, seconds it took, and the
-    largest change of a logit that a probe saw (a load whose probe sees none is refused)."""
+    """An adapter in the engine: its bytes there (of merged weights: theirs), its largest rank, seconds it took, the
+    largest change of a logit that a probe saw (a load whose probe sees none is refused), and the seconds of each stage,
+    those before it was asked for included."""
 
     key: str
     bytes: int
     rank: int
     seconds: float
     moved: float
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

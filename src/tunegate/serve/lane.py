@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from tunegate.adapter.card import CARD, load_card
-from tunegate.adapter.files import Contents, module_paths, tensor_name
+from tunegate.adapter.files import module_paths, tensor_name
 from tunegate.adapter.layers import base_weight, is_conv1d
-from tunegate.adapter.segmented import Merged, Served
+from tunegate.adapter.segmented import Identified, Merged, Served, require_key
 from tunegate.engine.prompt_scores import PromptReader
 from tunegate.engine.sampling import Chooser, Picking
 from tunegate.engine.scheduler import Row
@@ -51,31 +51,35 @@ class Read:
         return sum(f.nbytes for f in self.factors.values()) if self.merged is None else self.merged.nbytes
 
 
-def read(served: Served, folder: Path, key: str, vocabulary: int) -> Read:
-    """The adapter in ``folder`` with the engine's ``key``; :class:`InputError` with everything that is wrong."""
+def read(served: Served, found: Identified, folder: Path, key: str, vocabulary: int) -> Read:
+    """The adapter ``found`` in ``folder`` as the engine's ``key`` says; :class:`InputError` with everything that is
+    wrong."""
+    require_key(found, key.removesuffix(MERGED), folder)
     if not key.endswith(MERGED):
-        return Read(served.read(folder, key))
-    return _merged(served, folder, served.contents(folder, key.removesuffix(MERGED)), vocabulary)
+        return Read(found.factors)
+    layers, unchanged = _merged(served, found)
+    if unchanged:
+        raise InputError(
+            f"{len(unchanged)} layers come out of merging as they are in the base", where=str(folder),
+            expected="changes that the base's dtype can store", got=", ".join(unchanged[:5]), fix=_UNMERGED,
+        )  # fmt: skip
+    return Read(found.factors, Merged(layers), prompts_of(folder, vocabulary))
 
 
-def _merged(served: Served, folder: Path, contents: Contents, vocabulary: int) -> Read:
-    spec, state = contents.spec, contents.state
+def _merged(served: Served, found: Identified) -> tuple[dict[int, nn.Module], list[str]]:
+    """The layers of ``found`` on merged weights, by column, and those of them that its update does not change."""
+    state = found.state()
     layers, unchanged = {}, []
     for path in module_paths(state):
         wrapper = served.layers[path]
         parts = [state.get(tensor_name(path, name)) for name in ("lora_A", "lora_B", "lora_magnitude_vector")]
         a, b, magnitude = parts
         assert a is not None and b is not None  # checked
-        update = Update(a, b, spec.scale_for(path), magnitude)
+        update = Update(a, b, found.spec.scale_for(path), magnitude)
         layers[wrapper.column], changed = merged_layer(wrapper.base, update, path)
         if not changed and (magnitude is not None or bool(b.any())):
             unchanged.append(path)
-    if unchanged:
-        raise InputError(
-            f"{len(unchanged)} layers come out of merging as they are in the base", where=str(folder),
-            expected="changes that the base's dtype can store", got=", ".join(unchanged[:5]), fix=_UNMERGED,
-        )  # fmt: skip
-    return Read(served.factors(contents), Merged(layers), prompts_of(folder, vocabulary))
+    return layers, unchanged
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-// add_segments(x, table, segments, targets, work): addresses and sizes, checked by tunegate.kernels.segments.
+// add_segments(x, table, segments, targets, work) and lay_out(parts, type): addresses and sizes, checked by
+// tunegate.kernels.segments.
 #include "segments.h"
 
 #include <nanobind/nanobind.h>
@@ -50,6 +51,23 @@ void add(const Matrix& x, const Table& table, uintptr_t segments, const std::vec
   issue([call] { active().add_segments(call); });
 }
 
+using Part = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // from, to, rows, columns, transposed
+
+// The bits of the largest magnitudes: of what is laid straight, and of what is transposed.
+std::tuple<uint32_t, uint32_t> lay(const std::vector<Part>& parts, int32_t type) {
+  std::vector<LayOut> all;
+  all.reserve(parts.size());
+  for (const auto& [from, to, rows, columns, transposed] : parts)
+    all.push_back({at<const void>(from), at<void>(to), rows, columns, transposed});
+  uint32_t largest[2];
+  nb::gil_scoped_release released;
+  active().lay_out(all.data(), int64_t(all.size()), type, largest);
+  return {largest[0], largest[1]};
+}
+
 }  // namespace
 
-void bind_segments(nb::module_& m) { m.def("add_segments", &add); }
+void bind_segments(nb::module_& m) {
+  m.def("add_segments", &add);
+  m.def("lay_out", &lay);
+}

@@ -48,7 +48,7 @@ struct Pool {
 
 Pool* pool = nullptr;  // leaked on purpose: workers may outlive static destructors
 std::mutex caller_mutex;
-std::atomic<int> wanted{1};
+thread_local int wanted = 1;  // as torch counts its threads: for each that calls
 thread_local int my_index = 0;
 thread_local bool inside = false;
 

@@ -8,7 +8,7 @@
 
 namespace tunegate {
 
-void set_threads(int count);  // from the next parallel() on; at least 1
+void set_threads(int count);  // of the calling thread's next parallel() on; at least 1
 int threads();
 
 using Task = void (*)(void* context, int64_t index);

@@ -123,7 +123,76 @@ inline void over_blocks(const Block* blocks, int64_t* starts, int64_t count, S&&
   });
 }
 
+// Some values from any address into line, which is aligned; their largest magnitude's bits come into most.
+inline void take(float* line, const char* from, int64_t n, vint* most) {
+  memcpy(line, from, size_t(n) * 4);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    vint bits = (vint)load(line + i) & 0x7fffffff;
+    *most = bits > *most ? bits : *most;
+  }
+  if (i < n) {
+    vint bits = (vint)load_part(line + i, n - i) & 0x7fffffff;
+    *most = bits > *most ? bits : *most;
+  }
+}
+
+template <typename T>
+inline void put_line(T* to, const float* line, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(line + i));
+  if (i < n) store_part(to + i, load_part(line + i, n - i), n - i);
+}
+
+constexpr int64_t kLine = 1024;  // values that are moved at a time
+
+template <typename T>
+inline void lay_straight(const LayOut& p, vint* most) {
+  float line[kLine];
+  for (int64_t at = 0, all = p.rows * p.columns; at < all; at += kLine) {
+    int64_t n = min_of(kLine, all - at);
+    take(line, (const char*)p.from + at * 4, n, most);
+    put_line((T*)p.to + at, line, n);
+  }
+}
+
+// Some rows at a time, as many as a line holds; their values of a column are neighbours where they go.
+template <typename T>
+inline void lay_across(const LayOut& p, vint* most) {
+  float line[kLine], turned[W];
+  int64_t width = min_of(p.columns, kLine / W);
+  for (int64_t c0 = 0; c0 < p.columns; c0 += width) {
+    int64_t columns = min_of(width, p.columns - c0);
+    for (int64_t r0 = 0; r0 < p.rows; r0 += W) {
+      int64_t rows = min_of(W, p.rows - r0);
+      for (int64_t r = 0; r < rows; r++)
+        take(line + r * columns, (const char*)p.from + ((r0 + r) * p.columns + c0) * 4, columns, most);
+      for (int64_t c = 0; c < columns; c++) {
+        for (int64_t r = 0; r < rows; r++) turned[r] = line[r * columns + c];
+        put_line((T*)p.to + (c0 + c) * p.rows + r0, turned, rows);
+      }
+    }
+  }
+}
+
 }  // namespace
+
+void lay_out(const LayOut* parts, int64_t count, int32_t type, uint32_t* largest) {
+  vint most[2] = {};
+  for (int64_t i = 0; i < count; i++) {
+    const LayOut& p = parts[i];
+    vint* own = &most[p.transposed ? 1 : 0];
+    if (type == kBf16)
+      p.transposed ? lay_across<bf16>(p, own) : lay_straight<bf16>(p, own);
+    else
+      p.transposed ? lay_across<float>(p, own) : lay_straight<float>(p, own);
+  }
+  for (int kind = 0; kind < 2; kind++) {
+    largest[kind] = 0;
+    for (int i = 0; i < W; i++)
+      if (uint32_t(most[kind][i]) > largest[kind]) largest[kind] = uint32_t(most[kind][i]);
+  }
+}
 
 void add_segments(const SegmentsCall& call) {
   const SegmentsCall& c = call;

@@ -42,6 +42,19 @@ struct SegmentsCall {
   float* work;  // (targets, rows, most_rank), then (rows, k) if type is bf16
 };
 
+// A factor in a file's bytes, and where its values go: (rows, columns) fp32 at any address, to aligned fp32 or bf16 of
+// the same shape or transposed.
+struct LayOut {
+  const void* from;
+  void* to;
+  int64_t rows, columns;
+  int32_t transposed;
+};
+
 }  // namespace tunegate
 
-#define SEGMENTS_KERNELS(X) X(void, add_segments, (const tunegate::SegmentsCall& call))
+// lay_out: on the calling thread alone. largest[transposed]: the largest bits of a magnitude among the values of either
+// kind, so that 0 says all are zero, and 0x7f800000 or more that some value is not finite.
+#define SEGMENTS_KERNELS(X) \
+  X(void, add_segments, (const tunegate::SegmentsCall& call)) \
+  X(void, lay_out, (const tunegate::LayOut* parts, int64_t count, int32_t type, uint32_t* largest))
