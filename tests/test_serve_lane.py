@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -277,10 +278,14 @@ class Engine:
         )
 
     def run(self) -> None:
-        for _ in range(100_000):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             if not self.core.adapters.reading and not self.core.busy:  # in this order: what was read makes it busy
                 return
-            self.core.step()
+            if self.core.busy:
+                self.core.step()
+            else:
+                time.sleep(0.001)  # the reader has the work
         raise AssertionError("it does not end")
 
     def load(self, key: str, folder: Path) -> Loaded:
