@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.cli.quantize import size
 from tunegate.errors import InputError
@@ -35,12 +36,6 @@ def _positive(text: str) -> float:
     if not 0 < found < 1e9:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return found
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def _traffic(text: str) -> tuple[str, float]:
@@ -86,17 +81,17 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--registry", metavar="WHERE", help="a folder, or a database's URL, which stays a secret")
     parser.add_argument("--name", default="tunegate", help="of units, services and objects; default: tunegate")
-    parser.add_argument("--port", type=_whole, default=8000, help="on the host, of the first server; default: 8000")
+    parser.add_argument("--port", type=whole(1), default=8000, help="on the host, of the first server; default: 8000")
     parser.add_argument("--kv-cache", type=size, default="1GiB", metavar="SIZE", help="default: 1GiB")
     parser.add_argument("--adapter-cache", type=size, default="1GiB", metavar="SIZE", help="default: 1GiB")
-    parser.add_argument("--max-rows", type=_whole, default=64, metavar="N", help="of a batch; default: 64")
-    parser.add_argument("--max-context", type=_whole, metavar="TOKENS")
+    parser.add_argument("--max-rows", type=whole(1), default=64, metavar="N", help="of a batch; default: 64")
+    parser.add_argument("--max-context", type=whole(1), metavar="TOKENS")
     parser.add_argument("--cpus", type=_positive, default=2.0, metavar="N", help="cores of each server; default: 2")
     parser.add_argument(
         "--quantization", choices=("nf4", "int8", "none"), default="none", help="of the base; default: none"
     )
     parser.add_argument("--image", default="tunegate:local", metavar="TAG", help="default: tunegate:local")
-    parser.add_argument("--replicas", type=_whole, default=1, metavar="N", help="of each server (kubernetes)")
+    parser.add_argument("--replicas", type=whole(1), default=1, metavar="N", help="of each server (kubernetes)")
     parser.add_argument("--allow-ungated", action="store_true", help="also adapters that the gate did not ship")
 
 
@@ -106,14 +101,14 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
         help="requests a second that an adapter gets at the busiest time; may be repeated",
     )  # fmt: skip
     parser.add_argument("--latency", type=_positive, metavar="SECONDS", help="what an answer may take at that time")
-    parser.add_argument("--bases", type=_whole, default=1, metavar="N", help="different bases; default: 1")
+    parser.add_argument("--bases", type=whole(1), default=1, metavar="N", help="different bases; default: 1")
     parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of an answer; default: 64")
-    parser.add_argument("--prompt-tokens", type=_whole, default=256, metavar="N", help="default: 256")
+    parser.add_argument("--prompt-tokens", type=whole(1), default=256, metavar="N", help="default: 256")
     parser.add_argument("--memory", type=size, metavar="SIZE", help="of a machine; default: this one's")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--measured", type=Path, metavar="FILE", help="figures of an earlier --probe (JSON)")
     how.add_argument("--probe", metavar="BASE", help="measure this base here, about a minute")
-    parser.add_argument("--probe-rank", type=_whole, default=16, metavar="R", help="of its adapters; default: 16")
+    parser.add_argument("--probe-rank", type=whole(1), default=16, metavar="R", help="of its adapters; default: 16")
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep the probe's figures")
 
 

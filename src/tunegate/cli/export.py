@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.errors import InputError
 
@@ -34,16 +35,13 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) > 100_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
 def add_items(parser: argparse.ArgumentParser) -> None:
     """What is compared beside the golden prompts."""
     parser.add_argument(
-        "--items", type=_count, metavar="N", help="validation items to compare on, of each adapter; default 32, 0: none"
+        "--items",
+        type=whole(0, 100_000),
+        metavar="N",
+        help="validation items to compare on, of each adapter; default 32, 0: none",
     )
     parser.add_argument(
         "--data", metavar="FOLDER|FILE",

@@ -8,13 +8,8 @@ from typing import Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
-
-
-def _per_minute(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text[:20]) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1,000,000,000")
-    return int(text)
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -30,7 +25,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     add = does.add_parser("add", parents=[common, file], help="make a key, and show it this once")
     add.add_argument("name", metavar="NAME", help="whose key it is")
     for what in ("requests", "tokens"):
-        add.add_argument(f"--{what}-per-minute", type=_per_minute, metavar="N", help="default: any number")
+        add.add_argument(f"--{what}-per-minute", type=whole(1, 10**9), metavar="N", help="default: any number")
     add.add_argument(
         "--model", dest="models", action="append", metavar="NAME",
         help="it may use, or a pattern such as 'support-*'; may be repeated; default: all",

@@ -8,6 +8,7 @@ from typing import Any
 
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
+from tunegate.cli.arguments import whole
 from tunegate.cli.deploy import add_parser as add_deploy
 from tunegate.cli.export import add_items, add_limits
 from tunegate.cli.export import add_parser as add_export
@@ -37,12 +38,6 @@ def _reason(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("say why: the reason is recorded on the card")
     return text
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
-    return int(text)
 
 
 def _size(text: str) -> int:
@@ -206,7 +201,7 @@ def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     check.add_argument("inputs", nargs="+", metavar="TASK|FILE", help="one task YAML, or data files")
     check.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    check.add_argument("--show", type=_count, default=0, metavar="N", help="print N rows as tokens, targets in green")
+    check.add_argument("--show", type=whole(0), default=0, metavar="N", help="print N rows as tokens, targets in green")
     check.add_argument("--base", help="with data files: check tokens with this base's tokenizer and template")
     check.add_argument("--form", default="auto", help="with data files: form of the rows (default: auto)")
 

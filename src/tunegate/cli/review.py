@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.errors import InputError
 from tunegate.files import write_jsonl
 
 if TYPE_CHECKING:
     from tunegate.report.review import Review
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    if not text.isdecimal() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-    return int(text)
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -33,14 +28,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "verdict as it is given. What comes out feeds the gate (review.accept, review.preferred). docs/review.md",
     )
     review.add_argument("path", metavar="TASK|RUN", help="the task's YAML file, or a run folder")
-    review.add_argument(
-        "--items", type=lambda t: _whole(t, 1, 1000), metavar="N", help="test items to look at (default: 24)"
-    )
-    review.add_argument("--seed", type=lambda t: _whole(t, 0, 2**31), metavar="N", help="of the choice (default: 0)")
+    review.add_argument("--items", type=whole(1, 1000), metavar="N", help="test items to look at (default: 24)")
+    review.add_argument("--seed", type=whole(0, 2**31), metavar="N", help="of the choice (default: 0)")
     review.add_argument("--reviewer", metavar="NAME", help="who looks (default: the name of this user)")
-    review.add_argument(
-        "--port", type=lambda t: _whole(t, 0, 65535), default=0, metavar="N", help="default: any that is free"
-    )
+    review.add_argument("--port", type=whole(0, 65535), default=0, metavar="N", help="default: any that is free")
     review.add_argument("--no-browser", action="store_true", help="print the link, open nothing")
     review.add_argument("--export", metavar="FILE", help="write the verdicts so far as JSONL, and show no page")
 

@@ -8,13 +8,13 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.cli.quantize import size
 from tunegate.cli.vllm import add_vllm_options
@@ -36,15 +36,6 @@ def _named(text: str) -> tuple[str, str]:
     if not mark or not name or not source:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SOURCE, such as support=runs/support/adapter")
     return name, source
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return read
 
 
 def _seconds(text: str) -> float:
@@ -96,7 +87,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
-    parser.add_argument("--port", type=_whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
     parser.add_argument("--api-key-env", metavar="VAR", help="requests need the key that this variable holds")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="or one of this file (`tunegate keys add`), followed as it changes"
@@ -135,15 +126,15 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="what adapters are kept in; default: what the base computes in",
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=_whole(0, 1024), default=0, metavar="N", help="default: all")
+    parser.add_argument("--threads", type=whole(0, 1024), default=0, metavar="N", help="default: all")
     parser.add_argument("--kv-cache", type=size, default="1GiB", metavar="SIZE", help="default: 1GiB")
     parser.add_argument("--adapter-cache", type=size, default="1GiB", metavar="SIZE", help="default: 1GiB")
-    parser.add_argument("--max-rows", type=_whole(1, 4096), default=64, metavar="N", help="of a batch; default: 64")
+    parser.add_argument("--max-rows", type=whole(1, 4096), default=64, metavar="N", help="of a batch; default: 64")
     parser.add_argument(
-        "--max-waiting", type=_whole(0, 10**6), default=1024, metavar="N", help="further ones get 429; default: 1024"
+        "--max-waiting", type=whole(0, 10**6), default=1024, metavar="N", help="further ones get 429; default: 1024"
     )
     parser.add_argument(
-        "--max-context", type=_whole(16, 10**7), metavar="TOKENS", help="prompt with answer; default: the base's own"
+        "--max-context", type=whole(16, 10**7), metavar="TOKENS", help="prompt with answer; default: the base's own"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the base brings")
 

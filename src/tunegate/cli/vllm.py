@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.cli.quantize import size
 from tunegate.errors import InputError, Problem
@@ -22,22 +23,20 @@ if TYPE_CHECKING:
 DEFAULT_RANK, DEFAULT_LORAS, MOST_LORAS, IN_RAM = 64, 4, 8, 64
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def add_vllm_options(parser: argparse.ArgumentParser) -> None:
     """The options that only ``--engine vllm`` has, beside the interpreter."""
     group = parser.add_argument_group("with --engine vllm")
-    group.add_argument("--tensor-parallel", type=_whole, default=1, metavar="N", help="GPUs that share each layer")
-    group.add_argument("--pipeline-parallel", type=_whole, default=1, metavar="N", help="groups that share the layers")
+    group.add_argument("--tensor-parallel", type=whole(1), default=1, metavar="N", help="GPUs that share each layer")
     group.add_argument(
-        "--nodes", type=_whole, default=1, metavar="N", help="of a Ray cluster that stands (RAY_ADDRESS)"
+        "--pipeline-parallel", type=whole(1), default=1, metavar="N", help="groups that share the layers"
     )
-    group.add_argument("--max-lora-rank", type=_whole, metavar="R", help="default: the largest at the start, or 64")
-    group.add_argument("--max-loras", type=_whole, metavar="N", help="adapters in a batch; default: those at the start")
+    group.add_argument(
+        "--nodes", type=whole(1), default=1, metavar="N", help="of a Ray cluster that stands (RAY_ADDRESS)"
+    )
+    group.add_argument("--max-lora-rank", type=whole(1), metavar="R", help="default: the largest at the start, or 64")
+    group.add_argument(
+        "--max-loras", type=whole(1), metavar="N", help="adapters in a batch; default: those at the start"
+    )
     group.add_argument("--vllm-kv-cache", type=size, default=0, metavar="SIZE", help="default: vLLM's own choice")
     group.add_argument(
         "--vllm-option", action="append", default=[], metavar="OPTION", help="of vLLM's own, such as =--enforce-eager"
