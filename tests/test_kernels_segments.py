@@ -143,27 +143,29 @@ def test_values_are_laid_out_from_any_address(ahead, shapes, dtype, planted) -> 
     if planted is not None:
         values[-1][-1, -1] = planted
     data = np.concatenate([np.zeros(ahead, np.uint8), *(v.numpy().reshape(-1).view(np.uint8) for v in values)])
-    places = [ahead + 4 * sum(v.numel() for v in values[:n]) for n in range(len(values))]
-    parts = [
-        (place, torch.empty((m, n) if turned else (n, m), dtype=dtype), turned)
-        for place, (n, m, turned) in zip(places, shapes, strict=True)
-    ]
-    largest = lay_out(data, parts)
-    for (_, to, turned), value in zip(parts, values, strict=True):
-        wanted = (value.t() if turned else value).to(dtype)
-        assert torch.equal(to.nan_to_num(0.5), wanted.nan_to_num(0.5))
+    parts, at = [], 0
+    for value, (_, _, turned) in zip(values, shapes, strict=True):
+        parts.append((ahead + 4 * at, at + 3, *value.shape, turned))
+        at += value.numel()
+    memory, twin = (torch.full((at + 4,), 0.25, dtype=dtype) for _ in range(2))
+    largest = lay_out(data, memory, np.array(parts))
+    laid = [(value.t() if turned else value).reshape(-1) for value, (_, _, turned) in zip(values, shapes, strict=True)]
+    edge = torch.full((3,), 0.25)
+    wanted = torch.cat([edge, *laid, edge[:1]]).to(dtype)
+    assert torch.equal(memory.nan_to_num(0.5), wanted.nan_to_num(0.5))
     for kind in (False, True):
         mine = [float(v.abs().max()) for v, (_, _, turned) in zip(values, shapes, strict=True) if turned is kind]
         assert largest[kind] == max((m if math.isfinite(m) else math.inf for m in mine), default=0.0)
-    twins = [(place, torch.empty_like(to), turned) for place, to, turned in parts]
-    assert _lay_out_twin(data, twins) == largest
-    for (_, to, _), (_, twin, _) in zip(parts, twins, strict=True):
-        assert torch.equal(to.nan_to_num(0.5), twin.nan_to_num(0.5))
+    assert _lay_out_twin(data, twin, np.array(parts)) == largest
+    assert torch.equal(twin.nan_to_num(0.5), memory.nan_to_num(0.5))
 
 
-def test_nothing_is_read_beyond_the_data() -> None:
-    data = np.zeros(40, np.uint8)
-    for place, shape in ((1, (2, 5)), (-1, (1, 1)), (37, (1, 1))):
-        with pytest.raises(ValueError, match="values from byte"):
-            lay_out(data, [(place, torch.empty(shape), False)])
-    assert lay_out(data, [(0, torch.empty(2, 5), True)]) == (0.0, 0.0)
+def test_nothing_is_read_or_written_outside() -> None:
+    data, memory = np.zeros(40, np.uint8), torch.zeros(12)
+    for part in ((1, 0, 2, 5), (-1, 0, 1, 1), (37, 0, 1, 1), (0, 3, 2, 5), (0, -1, 1, 1), (0, 0, -1, -1)):
+        with pytest.raises(ValueError, match="a matrix outside"):
+            lay_out(data, memory, np.array([(*part, 0)]))
+    with pytest.raises(ValueError, match="expected contiguous"):
+        lay_out(data, torch.zeros(2, 5), np.array([(0, 0, 2, 5, 0)]))
+    assert lay_out(data, memory, np.array([(0, 2, 2, 5, 1), (0, 0, 0, 3, 1)])) == (0.0, 0.0)
+    assert lay_out(data, memory, np.empty((0, 5), np.int64)) == (0.0, 0.0)

@@ -49,11 +49,10 @@ Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 @dataclass
 class Known:
     """What was found out about adapters of one model, so that the next ones like them cost less. ``selected``: by spec,
-    the modules and the tensors' shapes. ``fitting``: headers that fit the model, by spec, the header's bytes and the
-    file's size, with the modules."""
+    the modules and the tensors' shapes. ``fitting``: by spec, the header's bytes and the file's size."""
 
     selected: dict[str, tuple[tuple[str, ...], Shapes]] = field(default_factory=dict)
-    fitting: dict[tuple[str, bytes, int], tuple[Header, tuple[str, ...]]] = field(default_factory=dict)
+    fitting: dict[tuple[str, bytes, int], Fitting] = field(default_factory=dict)
 
 
 def _keep(found: dict[Any, Any], key: Any, value: Any) -> None:
@@ -176,21 +175,22 @@ def checked_contents(
     what is returned."""
     folder = Path(folder)
     where = str(folder / TENSORS)
-    with opened_fitting(model, folder, known) as (handle, header, fitting):
-        state, finite = _tensors(handle, header.entries)
+    with opened_fitting(model, folder, known) as (handle, config, fitting):
+        state, finite = _tensors(handle, fitting.header.entries)
     problems = [] if finite else non_finite(state, where)
     if not allow_untrained:
         problems += untrained(state, where)
     if problems:
         raise InputError(problems)
-    return Contents(fitting.config, fitting.spec, state)
+    return Contents(config, fitting.spec, state)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fitting:
-    """An adapter whose header fits a model: its config, what that means, and the modules."""
+    """A header that fits a model, with what the config beside it means, and the modules. :class:`Known` has one for all
+    adapters that are alike in these."""
 
-    config: Mapping[str, Any]
+    header: Header
     spec: AdapterSpec
     paths: tuple[str, ...]
 
@@ -198,19 +198,19 @@ class Fitting:
 @contextlib.contextmanager
 def opened_fitting(
     model: nn.Module, folder: Path, known: Known | None = None
-) -> Iterator[tuple[BinaryIO, Header, Fitting]]:
-    """The tensors' file of the adapter in ``folder``, open, and its header, which holds exactly the tensors of the
-    modules that the config selects in ``model``; :class:`InputError` otherwise."""
+) -> Iterator[tuple[BinaryIO, Mapping[str, Any], Fitting]]:
+    """The tensors' file of the adapter in ``folder``, open, its config, and its header, which holds exactly the tensors
+    of the modules that the config selects in ``model``; :class:`InputError` otherwise."""
     config, spec = _read_meaning(folder)
     known = Known() if known is None else known
     with _open(folder) as (handle, text, size):
-        found = known.fitting.get((repr(spec), text, size))
+        key = repr(spec), text, size
+        found = known.fitting.get(key)
         if found is None:
             header = _parsed(text, size, folder)
-            found = header, _check_header(model, spec, header, str(folder / TENSORS), known)
-            _keep(known.fitting, (repr(spec), text, size), found)
-        header, paths = found
-        yield handle, header, Fitting(config, spec, paths)
+            found = Fitting(header, spec, _check_header(model, spec, header, str(folder / TENSORS), known))
+            _keep(known.fitting, key, found)
+        yield handle, config, found
 
 
 def checked_header(

@@ -16,9 +16,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,19 +50,37 @@ class Merged:
 
 @dataclass(frozen=True)
 class Identified:
-    """An adapter in memory, from one reading of its files: its content hash, its factors by column, and ``largest``,
-    the magnitude of its largest factor. ``seconds`` of each stage."""
+    """An adapter in memory, from one reading of its files: its factors by column, ``largest``, the magnitude of its
+    largest factor, and its content hash, which may be still under way. ``seconds`` of each stage."""
 
-    key: str
     spec: AdapterSpec
     factors: dict[int, Factors]
     largest: float
     canonical: Canonical
+    hashing: Future[str]
     seconds: dict[str, float]
+
+    @property
+    def key(self) -> str:
+        """The content hash; waits for it."""
+        return self.hashing.result()
 
     def state(self) -> dict[str, Tensor]:
         """Its fp32 tensors by file name."""
         return self.canonical.state()
+
+
+_Strided = tuple[tuple[int, int], tuple[int, int], int]  # size, stride, first element
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the factors of adapters that are alike go: ``size`` elements in all, ``parts`` for :func:`lay_out`, counted
+    from the first tensor's bytes, and of each module its column, scale, A and B."""
+
+    size: int
+    parts: np.ndarray[Any, np.dtype[np.int64]]
+    modules: tuple[tuple[int, float, _Strided, _Strided], ...]
 
 
 class _Now(threading.local):
@@ -116,8 +136,10 @@ class Served:
             put_module(model, path, wrapper)
         self.table = FactorTable(len(self.layers), dtype)
         self._known = Known()
+        self._layouts: WeakKeyDictionary[Fitting, _Layout] = WeakKeyDictionary()
         self._norms: dict[int, Tensor] = {}  # squared norms of the base's rows, for DoRA
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hashing: Future[str] | None = None  # of the bytes of the last adapter
         self._bytes: Bytes | None = None  # touched before
         self.spares = Spares(dtype)
 
@@ -134,23 +156,23 @@ class Served:
         """The adapter in a PEFT folder, read once: what is hashed is what the factors are made of.
         :class:`InputError` with everything that is wrong. From one thread at a time; the next call writes over the
         bytes of the last one's."""
-        where, begun = str(folder / TENSORS), time.perf_counter()
-        with opened_fitting(self.skeleton, folder, self._known) as (handle, header, fitting):
-            canonical = read_canonical(handle, header, fitting.config, self._bytes)
+        if self._hashing is not None:
+            wait([self._hashing])
+        seconds: dict[str, float] = {}
+        where = str(folder / TENSORS)
+        with _timed(seconds, "read"), opened_fitting(self.skeleton, folder, self._known) as (handle, config, fitting):
+            canonical = read_canonical(handle, fitting.header, config, self._bytes)
         if (0 if self._bytes is None else self._bytes.nbytes) < canonical.data.nbytes <= LARGEST:
             self._bytes = canonical.data
-        read = time.perf_counter()
-        hashing = self._hashing.submit(canonical.hash)  # on one core, while another lays the values out
-        factors, a, b = self._factors(fitting, canonical)
+        self._hashing = self._hasher.submit(_hash, canonical, seconds)
+        with _timed(seconds, "layout"):
+            factors, a, b = self._factors(fitting, canonical)
         problems = [] if np.isfinite(a + b) else non_finite(canonical.state(), where)
         if b == 0.0:
             problems += untrained(canonical.state(), where)
-        laid_out = time.perf_counter()
-        key = hashing.result()
         if problems:
             raise InputError(problems)
-        seconds = {"read": read - begun, "layout": laid_out - read, "rest of the hash": time.perf_counter() - laid_out}
-        return Identified(key, fitting.spec, factors, max(a, b), canonical, seconds)
+        return Identified(fitting.spec, factors, max(a, b), canonical, self._hashing, seconds)
 
     def read(self, folder: Path, key: str) -> dict[int, Factors]:
         """The factors of the adapter in a PEFT folder, whose content hash is ``key``. :class:`InputError` with
@@ -162,21 +184,15 @@ class Served:
     def _factors(self, fitting: Fitting, canonical: Canonical) -> tuple[dict[int, Factors], float, float]:
         """A fitting adapter as factors by column, all in one piece of memory, and the largest magnitudes of all A and
         gains, and of all B, infinite if a value is not finite."""
-        spans = {
-            path: [canonical.header.places[tensor_name(path, part)] for part in ("lora_A", "lora_B")]
-            for path in fitting.paths
+        layout = self._layouts.get(fitting)
+        if layout is None:
+            layout = self._layouts[fitting] = self._layout(fitting)
+        memory = self.spares.take(layout.size)
+        found = {
+            column: Factors(memory.as_strided(*a), memory.as_strided(*b), scale)
+            for column, scale, a, b in layout.modules
         }
-        size = sum(span.end - span.begin for pair in spans.values() for span in pair) // 4
-        memory = self.spares.take(size)
-        parts, found, at = [], {}, 0
-        for path, (span_a, span_b) in spans.items():
-            (rank, k), (n, _) = span_a.entry.shape, span_b.entry.shape
-            a = memory.as_strided((rank, k), (k, 1), at)
-            b = memory.as_strided((rank, n), (n, 1), at + rank * k)
-            at += rank * (k + n)
-            parts += [(canonical.start + span_a.begin, a, False), (canonical.start + span_b.begin, b, True)]
-            found[self.layers[path].column] = Factors(a, b, fitting.spec.scale_for(path))
-        largest_a, largest_b = lay_out(canonical.data, parts)
+        largest_a, largest_b = lay_out(canonical.data[canonical.start :], memory, layout.parts)
         for path in fitting.paths if fitting.spec.use_dora else ():
             magnitude = canonical.tensor(tensor_name(path, "lora_magnitude_vector"))
             if not bool(magnitude.isfinite().all()):
@@ -186,6 +202,18 @@ class Served:
             found[column], most = replace(found[column], gain=gain), float(gain.abs().max())
             largest_a = max(largest_a, most if np.isfinite(most) else np.inf)
         return found, largest_a, largest_b
+
+    def _layout(self, fitting: Fitting) -> _Layout:
+        parts, modules, at = [], [], 0
+        for path in fitting.paths:
+            a, b = (fitting.header.places[tensor_name(path, part)] for part in ("lora_A", "lora_B"))
+            (rank, k), (n, _) = a.entry.shape, b.entry.shape
+            to_b = at + rank * k
+            parts += [(a.begin, at, rank, k, 0), (b.begin, to_b, n, rank, 1)]
+            column, scale = self.layers[path].column, fitting.spec.scale_for(path)
+            modules.append((column, scale, ((rank, k), (k, 1), at), ((rank, n), (n, 1), to_b)))
+            at = to_b + rank * n
+        return _Layout(at, np.array(parts, np.int64), tuple(modules))
 
     def _gain(self, path: str, spec: AdapterSpec, canonical: Canonical, magnitude: Tensor) -> Tensor:
         """DoRA's magnitude over its norm, of one layer."""
@@ -198,6 +226,18 @@ class Served:
         if layer.column not in self._norms:
             self._norms[layer.column] = squared_norm(layer.base)
         return self._norms[layer.column]
+
+
+def _hash(canonical: Canonical, seconds: dict[str, float]) -> str:
+    with _timed(seconds, "hash"):
+        return canonical.hash()
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - begun
 
 
 def require_key(found: Identified, key: str, folder: Path) -> None:

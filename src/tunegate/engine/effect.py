@@ -1,7 +1,7 @@
 """Whether an adapter changes what the base says, found out beside running passes with as little of a pass as shows it.
 
 A few tokens of the base alone are computed once, and what went into each of its layers is kept. An adapter is measured
-on the same tokens from the last layer on that it touches, at every sixteenth logit after the last token: nothing there
+on the same tokens from the last layer on that it touches, at some thousand logits after the last token: nothing there
 differs from the base but for the adapter. Where that shows no change, or where factors are so large that products could
 leave the numbers' range, all layers are computed, as they are wherever layers are not fused.
 
@@ -27,7 +27,7 @@ from tunegate.kernels.segments import Factors, FactorTable, Segment, Segments
 from tunegate.kernels.stored import StoredLinear
 
 _TOKENS = 4  # attention needs several: of one token it is the same whatever queries and keys are
-_EVERY = 16  # of the vocabulary
+_LOGITS = 1024  # of the vocabulary, or a few more
 _LARGEST = 1e3  # no trained factor is near
 
 
@@ -41,7 +41,7 @@ class Effect:
         self._table = FactorTable(served.table.columns, served.table.dtype, slots=1)
         self._partial = Partial()
         self._state = PassState(Lease([]))
-        self._head = _every(runner.head)
+        self._head = _some(runner.head, max(1, vocabulary // _LOGITS))
         fused = runner.fused
         order = fused.order() if fused is not None and len(fused.layers()) == fused.count else {}
         self._layer_of = {  # by column
@@ -71,7 +71,7 @@ class Effect:
 
     @torch.inference_mode()
     def _logits(self, first: int, slot: int | None = None, merged: Merged | None = None) -> Tensor:
-        """Every sixteenth logit after the last token, with the layers from ``first`` on computed."""
+        """Some logits after the last token, with the layers from ``first`` on computed."""
         segments = None if slot is None else Segments(self._table, [Segment(0, _TOKENS, slot)])
         one = PackedPass(Plan(Layout((_TOKENS,)), self.runner.device))
         one.fused, one.partial = self._state, self._partial
@@ -81,12 +81,12 @@ class Effect:
         return self._head.logits(hidden[-1:]).cpu()
 
 
-def _every(head: Head) -> Head:
-    """``head`` for some tokens of the vocabulary, where its layer is an ordinary one."""
+def _some(head: Head, every: int) -> Head:
+    """``head`` for one of ``every`` so many tokens, where its layer is an ordinary one."""
     module: Any = head.module
     if type(module) not in (nn.Linear, StoredLinear):
         return head
-    weight, bias = (None if p is None else p.detach()[::_EVERY].clone() for p in (module.weight, module.bias))
+    weight, bias = (None if p is None else p.detach()[::every].clone() for p in (module.weight, module.bias))
     assert weight is not None
     some = StoredLinear(*(None if p is None else nn.Parameter(p, requires_grad=False) for p in (weight, bias)))  # type: ignore[arg-type]
     return Head(some, head.scale, head.softcap)

@@ -183,39 +183,36 @@ def add_segments(x: Tensor, segments: Segments, targets: Sequence[Target]) -> No
 
 
 def lay_out(
-    data: np.ndarray[Any, np.dtype[np.uint8]], parts: Sequence[tuple[int, Tensor, bool]]
+    data: np.ndarray[Any, np.dtype[np.uint8]], memory: Tensor, parts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> tuple[float, float]:
-    """Copy fp32 values that begin anywhere in ``data`` to tensors, all fp32 or all bf16, contiguous. A part is (first
-    byte, tensor, transposed): the values of (n, m) go to (n, m), or (m, n) if transposed. Returns the largest magnitude
-    of what is not transposed and of what is, infinite if some value is not finite. On this thread alone."""
-    if not parts:
-        return 0.0, 0.0
-    for place, to, _ in parts:
-        if to.dim() != 2 or not to.is_contiguous() or to.dtype != parts[0][1].dtype:
-            raise ValueError(f"{tuple(to.shape)} {to.dtype}; expected contiguous matrices of one dtype")
-        if not 0 <= place <= data.nbytes - 4 * to.numel():
-            raise ValueError(f"{to.numel()} values from byte {place} of {data.nbytes}")
-    library = native.library_for(*(to for _, to, _ in parts))
+    """Copy fp32 matrices that begin anywhere in ``data`` to places in ``memory`` (elements,), fp32 or bf16. A line of
+    ``parts`` (n, 5) is a matrix: its first byte, its first element there, rows, columns, and 1 if it is transposed.
+    Returns the largest magnitude of those that are not transposed and of those that are, infinite if some value is not
+    finite. On this thread alone."""
+    if memory.dim() != 1 or not memory.is_contiguous() or memory.dtype not in _TYPES:
+        raise ValueError(f"{tuple(memory.shape)} {memory.dtype}; expected contiguous fp32 or bf16 elements")
+    parts = np.ascontiguousarray(parts, np.int64).reshape(-1, 5)
+    begin, to, rows, columns, _ = parts.T
+    sizes = rows * columns
+    if (parts < 0).any() or (begin + 4 * sizes > data.nbytes).any() or (to + sizes > memory.numel()).any():
+        raise ValueError(f"a matrix outside of {data.nbytes} bytes or {memory.numel()} elements")
+    library = native.library_for(memory)
     if library is None:
-        return _lay_out_twin(data, parts)
-    begin = data.ctypes.data
-    flat = [
-        (begin + place, to.data_ptr(), *(to.shape[::-1] if transposed else to.shape), transposed)
-        for place, to, transposed in parts
-    ]
-    straight, turned = (np.array(library.lay_out(flat, _TYPES[parts[0][1].dtype]), np.uint32).view(np.float32)).tolist()
+        return _lay_out_twin(data, memory, parts)
+    where = data.ctypes.data, memory.data_ptr(), parts.ctypes.data, len(parts)
+    straight, turned = np.array(library.lay_out(*where, _TYPES[memory.dtype]), np.uint32).view(np.float32).tolist()
     return (straight if np.isfinite(straight) else np.inf), (turned if np.isfinite(turned) else np.inf)
 
 
 def _lay_out_twin(
-    data: np.ndarray[Any, np.dtype[np.uint8]], parts: Sequence[tuple[int, Tensor, bool]]
+    data: np.ndarray[Any, np.dtype[np.uint8]], memory: Tensor, parts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> tuple[float, float]:
     largest = [0.0, 0.0]
-    for place, to, transposed in parts:
-        values = torch.from_numpy(data[place : place + 4 * to.numel()].copy()).view(torch.float32)
-        values = values.view(to.shape[::-1] if transposed else to.shape)
-        to.copy_(values.t() if transposed else values)
-        most = float(values.abs().max())
+    for begin, to, rows, columns, transposed in parts.tolist():
+        values = torch.from_numpy(data[begin : begin + 4 * rows * columns].copy()).view(torch.float32)
+        values = values.view(rows, columns)
+        memory[to : to + rows * columns] = (values.t() if transposed else values).reshape(-1)
+        most = float(values.abs().max()) if values.numel() else 0.0
         largest[transposed] = max(largest[transposed], most if np.isfinite(most) else np.inf)
     return largest[0], largest[1]
 

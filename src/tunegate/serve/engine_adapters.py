@@ -19,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +105,10 @@ class Adapters:
     def identify(self, folder: Path, tell: Callable[[str | TunegateError], None]) -> None:
         """The content hash of the adapter in ``folder``, which may be loaded next."""
 
+        def hashed(key: Future[str]) -> None:
+            error = key.exception()
+            tell(key.result() if error is None else _told(error, folder))
+
         def work() -> None:
             self._ahead = None
             try:
@@ -112,8 +116,8 @@ class Adapters:
             except Exception as error:
                 tell(_told(error, folder))
                 return
-            tell(found.key)
-            self._ahead = found, self._effect_of(found, None)
+            found.hashing.add_done_callback(hashed)
+            self._ahead = found, self._effect_of(found, None)  # while it is hashed
 
         self._reader.submit(work)
 
@@ -333,7 +337,7 @@ class Adapters:
             }
 
 
-def _told(error: Exception, folder: Path) -> TunegateError:
+def _told(error: BaseException, folder: Path) -> TunegateError:
     if isinstance(error, TunegateError):
         return error
     return InputError("the adapter cannot be read", where=str(folder), got=f"{type(error).__name__}: {error}")

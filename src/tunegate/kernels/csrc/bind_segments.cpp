@@ -1,5 +1,5 @@
-// add_segments(x, table, segments, targets, work) and lay_out(parts, type): addresses and sizes, checked by
-// tunegate.kernels.segments.
+// add_segments(x, table, segments, targets, work) and lay_out(data, memory, parts, count, type): addresses and sizes,
+// checked by tunegate.kernels.segments.
 #include "segments.h"
 
 #include <nanobind/nanobind.h>
@@ -51,17 +51,18 @@ void add(const Matrix& x, const Table& table, uintptr_t segments, const std::vec
   issue([call] { active().add_segments(call); });
 }
 
-using Part = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, bool>;  // from, to, rows, columns, transposed
-
-// The bits of the largest magnitudes: of what is laid straight, and of what is transposed.
-std::tuple<uint32_t, uint32_t> lay(const std::vector<Part>& parts, int32_t type) {
+// The bits of the largest magnitudes: of what is laid straight, and of what is transposed. Of each of `count` parts:
+// first byte of `data`, first element of `memory`, rows, columns, transposed.
+std::tuple<uint32_t, uint32_t> lay(uintptr_t data, uintptr_t memory, uintptr_t parts, int64_t count, int32_t type) {
+  const int64_t* part = at<const int64_t>(parts);
+  int64_t size = type == kBf16 ? 2 : 4;
   std::vector<LayOut> all;
-  all.reserve(parts.size());
-  for (const auto& [from, to, rows, columns, transposed] : parts)
-    all.push_back({at<const void>(from), at<void>(to), rows, columns, transposed});
+  all.reserve(size_t(count));
+  for (int64_t i = 0; i < count; i++, part += 5)
+    all.push_back({at<const char>(data) + part[0], at<char>(memory) + part[1] * size, part[2], part[3], part[4] != 0});
   uint32_t largest[2];
   nb::gil_scoped_release released;
-  active().lay_out(all.data(), int64_t(all.size()), type, largest);
+  active().lay_out(all.data(), count, type, largest);
   return {largest[0], largest[1]};
 }
 

@@ -156,23 +156,39 @@ inline void lay_straight(const LayOut& p, vint* most) {
   }
 }
 
-// Some rows at a time, as many as a line holds; their values of a column are neighbours where they go.
+// turned (columns, rows) = line (rows, columns) transposed.
+inline void turn(const float* line, int64_t rows, int64_t columns, float* turned) {
+  int64_t c = 0;
+  for (; c + 4 <= columns; c += 4) {
+    const float* from = line + c;
+    float* to = turned + c * rows;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4, from += 4 * columns) {
+      quad q[4] = {load4(from), load4(from + columns), load4(from + 2 * columns), load4(from + 3 * columns)};
+      transpose4(q[0], q[1], q[2], q[3]);
+      for (int i = 0; i < 4; i++) store4(to + i * rows + r, q[i]);
+    }
+    for (; r < rows; r++, from += columns)
+      for (int i = 0; i < 4; i++) to[i * rows + r] = from[i];
+  }
+  for (; c < columns; c++)
+    for (int64_t r = 0; r < rows; r++) turned[c * rows + r] = line[r * columns + c];
+}
+
+// Blocks of a line's values, so that what goes to a row is of some length.
 template <typename T>
 inline void lay_across(const LayOut& p, vint* most) {
-  float line[kLine], turned[W];
-  int64_t width = min_of(p.columns, kLine / W);
-  for (int64_t c0 = 0; c0 < p.columns; c0 += width) {
-    int64_t columns = min_of(width, p.columns - c0);
-    for (int64_t r0 = 0; r0 < p.rows; r0 += W) {
-      int64_t rows = min_of(W, p.rows - r0);
-      for (int64_t r = 0; r < rows; r++)
-        take(line + r * columns, (const char*)p.from + ((r0 + r) * p.columns + c0) * 4, columns, most);
-      for (int64_t c = 0; c < columns; c++) {
-        for (int64_t r = 0; r < rows; r++) turned[r] = line[r * columns + c];
-        put_line((T*)p.to + (c0 + c) * p.rows + r0, turned, rows);
-      }
+  float line[kLine], turned[kLine];
+  int64_t width = max_of(1, min_of(p.columns, kLine / 16)), height = kLine / width;
+  for (int64_t c0 = 0; c0 < p.columns; c0 += width)
+    for (int64_t r0 = 0; r0 < p.rows; r0 += height) {
+      int64_t columns = min_of(width, p.columns - c0), rows = min_of(height, p.rows - r0);
+      int64_t run = columns == p.columns ? rows * columns : columns;
+      for (int64_t at = 0; at < rows * columns; at += run)
+        take(line + at, (const char*)p.from + ((r0 + at / columns) * p.columns + c0) * 4, run, most);
+      turn(line, rows, columns, turned);
+      for (int64_t c = 0; c < columns; c++) put_line((T*)p.to + (c0 + c) * p.rows + r0, turned + c * rows, rows);
     }
-  }
 }
 
 }  // namespace
