@@ -35,7 +35,7 @@ SECRET = "postgresql://me:hunter2@db/registry"
 def some_pins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The development environment need not hold every package of the server's extra."""
     if "real_pins" not in request.keywords:
-        monkeypatch.setattr(deploy_files, "pinned", lambda: ["fastapi==1.2.3", "torch==2.8.0"])
+        monkeypatch.setattr(deploy_files, "pinned", lambda extras: ["fastapi==1.2.3", "torch==2.8.0"])
 
 
 @pytest.fixture
@@ -398,6 +398,12 @@ def test_kubernetes_objects_have_their_form(multi: Deployment) -> None:
         jsonschema.validate(one, SCHEMAS[one["kind"]])
 
 
+def test_a_registry_in_a_folder_is_for_one_replica(tmp_path: Path) -> None:
+    template = Deployment("multi", "tg", (), str(tmp_path), replicas=2)
+    with pytest.raises(InputError, match=r"--replicas.*\n?.*one machine|one machine.*\n?.*--replicas"):
+        plan_deployment("multi", "some/base", [("a", "a@production")], [SHAPE], Sizes(), deployment=template)
+
+
 def test_kubernetes_parts_fit_together(multi: Deployment) -> None:
     deployment, service, claim = objects(multi)
     spec = deployment["spec"]["template"]["spec"]
@@ -417,6 +423,8 @@ def test_kubernetes_parts_fit_together(multi: Deployment) -> None:
     assert container["resources"]["requests"]["memory"] == f"{server.request_mib}Mi"
     secrets = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container["env"] if "valueFrom" in e}
     assert secrets["TUNEGATE_API_KEY"] == {"name": "tunegate", "key": "api-key"} and "TUNEGATE_REGISTRY" in secrets
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}  # the claim is for one node at a time
+    assert next(iter(objects(separate())))["spec"]["strategy"]["type"] == "RollingUpdate"
     assert container["livenessProbe"].get("httpGet") is None  # an engine that restarts is not ready, but alive
 
 
@@ -432,7 +440,7 @@ def test_pins_are_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     installed = {
         "tunegate": Fake("0.1", "Torch>=2", "x[fast]>1; python_version >= '3.0'", "never; python_version < '3.0'",
-                         "fastapi; extra == 'serve'", "pytest; extra == 'dev'"),
+                         "fastapi; extra == 'serve'", "pytest; extra == 'dev'"), "pytest": Fake("8"),
         "Torch": Fake("2.8.0+cpu", "nvidia-cublas-cu12", "triton"), "y_z": Fake("3"), "fastapi": Fake("0.9"),
         "x": Fake("1.5", "y_z; extra == 'fast'", "tunegate"),
     }  # fmt: skip
@@ -444,9 +452,24 @@ def test_pins_are_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     assert pinned() == ["fastapi==0.9", "torch==2.8.0", "x==1.5", "y-z==3"]
+    assert pinned(extras=("serve", "dev")) == ["fastapi==0.9", "pytest==8", "torch==2.8.0", "x==1.5", "y-z==3"]
     del installed["y_z"]
     with pytest.raises(InputError, match="y_z"):
         pinned()
+
+
+def test_an_image_can_reach_its_registry(multi: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def pins(extras: tuple[str, ...]) -> list[str]:
+        asked.append(extras)
+        return []
+
+    monkeypatch.setattr(deploy_files, "pinned", pins)
+    monkeypatch.setattr(deploy_files, "find_spec", lambda module: module == "s3fs" or None)
+    for registry in ("postgresql+psycopg://db/x", "/a/folder", None):
+        files_for(replace(multi, registry=registry), "docker")
+    assert asked == [("serve", "registry-postgres", "s3"), ("serve", "s3"), ("serve",)]
 
 
 def test_health_asks_until_it_is_answered() -> None:

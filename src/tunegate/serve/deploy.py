@@ -124,6 +124,11 @@ def plan_deployment(
     deployment = deployment or Deployment(kind, name, ())
     problems = _problems(kind, base, adapters, bases, name)
     problems += _merged_problems(kind, deployment.merged, [n for n, _ in adapters])
+    if deployment.replicas > 1 and deployment.registry_folder is not None:
+        fix = "a registry on PostgreSQL (docs/registry.md), or one replica"
+        problems.append(
+            Problem("a registry that is a folder is for one machine", "--replicas", "1", str(deployment.replicas), fix)
+        )
     if problems:
         raise InputError(problems)
     sources = [Source(n, where) for n, where in adapters]

@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ GRACE = 45  # seconds: --grace's 30, and the engine's end
 START = 600  # seconds: a base is fetched, hashed and loaded
 CACHE, REGISTRY_PLACE, KEYS_PLACE = "/var/cache/tunegate", "/registry", "/keys"
 _DROPPED = ("nvidia-", "cuda-", "triton")  # of torch's CUDA builds; the image takes the CPU build
+_STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # extras and their modules
 _SECRETS = {KEY: KEY_NAME, REGISTRY: REGISTRY.lower()}  # as Kubernetes names them
 Files = dict[str, str]
 
@@ -152,14 +154,14 @@ def _quoted(text: str) -> str:
 
 def docker(deployment: Deployment) -> Files:
     """Dockerfile, pinned requirements, and a script that runs the first server as compose would."""
-    return {**image(), "run.sh": _run_script(deployment)}
+    return {**image(deployment), "run.sh": _run_script(deployment)}
 
 
-def image() -> Files:
+def image(deployment: Deployment) -> Files:
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
     return {
         "Dockerfile": _DOCKERFILE.format(python=python, version=__version__, user=USER, cache=CACHE, port=PORT),
-        "requirements.txt": "\n".join(pinned()) + "\n",
+        "requirements.txt": "\n".join(pinned(extras=_extras(deployment))) + "\n",
         ".dockerignore": "*\n!requirements.txt\n!wheels\n",
     }
 
@@ -190,18 +192,27 @@ ENTRYPOINT ["tunegate"]
 """
 
 
-def pinned(root: str = "tunegate", extra: str = "serve") -> list[str]:
-    """``name==version`` of everything that ``root`` with ``extra`` needs, as installed here; CUDA's parts left out."""
+def _extras(deployment: Deployment) -> tuple[str, ...]:
+    """A registry needs its database's driver, and those of its bytes' store, which are taken to be installed where the
+    registry is used."""
+    if deployment.registry is None:
+        return ("serve",)
+    database = ("registry-postgres",) if deployment.registry.startswith("postgres") else ()
+    return ("serve", *database, *(extra for extra, module in _STORES.items() if find_spec(module)))
+
+
+def pinned(root: str = "tunegate", extras: Iterable[str] = ("serve",)) -> list[str]:
+    """``name==version`` of everything that ``root`` with ``extras`` needs, as installed here; CUDA's parts left out."""
     from packaging.requirements import Requirement
 
     found: dict[str, str] = {}
-    waiting: list[tuple[str, frozenset[str]]] = [(root, frozenset({extra}))]
+    waiting: list[tuple[str, frozenset[str]]] = [(root, frozenset(extras))]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
-        name, extras = waiting.pop()
-        if (name, extras) in seen:
+        name, wanted = waiting.pop()
+        if (name, wanted) in seen:
             continue
-        seen.add((name, extras))
+        seen.add((name, wanted))
         try:
             one = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
@@ -209,7 +220,7 @@ def pinned(root: str = "tunegate", extra: str = "serve") -> list[str]:
                 raise InputError("the package is not installed", got=root, fix="pip install it") from None
             raise InputError(
                 "a package that the server needs is not installed here, so its version cannot be pinned", got=name,
-                fix=f"pip install '{root}[{extra}]'",
+                fix=f"pip install '{root}[{','.join(extras)}]'",
             ) from None  # fmt: skip
         key = re.sub(r"[-_.]+", "-", name).lower()
         if name != root:
@@ -217,7 +228,7 @@ def pinned(root: str = "tunegate", extra: str = "serve") -> list[str]:
         for text in one.requires or ():
             needed = Requirement(text)
             marker = needed.marker
-            if marker and not any(marker.evaluate({"extra": e}) for e in (extras or {""}) | {""}):
+            if marker and not any(marker.evaluate({"extra": e}) for e in wanted | {""}):
                 continue
             if not needed.name.startswith(_DROPPED):
                 waiting.append((needed.name, frozenset(needed.extras)))
@@ -252,7 +263,7 @@ def compose(deployment: Deployment) -> Files:
     volumes: dict[str, Any] = {f"{server.name}-cache": {} for server in deployment.servers}
     needs = f"; {', '.join(deployment.secrets)} in the environment or in .env" if deployment.secrets else ""
     text = f"# docker compose up --build --wait{needs}\n"
-    return {**image(), "compose.yaml": text + _yaml({"services": services, "volumes": volumes})}
+    return {**image(deployment), "compose.yaml": text + _yaml({"services": services, "volumes": volumes})}
 
 
 def _service(deployment: Deployment, server: Server) -> dict[str, Any]:
@@ -304,7 +315,11 @@ def kubernetes(deployment: Deployment) -> Files:
     for server in deployment.servers:
         for folder, place, _ in _models(deployment, server):
             head.append(f"#   copy {folder} to {place.lstrip('/')} of the claim {server.name}-models")
-    return {**image(), "kubernetes.yaml": "\n".join(head) + "\n" + "---\n".join(map(_yaml, objects))}
+    return {**image(deployment), "kubernetes.yaml": "\n".join(head) + "\n" + "---\n".join(map(_yaml, objects))}
+
+
+_ROLLING = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+_ALONE = {"type": "Recreate"}  # a claim that one node holds keeps the next pod waiting on any other
 
 
 def _objects(deployment: Deployment, server: Server) -> list[dict[str, Any]]:
@@ -336,7 +351,7 @@ def _objects(deployment: Deployment, server: Server) -> list[dict[str, Any]]:
             "spec": {
                 "replicas": deployment.replicas,
                 "selector": {"matchLabels": chosen},
-                "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+                "strategy": _ALONE if mounts and deployment.replicas == 1 else _ROLLING,
                 "template": {"metadata": {"labels": labels}, "spec": pod},
             },
         },
