@@ -515,6 +515,8 @@ def test_init_writes_a_file_that_loads_and_does_not_overwrite(tmp_path: Path) ->
     assert (config.task.data.train, config.task.task.metric) == (("rows: odd.jsonl",), "accuracy")
     text = path.read_text()
     assert all(f"#   {name}:" in text for name in Task.model_fields["train"].annotation.model_fields)  # type: ignore[union-attr]
+    assert all(f"\n# {name}:" in text for name in Task.model_fields)
+    assert '#   schedule: "linear"   # linear | cosine | constant\n' in text
     said = call("init", path)
     assert said.code == 2
     assert "the file exists" in said.err
