@@ -91,6 +91,7 @@ def resolve_config(
         return base.path, base.source
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    report(f"{name}: asking the hub for its config")
     small = [pattern for pattern in ALLOW if pattern != "*.safetensors"]
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
