@@ -163,8 +163,9 @@ def test_what_a_person_sees(finished: Path) -> None:
     said = call("run", finished)
     for text in ("base", "best prompt", "adapter", "ship", "min_gain_over_prompt", "next", str(adapter(finished))):
         assert text in said.out
-    for text in ("rank=8 (task.yaml:", "alpha=16.0 (default 2*rank)", "default: method=lora", "warning: ", "lr=0.02"):
+    for text in ("rank=8 (task.yaml:", "alpha=16.0 (default 2*rank)", "plain defaults", "warning: ", "lr=0.02"):
         assert text in said.err
+    assert "method=lora" not in said.err
     assert "  pass" in said.out
     assert "(12)" not in said.err
 
