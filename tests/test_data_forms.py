@@ -412,3 +412,11 @@ def test_any_row_is_an_example_or_problems(value: dict[str, Any], form: str) -> 
         assert made.text is not None or made.messages[-1]["role"] == "assistant"
     else:
         assert made and all(isinstance(problem, Problem) and problem.what for problem in made)
+
+
+def test_rows_of_no_known_form_are_told_how_to_name_their_columns() -> None:
+    with pytest.raises(InputError, match="no known form") as caught:
+        detect_form([{"question": "q", "intent": "a", "customer": 1}])
+    (problem,) = caught.value.problems
+    assert "data.columns: {prompt: question, completion: intent}" in problem.fix
+    assert "\n" not in problem.expected and all(f"{name}: " in problem.expected for name in FORMS)

@@ -405,5 +405,13 @@ def test_a_dead_hub_is_told_from_a_missing_base(cache, monkeypatch):
         resolve_base("org/tiny")
 
 
+def test_a_misspelt_folder_that_looks_like_a_hub_id_names_the_folder(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "support").mkdir(parents=True)
+    with pytest.raises(InputError, match="downloads are off") as caught:
+        resolve_base("models/suport", offline=True)
+    assert "did you mean 'models/support'?" in str(caught.value)
+
+
 def test_another_family_is_sound(tmp_path):
     assert check_folder(tiny_base(tmp_path / "gpt2", "gpt2")) == []

@@ -223,7 +223,7 @@ def test_a_service_that_does_not_count_has_no_cost(tmp_path: Path, tiny_llama: P
         (["--reference", "http://127.0.0.1:9/v1"], "--reference-model"),
         (["--price-in", "1"], "--price-out"),
         (["--kind", "poem"], "invalid choice"),
-        (["--shots", "0"], "not a number from 1"),
+        (["--shots", "0"], "not a whole number of 1 or more"),
     ],
 )
 def test_wrong_flags(advised: Path, flags: list[str], says: str) -> None:

@@ -163,8 +163,9 @@ def test_what_a_person_sees(finished: Path) -> None:
     said = call("run", finished)
     for text in ("base", "best prompt", "adapter", "ship", "min_gain_over_prompt", "next", str(adapter(finished))):
         assert text in said.out
-    for text in ("rank=8 (task.yaml:", "alpha=16.0 (default 2*rank)", "default: method=lora", "warning: ", "lr=0.02"):
+    for text in ("rank=8 (task.yaml:", "alpha=16.0 (default 2*rank)", "plain defaults", "warning: ", "lr=0.02"):
         assert text in said.err
+    assert "method=lora" not in said.err
     assert "  pass" in said.out
     assert "(12)" not in said.err
 
@@ -515,6 +516,8 @@ def test_init_writes_a_file_that_loads_and_does_not_overwrite(tmp_path: Path) ->
     assert (config.task.data.train, config.task.task.metric) == (("rows: odd.jsonl",), "accuracy")
     text = path.read_text()
     assert all(f"#   {name}:" in text for name in Task.model_fields["train"].annotation.model_fields)  # type: ignore[union-attr]
+    assert all(f"\n# {name}:" in text for name in Task.model_fields)
+    assert '#   schedule: "linear"   # linear | cosine | constant\n' in text
     said = call("init", path)
     assert said.code == 2
     assert "the file exists" in said.err

@@ -321,6 +321,16 @@ def test_the_parser_names_the_methods_and_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_commands_without_a_model_load_no_torch_and_no_transformers(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tunegate.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    task = str(tmp_path / "task.yaml")
+    for words in (["init", task], ["show", task], ["keys", "add", "anna", "--file", str(tmp_path / "keys.yaml")]):
+        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
 def test_any_number_of_rows_is_planned_for(own_home: Path) -> None:
     assert call("plan", "--params", "8B", "--rows", "10B", "--tokens", "512", "--json").code == 0
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from tunegate.config_problems import Entries, inner_model, overridden_by, problems_of
+from tunegate.config_problems import Entries, choices_of, inner_model, overridden_by, problems_of
 from tunegate.config_sections import (
     BaseSection,
     DataSection,
@@ -125,6 +126,7 @@ def describe_defaults(base: str, data: str, metric: str) -> str:
     for section, field in Task.model_fields.items():
         model = inner_model(field.annotation)
         if model is None:
+            lines += [*[""] * lines[-1].startswith("#   "), _default_line("# ", section, field)]
             continue
         needed = [name for name, inner in model.model_fields.items() if inner.is_required()]
         note = f"   # as a mapping, the line above becomes {_SHORT[section]}: ..." if section in _SHORT else ""
@@ -132,13 +134,17 @@ def describe_defaults(base: str, data: str, metric: str) -> str:
             how = f"needs {', '.join(needed)}" if needed else "this line without its # switches it on"
             note = f"   # off; {how}"
         lines += ["", f"# {section}:{note}"]
-        for name, inner in model.model_fields.items():
-            if name in needed:
-                continue
-            default = inner.get_default(call_default_factory=True)
-            value = json.dumps(list(default) if isinstance(default, tuple) else default)
-            lines.append(f"#   {name}: {value}" + (f"   # {inner.description}" if inner.description else ""))
+        lines += [_default_line("#   ", name, f) for name, f in model.model_fields.items() if name not in needed]
     return "\n".join(lines) + "\n"
+
+
+def _default_line(indent: str, name: str, field: FieldInfo) -> str:
+    """``name: default   # choices; meaning``"""
+    default = field.get_default(call_default_factory=True)
+    value = json.dumps(list(default) if isinstance(default, tuple) else default)
+    notes = [" | ".join(map(str, choices_of(field.annotation))), field.description or ""]
+    note = "; ".join(filter(None, notes))
+    return f"{indent}{name}: {value}" + (f"   # {note}" if note else "")
 
 
 def default_lr(parameters: int) -> tuple[float, str]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
@@ -77,6 +78,14 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each
     return None
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The values of a field that is one of a few, as ``Literal[...]`` or as ``Literal[...] | None``; else none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    return choices_of(parts[0]) if len(parts) == 1 and get_origin(parts[0]) is Literal else ()
 
 
 def _fix(kind: str, item: Mapping[str, Any]) -> str:

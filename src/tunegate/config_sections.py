@@ -73,14 +73,16 @@ class DataSection(Section):
     train: tuple[str, ...] = Field(description="files or datasets:NAME[:CONFIG][#SPLIT]; one or a list")
     valid: tuple[str, ...] | None = Field(None, description="default: a share of train")
     test: tuple[str, ...] | None = Field(None, description="default: a share of train")
-    form: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "labelled"] = "auto"
+    form: Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "labelled"] = Field(
+        "auto", description="of the rows; auto tells it by their keys"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our field: your column")
     system: str | None = Field(None, description="system message for rows that have none")
     group_by: str | None = Field(None, description="column whose rows stay on one side of a split")
     valid_fraction: Fraction = Field(0.1, description="share of train for the eval gate")
     test_fraction: Fraction = Field(0.1, description="share of train for the final test")
     split_salt: str = Field("", description="another value gives another split")
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field("error", description="skip leaves them out and counts them")
     max_tokens: int = Field(2048, ge=8, description="longest row, in tokens")
     on_long_row: Literal["error", "truncate", "skip"] = Field(
         "error", description="truncate cuts the oldest tokens, never the answer's end"
@@ -145,19 +147,21 @@ class TaskSection(Section):
 
 
 class TrainSection(Section):
-    """The adapter and its optimizer. ``method``: lora, rslora (scale alpha/sqrt(rank)) or dora."""
+    """The adapter and its optimizer."""
 
-    method: Literal["lora", "rslora", "dora"] = "lora"
+    method: Literal["lora", "rslora", "dora"] = Field("lora", description="rslora: scale alpha/sqrt(rank)")
     rank: int = Field(16, ge=1, le=4096)
     alpha: Positive | None = Field(None, description="default 2*rank")
     dropout: Fraction = 0.05
     target_modules: str | tuple[str, ...] = Field("all-linear", description="names, or one regular expression")
-    exclude_modules: tuple[str, ...] = ()
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    exclude_modules: tuple[str, ...] = Field((), description="names that get no adapter")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="other ranks by regular expression: {q_proj: 32}"
+    )
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict, description="as rank_pattern")
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, description="default: every layer")
     epochs: Positive = 3.0
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="fewer steps than the epochs have")
     tokens_per_step: int = Field(2048, ge=16, description="tokens of one optimizer step, about")
     tokens_per_batch: int = Field(2048, ge=16, description="tokens in memory at once")
     share_prefix: bool = Field(True, description="compute a prefix that all rows share once per batch")
@@ -222,14 +226,14 @@ class RuleSection(Section):
 class GateSection(Section):
     """Thresholds, fixed before the first step. ``null`` switches a rule off."""
 
-    min_score: float | None = None
-    min_gain_over_base: float | None = 0.0
-    min_gain_over_prompt: float | None = 0.0
-    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    min_score: float | None = Field(None, description="primary metric on the test split")
+    min_gain_over_base: float | None = Field(0.0, description="on the same items; the whole interval has to lie above")
+    min_gain_over_prompt: float | None = Field(0.0, description="over the best prompt baseline")
+    confidence: float = Field(0.95, gt=0.5, lt=1.0, description="of the two-sided intervals")
     min_test_items: int | None = Field(50, ge=1)
-    min_stop_rate: float | None = Field(0.95, ge=0.0, le=1.0)
-    max_leaked_test_rows: int | None = Field(0, ge=0)
-    max_overfit_ratio: float | None = Field(3.0, gt=0.0)
+    min_stop_rate: float | None = Field(0.95, ge=0.0, le=1.0, description="share of answers that end by themselves")
+    max_leaked_test_rows: int | None = Field(0, ge=0, description="test rows that are in train")
+    max_overfit_ratio: float | None = Field(3.0, gt=0.0, description="validation loss over training loss")
     strict_intervals: bool = Field(False, description="min_score must hold for the whole interval")
     rules: tuple[RuleSection, ...] = Field((), description="more rules: [regression.* >= 0.95 of base]; docs/gate.md")
     correction: Literal["none", "holm"] = Field("none", description="holm: levels corrected for the number of rules")

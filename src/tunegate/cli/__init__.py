@@ -22,6 +22,8 @@ from tunegate.errors import Problem, TunegateError
 # What these write appears when it is whole, and they start anew.
 ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "plan", "quantize", "show"}
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
@@ -32,12 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is loaded. Its default is to spin at barriers, which with one busy neighbour on the
     # machine makes training many times slower; a bounded spin costs nothing measurable on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # Other libraries' warnings and bars have no place between ours; errors still come through. They read this when they
+    # are loaded: to call them here would load them for every command.
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     console = Console(json_only=arguments.json)
     previous = signal.signal(signal.SIGINT, console.on_interrupt)
     try:
         from tunegate.cli import commands
 
-        _quiet_libraries()
         code: int = getattr(commands, arguments.command)(arguments, console)
         return code
     except BrokenPipeError:  # the reader of our output went away
@@ -72,11 +77,3 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
     first = (str(error).splitlines() or [""])[0]
     fix = "this is a defect of tunegate; --debug shows where it happened"
     return [Problem(f"unexpected {type(error).__name__}: {first}", fix=fix)], 1
-
-
-def _quiet_libraries() -> None:
-    """Other libraries' warnings and bars have no place between ours; errors still come through."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import whole
 from tunegate.cli.console import Console
 from tunegate.config import Config, TaskKind, load_config
 from tunegate.errors import InputError, Problem
@@ -131,10 +132,10 @@ def add_parser(commands: Any, task: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", metavar="FOLDER", help="texts to look answers up in (task.documents)")
     parser.add_argument("--kind", choices=get_args(TaskKind), help="of task; default: a guess, shown")
     parser.add_argument(
-        "--shots", type=_positive, default=8, metavar="K", help="examples shown, fixed or looked up; default 8"
+        "--shots", type=whole(1), default=8, metavar="K", help="examples shown, fixed or looked up; default 8"
     )
-    parser.add_argument("--passages", type=_positive, default=3, metavar="N", help="in a prompt; default 3")
-    parser.add_argument("--passage-tokens", type=_positive, default=160, metavar="N", help="of a passage; default 160")
+    parser.add_argument("--passages", type=whole(1), default=3, metavar="N", help="in a prompt; default 3")
+    parser.add_argument("--passage-tokens", type=whole(1), default=160, metavar="N", help="of a passage; default 160")
     parser.add_argument("--embed", metavar="MODEL", help="a sentence-transformers model beside BM25")
     parser.add_argument("--reference", metavar="URL", help="OpenAI-compatible API to compare with, such as .../v1")
     parser.add_argument("--reference-model", metavar="NAME", help="the model to ask for there")
@@ -142,17 +143,11 @@ def add_parser(commands: Any, task: argparse.ArgumentParser) -> None:
         "--curve", action=argparse.BooleanOptionalAction, default=True,
         help="where training may pay, train a few steps on 10, 25, 50 and 100 %% of the rows; on unless --no-curve",
     )  # fmt: skip
-    parser.add_argument("--curve-steps", type=_positive, default=40, metavar="N", help="for each size; default 40")
-    parser.add_argument("--curve-minutes", type=_positive, default=10, metavar="N", help="for all sizes; default 10")
+    parser.add_argument("--curve-steps", type=whole(1), default=40, metavar="N", help="for each size; default 40")
+    parser.add_argument("--curve-minutes", type=whole(1), default=10, metavar="N", help="for all sizes; default 10")
     parser.add_argument("--price-in", type=_price, metavar="P", help="of the reference, per million tokens read")
     parser.add_argument("--price-out", type=_price, metavar="P", help="of the reference, per million tokens written")
     parser.add_argument("--hour-price", type=_price, metavar="P", help="of this machine, per hour")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
 
 
 def _price(text: str) -> float:

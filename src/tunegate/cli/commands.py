@@ -18,7 +18,6 @@ from tunegate.cli.doctor import doctor
 from tunegate.cli.export import export, items_of, limits_of, parity_line, tell_items
 from tunegate.cli.kept import tell_kept
 from tunegate.cli.keys import keys
-from tunegate.cli.plan import plan
 from tunegate.cli.quantize import quantize
 from tunegate.cli.registry import registry
 from tunegate.cli.review import review
@@ -48,6 +47,12 @@ def init(arguments: argparse.Namespace, console: Console) -> int:
     console.text(f"wrote {escape(str(path))}\nnext: tunegate check {escape(str(path))}")
     console.result({"written": str(path)})
     return 0
+
+
+def plan(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.cli.plan import plan as tell  # needs torch, which commands without a model do not wait for
+
+    return tell(arguments, console)
 
 
 # --- run, train, eval, gate --------------------------------------------------------------------------------------
@@ -154,11 +159,11 @@ def merge(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def show(arguments: argparse.Namespace, console: Console) -> int:
-    from tunegate.pipeline.card import load_card
-
     path = Path(arguments.path)
     if path.suffix in (".yaml", ".yml"):
         return _show_task(load_config(path), console)
+    from tunegate.pipeline.card import load_card
+
     latest = path / "latest.json"  # of a task's run folder
     newest = path / str(read_json(latest)["run"]) if latest.exists() else path
     for folder in (path, path / "adapter", newest / "adapter"):

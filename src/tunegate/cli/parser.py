@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _ranks(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 4096 for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r} are no ranks such as 4,8,16 (different, from 1 to 4096)")
     return tuple(map(int, parts))
 

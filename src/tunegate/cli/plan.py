@@ -182,6 +182,8 @@ def _show(
     rows = [_option_row(o, sheet) for o in options if o.inputs is not None]
     title = f"devices that hold it; prices of {sheet.date} ({escape(sheet.path.name)})"
     console.table(columns, rows, title=title) if rows else console.text("no device of the table holds it")
+    if any(o.inputs.checkpointing != "none" for o in options if o.inputs is not None):
+        console.text("[dim]* with layers recomputed in the backward pass[/]")
     small = [f"{o.device.name} (needs {_bytes(o.memory.total)})" for o in options if o.inputs is None]
     if small:
         console.text(f"[dim]does not fit: {escape(', '.join(small))}[/]")
@@ -232,7 +234,7 @@ def _option_row(o: Option, sheet: Sheet) -> list[str]:
     sign = "$" if sheet.currency == "USD" else f"{sheet.currency} "
     assert o.inputs is not None and o.time is not None
     money = ", ".join("-" if price is None else f"{sign}{price:,.2f}" for price in (on_demand, spot))
-    method = o.method if o.inputs.checkpointing == "none" else f"{o.method}, recomputed"
+    method = o.method if o.inputs.checkpointing == "none" else f"{o.method} *"
     return [o.device.name, method, _bytes(o.memory.total), f"{o.most_tokens:,}", _time(o.time.seconds), money]
 
 

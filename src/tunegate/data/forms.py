@@ -164,9 +164,12 @@ def detect_form(rows: list[dict[str, Any]], columns: Mapping[str, str] | None = 
         raise InputError("the rows hold text, label and more: the form is not clear", got=_keys(rows), fix=fix)
     if best and votes[best]:
         return best
-    wants = "\n        ".join(f"{name}: {form.shape}" for name, form in FORMS.items())
-    fix = "map your columns, for example `columns: {prompt: question, completion: answer}`"
-    raise InputError("the rows have no known form", expected="\n        " + wants, got=_keys(rows), fix=fix)
+    wants = "; ".join(f"{name}: {form.shape}" for name, form in FORMS.items())
+    own = list(dict.fromkeys(str(key) for row in rows for key in row))
+    prompt, completion = own[:2] if len(own) > 1 else ("question", "answer")
+    example = f"data.columns: {{prompt: {prompt}, completion: {completion}}}"
+    fix = f"name your columns in the task file, for example `{example}`"
+    raise InputError("the rows have no known form", expected=wants, got=_keys(rows), fix=fix)
 
 
 def _fits(name: str, has: set[str], width: int, columns: Mapping[str, str]) -> bool:

@@ -91,6 +91,7 @@ def resolve_config(
         return base.path, base.source
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    report(f"{name}: asking the hub for its config")
     small = [pattern for pattern in ALLOW if pattern != "*.safetensors"]
     try:
         config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
@@ -136,18 +137,19 @@ def _find(name: str, revision: str | None, offline: bool, trust_remote_code: boo
         where=f"base {name!r}",
         expected=f"an existing folder, a hub id org/name, or a packaged name ({', '.join(packaged.NAMES)})",
         got="none of these",
-        fix=_suggest(name, folder),
+        fix=_near(name) or f"for a first run use `base: {packaged.NAME}`",
     )
 
 
-def _suggest(name: str, folder: Path) -> str:
-    """The nearest packaged names and the nearest folders beside the missing one."""
+def _near(name: str) -> str:
+    """The nearest packaged names and the nearest folders beside the missing one; empty if none is near."""
+    folder = Path(name).expanduser()
     try:
         beside = [str(folder.parent / p.name) for p in folder.parent.iterdir() if p.is_dir()]
     except OSError:
         beside = []
-    hints = [nearest(name.lower(), packaged.NAMES), nearest(str(folder), sorted(beside))]
-    return " or ".join(h for h in hints if h) or f"for a first run use `base: {packaged.NAME}`"
+    hints = [nearest(folder.name.lower(), packaged.NAMES), nearest(str(folder), sorted(beside))]
+    return " or ".join(filter(None, hints))
 
 
 def _from_hub(name: str, revision: str | None, offline: bool, trust_remote_code: bool, report: Report) -> ResolvedBase:
@@ -177,7 +179,7 @@ def _explain(error: Exception, name: str, revision: str | None, offline: bool) -
 
     where = f"base {name!r}" + (f", revision {revision!r}" if revision else "")
     if isinstance(error, hub.LocalEntryNotFoundError):
-        return _not_cached(error, where, offline)
+        return _not_cached(error, name, where, offline)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return TunegateError(
             f"cannot write the hub cache: {error.strerror}",
@@ -208,7 +210,7 @@ def _refusal(error: Exception, name: str, where: str) -> InputError | None:
             fix=f"accept its terms at https://huggingface.co/{name}, then {login}",
         )
     if isinstance(error, hub.RepositoryNotFoundError):
-        near = nearest(name.rsplit("/", maxsplit=1)[-1].lower(), packaged.NAMES)
+        near = _near(name)
         return InputError(
             "no such hub repository, or it is private, and no such folder",
             where=where,
@@ -239,22 +241,24 @@ def _refusal(error: Exception, name: str, where: str) -> InputError | None:
     return None
 
 
-def _not_cached(error: Exception, where: str, offline: bool) -> InputError:
+def _not_cached(error: Exception, name: str, where: str, offline: bool) -> InputError:
     from huggingface_hub import constants
 
+    near = _near(name)
+    near = f"; {near}" if near else ""
     if offline or constants.HF_HUB_OFFLINE:
         return InputError(
             "the base is not (or not whole) in the hub cache, and downloads are off",
             where=where,
             expected=f"its files below {constants.HF_HUB_CACHE}",
-            fix="run once without offline mode (HF_HUB_OFFLINE), or give a local folder",
+            fix=f"run once without offline mode (HF_HUB_OFFLINE), or give a local folder{near}",
         )
     cause = error.__cause__ or error
     return InputError(
         "the hub cannot be reached, and the base is not in the cache",
         where=where,
         got=f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}",
-        fix=f"check the network and proxy; give a local folder; or use `base: {packaged.NAME}`",
+        fix=f"check the network and proxy; give a local folder; or use `base: {packaged.NAME}`{near}",
     )
 
 

@@ -163,22 +163,17 @@ def need_test(prepared: Prepared) -> None:
 
 
 def describe_settings(config: Config) -> list[str]:
-    """Every setting with its origin, a line or two per section; what is a plain default stands together."""
+    """What was set or worked out, with its origin, a line per section; plain defaults are counted."""
     told: dict[str, list[str]] = {}
-    plain: dict[str, list[str]] = {}
+    defaults = 0
     for key, value, origin in config.items():
         section, _, name = key.rpartition(".")
-        shown = f"{name}={_short_value(value)}"
         if origin == "default":
-            plain.setdefault(section, []).append(shown)
+            defaults += 1
         else:
-            told.setdefault(section, []).append(f"{shown} ({origin})")
-    lines = []
-    for section in dict.fromkeys([*told, *plain]):
-        parts = [" ".join(told.get(section, []))]
-        parts += ["default: " + " ".join(plain[section])] if section in plain else []
-        lines.append(f"{section or 'task file'}: {'; '.join(p for p in parts if p)}")
-    return lines
+            told.setdefault(section or "task file", []).append(f"{name}={_short_value(value)} ({origin})")
+    lines = [f"{section}: {' '.join(settings)}" for section, settings in told.items()]
+    return [*lines, f"{defaults} more settings are plain defaults; `tunegate show` with the task file lists them"]
 
 
 def _short_value(value: Any) -> str:
