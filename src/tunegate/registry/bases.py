@@ -27,12 +27,13 @@ from tunegate.registry.entries import (
     Entity,
     Version,
     find_entity,
+    flags_among,
     flags_of,
     insert,
     is_known,
     is_reference,
     list_versions,
-    read_entity,
+    read_entities,
     shown,
 )
 from tunegate.registry.opening import Registry
@@ -203,31 +204,28 @@ def list_bases(connection: Connection) -> list[BaseEntry]:
     for row in connection.execute(sa.select(base_names).order_by(base_names.c.name)):
         names.setdefault(row.base, []).append(row.name)
     taken = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
-    found = []
-    query = sa.select(entities.c.id).where(entities.c.kind == "base").order_by(entities.c.name)
-    for id in connection.execute(query).scalars():
-        adapters = (
-            sa.select(sa.func.count()).select_from(edges).where(edges.c.parent == id, edges.c.role == "trained on")
+    trained = sa.select(edges.c.parent, sa.func.count()).where(edges.c.role == "trained on").group_by(edges.c.parent)
+    adapters = dict(connection.execute(trained).tuples().all())
+    recipes = _recipes(connection)
+    found = read_entities(connection, entities.c.kind == "base")
+    flags = flags_among(connection, list(found))
+    return [
+        BaseEntry(
+            base, tuple(names.get(id, ())), adapters.get(id, 0), tuple(sorted(recipes.get(id, ()))), taken.get(id),
+            tuple(flags.get(id, ())),
         )
-        flags = flags_of(connection, id)
-        found.append(
-            BaseEntry(
-                read_entity(connection, id), tuple(names.get(id, ())),
-                int(connection.execute(adapters).scalar() or 0), _recipes(connection, id), taken.get(id), flags,
-            )
-        )  # fmt: skip
+        for id, base in found.items()
+    ]  # fmt: skip
+
+
+def _recipes(connection: Connection) -> dict[str, set[str]]:
+    """How each base was quantized in the runs on it."""
+    query = sa.select(edges.c.parent, entities.c.body).join(entities, entities.c.id == edges.c.child)
+    found: dict[str, set[str]] = {}
+    for base, body in connection.execute(query.where(edges.c.role == "ran on")).tuples():
+        recipe = json.loads(body).get("recipe")
+        found.setdefault(base, set()).add("none" if recipe is None else canonical_json(recipe))
     return found
-
-
-def _recipes(connection: Connection, base: str) -> tuple[str, ...]:
-    """How the base was quantized in the runs on it."""
-    bodies = connection.execute(
-        sa.select(entities.c.body)
-        .join(edges, edges.c.child == entities.c.id)
-        .where(edges.c.parent == base, edges.c.role == "ran on")
-    ).scalars()
-    recipes = [json.loads(body).get("recipe") for body in bodies]
-    return tuple(sorted({"none" if recipe is None else canonical_json(recipe) for recipe in recipes}))
 
 
 def check_base(registry: Registry, fingerprint: str, what: str = "used") -> None:
