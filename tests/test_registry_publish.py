@@ -203,6 +203,10 @@ def test_a_hub_repository_without_a_card(hub: Hub, tmp_path: Path) -> None:
     (found,) = on_hub(hub, ["add", "hf:someone/lora", "--name", "lora", "--registry", str(tmp_path / "r")])
     assert (found["state"], found["ref"]) == ("unverified", "lora:1")
     assert not any("optimizer" in r or "evil" in r for r in hub.requests)
+    said = json.loads(call("registry", "show", "lora:1", "--registry", tmp_path / "r", "--json").out)
+    assert (
+        said["events"][0]["what"] == f"added as unverified from hf:someone/lora@{hub.repos['someone/lora'].oid()[:12]}"
+    )
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow(registry: Registry, tmp_path: Path) -> None:
+def test_mlflow(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("mlflow", "flask", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -244,6 +248,10 @@ def test_mlflow(registry: Registry, tmp_path: Path) -> None:
 
     with mlflow_server(tmp_path / "server") as uri:
         first = push(registry, "support:1", f"mlflow:{uri}", quiet)
+        with monkeypatch.context() as patch:  # cut off when the run is finished and no model version there yet
+            patch.delattr(MlflowClient, "create_model_version")
+            with pytest.raises(AttributeError):
+                push(registry, "support:2", f"mlflow:{uri}", quiet)
         second = push(registry, "support:2", f"mlflow:{uri}", quiet)
         again = push(registry, "support:1", f"mlflow:{uri}", quiet)
         assert (first["number"], second["number"], again["number"]) == ("1", "2", "1")
@@ -264,6 +272,8 @@ def test_mlflow(registry: Registry, tmp_path: Path) -> None:
         push(registry, "support:2", f"mlflow:{uri}", quiet)
         assert int(client.get_model_version_by_alias("support", "production").version) == 2
         assert len(client.search_model_versions("name = 'support'")) == 2
+        experiment = client.get_experiment_by_name("support")
+        assert experiment is not None and len(client.search_runs([experiment.experiment_id])) == 2
 
 
 def test_an_mlflow_that_does_not_answer(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def _list(arguments: argparse.Namespace, console: Console) -> int:
         everything = list_versions(connection)
     named = [v for v in everything if arguments.name in (None, v.name)]
     if not named and arguments.name is not None:
-        fix = nearest(arguments.name, sorted({v.name for v in everything}))
+        fix = nearest(arguments.name, sorted({v.name for v in everything})) or "`tunegate registry list` shows all"
         raise InputError("no adapter has this name", where=arguments.name, fix=fix)
     found = [v for v in named if arguments.all or v.state != RETIRED]
     rows = [

@@ -211,6 +211,7 @@ def stamp(connection: Connection) -> str:
     if ahead.total_seconds() > CLOCK_TOLERANCE:
         raise TunegateError(
             "the clock is behind the registry's last entry",
+            where="the server's clock" if connection.dialect.name == "postgresql" else "this machine's clock",
             expected=f"a time after {last}",
             got=now,
             fix="nothing was written. Set the clock; or, if it is right and was ahead when that entry was made: "

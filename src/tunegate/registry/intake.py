@@ -55,7 +55,8 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
     that its base has in the registry, where that is not the card's. ``source``: where the folder came from, for the
     history. :class:`InputError` with what is wrong."""
     if not folder.is_dir():
-        raise InputError("no such adapter folder", where=str(folder))
+        what = "a file, where a folder is needed" if folder.exists() else "no such adapter folder"
+        raise InputError(what, where=str(folder), expected=f"a folder with {CONFIG} and {TENSORS}, or hf:OWNER/NAME")
     found = dict(regular_files(folder, ""))
     if not {CONFIG, TENSORS} <= found.keys():
         missing = ", ".join(sorted({CONFIG, TENSORS} - found.keys()))

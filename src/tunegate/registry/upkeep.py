@@ -189,7 +189,7 @@ def trust_clock(registry: Registry, *, why: str) -> str:
     :class:`InputError` if it is not. Pins that were dated later too run out a day from now.
     """
     if not why.strip():
-        raise InputError("say why: the reason is kept", where="--why")
+        raise InputError("say why: the reason is kept", where="--why", fix='--why "REASON"')
     with registry.database.writing() as connection:
         now = clock(connection)
         last = connection.execute(sa.select(events).order_by(events.c.seq.desc()).limit(1)).first()
