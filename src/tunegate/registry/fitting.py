@@ -49,7 +49,9 @@ def _places(registry: Registry, base: str) -> dict[str, str | None]:
     meant = sa.select(base_names.c.base).where(base_names.c.name == base)
     with registry.database.reading() as connection:
         known = read_entities(connection, entities.c.id.in_(meant)).values()
-    return {**dict(map(_place, known)), base: None}
+    places = dict(map(_place, known))
+    places.setdefault(base, None)
+    return places
 
 
 def _place(base: Entity) -> tuple[str, str | None]:

@@ -217,7 +217,10 @@ def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, l
     entities, edges = [base], [Edge(id, base.id, "trained on")]
     sources = [_dataset(source, digest) for source, digest in card.data["files"].items()]
     entities += sources
-    test = Entity(card.data["test"], "dataset", "test items", {"rows": (card.data.get("rows") or {}).get("test")})
+    rows = card.data.get("rows")
+    test = Entity(
+        card.data["test"], "dataset", "test items", {"rows": rows.get("test") if isinstance(rows, dict) else None}
+    )
     entities.append(test)
     edges += [Edge(test.id, source.id, "drawn from") for source in sources if source.id != test.id]
 
@@ -250,8 +253,13 @@ def _evaluation(record: EvalRecord, id: str, base: str, test: str) -> tuple[Enti
 
 def _kept(file: Path, id: str, base: str) -> tuple[list[Entity], list[Edge]]:
     """What the adapter kept of its base's ability and refusals."""
-    body = read_json(file)
+    try:
+        body = read_json(file)
+    except (ValueError, RecursionError):
+        body = None
     if not isinstance(body, dict):
-        raise InputError("not a record", where=str(file))
+        raise InputError(
+            "not a record", where=str(file), expected="a JSON object", fix="`tunegate run` writes it again"
+        )
     entity = Entity(hash_json(body), "eval", file.stem, body)
     return [entity], [Edge(entity.id, id, "scores"), Edge(entity.id, base, "compares with")]
