@@ -165,9 +165,9 @@ def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) ->
 
     text = files["README.md"].decode()
     front = yaml.safe_load(text.split("---")[1])
-    assert front == {"library_name": "peft", "base_model": "tiny", "tags": ["lora", "tunegate"]}
+    assert front == {"library_name": "peft", "tags": ["lora", "tunegate"]}  # the base lay in a folder
     for part in (
-        fingerprint(0).total, "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
+        fingerprint(0).total, "put in yours", "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
         "Not judged: whether the base's refusals are as they were", 'PeftModel.from_pretrained(base, "team/support")',
     ):  # fmt: skip
         assert part in text, part
@@ -177,7 +177,7 @@ def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, 
     """A version without a card after one with a card; and a tag that another registry gave."""
     here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
     add(registry, read_folder(peft_folder(tmp_path / "p", 3), name="bare"))
-    add(registry, read_folder(peft_folder(tmp_path / "q", 4), name="bare"))
+    add(registry, read_folder(peft_folder(tmp_path / "q", 4, base="org/base"), name="bare"))
     other = open_registry(there, create=True)
     add(other, read_folder(adapter_folder(tmp_path / "other", 9)))
     on_hub(
@@ -188,6 +188,8 @@ def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, 
     assert set(hub.repos["team/support"].commits[-1]) == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", PROVENANCE,
     }  # fmt: skip
+    text = hub.repos["team/support"].commits[-1]["README.md"].decode()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "org/base" and "put in yours" not in text
     before = len(hub.repos["team/support"].commits)
     with pytest.raises(AssertionError, match="another adapter was published under this tag"):
         on_hub(hub, ["push", "support:1", "hf:team/support", "--registry", there])
