@@ -167,7 +167,8 @@ def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) ->
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "peft", "tags": ["lora", "tunegate"]}  # the base lay in a folder
     for part in (
-        fingerprint(0).total, "put in yours", "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
+        "put in yours",
+        fingerprint(0).total, "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
         "Not judged: whether the base's refusals are as they were", 'PeftModel.from_pretrained(base, "team/support")',
     ):  # fmt: skip
         assert part in text, part
