@@ -58,11 +58,11 @@ def test_a_base_that_is_not_here(tmp_path: Path, base: str, why: str) -> None:
 def test_a_folder_that_is_no_base(tmp_path: Path) -> None:
     registry = open_registry(str(tmp_path / "r"), create=True)
     (tmp_path / "base").mkdir()
-    for text, why in (('{"model_type": "nonsense"}', "transformers"), ("{", "JSON"), ("[]", "object")):
+    for n, text in enumerate(('{"model_type": "nonsense"}', "{", "[]", '{"model_type": "llama", "hidden_size": -1}')):
         (tmp_path / "base" / "config.json").write_text(text)
-        found = add(registry, read_folder(peft_folder(tmp_path / why, len(why), str(tmp_path / "base")), name="x"))
-        assert why in found.unchecked
-    assert len(_versions(tmp_path)) == 3
+        found = add(registry, read_folder(peft_folder(tmp_path / f"{n}", n, str(tmp_path / "base")), name="x"))
+        assert "transformers cannot" in found.unchecked
+    assert len(_versions(tmp_path)) == 4
 
 
 def test_nothing_is_written_for_what_does_not_fit(tmp_path: Path, tiny_llama: Path) -> None:
