@@ -1,7 +1,7 @@
 """An adapter's card as a model card: base, data, scores, decision, limits and how to load it.
 
-Every figure comes from the card. What was not measured is said under limits. The front matter names the base
-where it came from the Hub, because the Hub takes nothing but an id of its own there (huggingface.co/docs/hub/model-cards).
+Every figure comes from the card. What was not measured is said under limits. The front matter names the base where it
+came from the Hub, because the Hub takes nothing but its own ids there (huggingface.co/docs/hub/model-cards).
 """
 
 from __future__ import annotations
