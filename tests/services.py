@@ -55,7 +55,7 @@ def postgres(programs: Path) -> Iterator[str]:
              "-E", "UTF8", "--locale=C"],
             check=True, capture_output=True, cwd="/",
         )  # fmt: skip
-        options = f"port={port} listen_addresses=127.0.0.1 unix_socket_directories= max_connections=60"
+        options = f"port={port} listen_addresses=127.0.0.1 unix_socket_directories= max_connections=200"
         options += " fsync=off full_page_writes=off autovacuum=off jit=off"
         command = [*prefix, "timeout", "-s", "INT", LIFETIME, str(programs / "postgres"), "-D", str(folder / "data")]
         for option in options.split():

@@ -87,6 +87,33 @@ def test_sixteen_processes(place: Place, tmp_path: Path, monkeypatch: pytest.Mon
     assert collect(registry).objects == 0
 
 
+def test_a_forked_process_makes_its_own_connection(place: Place, tmp_path: Path) -> None:
+    """And the parent's is the same one before and after; one that the server ended is made anew."""
+    registry = place.open()
+    if place.store is None:
+        pytest.skip("SQLite is opened for each transaction")
+
+    def session() -> int:
+        with registry.database.reading() as connection:
+            return int(connection.execute(sa.select(sa.func.pg_backend_pid())).scalar_one())
+
+    def work() -> None:
+        for _ in range(3):
+            (tmp_path / f"child-{session()}").touch()
+
+    mine = session()
+    processes = [in_process(work, tmp_path / f"error-{n}") for n in range(4)]
+    for process in processes:  # all of them talk at once with the parent
+        assert session() == mine
+        process.join(PATIENCE)
+    assert [p.read_text() for p in tmp_path.glob("error-*")] == [] and session() == mine
+    theirs = {p.name for p in tmp_path.glob("child-*")}
+    assert len(theirs) == 4 and f"child-{mine}" not in theirs
+    with place.open().database.writing() as connection:
+        connection.execute(sa.select(sa.func.pg_terminate_backend(mine, 10_000)))
+    assert session() != mine
+
+
 # --- kill -9 -----------------------------------------------------------------------------------------------------
 
 

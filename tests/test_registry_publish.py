@@ -165,8 +165,9 @@ def test_the_hub_there_and_back(hub: Hub, registry: Registry, tmp_path: Path) ->
 
     text = files["README.md"].decode()
     front = yaml.safe_load(text.split("---")[1])
-    assert front == {"library_name": "peft", "base_model": "tiny", "tags": ["lora", "tunegate"]}
+    assert front == {"library_name": "peft", "tags": ["lora", "tunegate"]}  # the base lay in a folder
     for part in (
+        "put in yours",
         fingerprint(0).total, "0.7500", "min_score: fail", "**hold**", "the customer waits", "## Limits", "rows.jsonl",
         "Not judged: whether the base's refusals are as they were", 'PeftModel.from_pretrained(base, "team/support")',
     ):  # fmt: skip
@@ -177,7 +178,7 @@ def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, 
     """A version without a card after one with a card; and a tag that another registry gave."""
     here, there = str(tmp_path / "registry"), str(tmp_path / "elsewhere")
     add(registry, read_folder(peft_folder(tmp_path / "p", 3), name="bare"))
-    add(registry, read_folder(peft_folder(tmp_path / "q", 4), name="bare"))
+    add(registry, read_folder(peft_folder(tmp_path / "q", 4, base="org/base"), name="bare"))
     other = open_registry(there, create=True)
     add(other, read_folder(adapter_folder(tmp_path / "other", 9)))
     on_hub(
@@ -188,6 +189,8 @@ def test_the_hub_keeps_nothing_of_another_adapter(hub: Hub, registry: Registry, 
     assert set(hub.repos["team/support"].commits[-1]) == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", PROVENANCE,
     }  # fmt: skip
+    text = hub.repos["team/support"].commits[-1]["README.md"].decode()
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "org/base" and "put in yours" not in text
     before = len(hub.repos["team/support"].commits)
     with pytest.raises(AssertionError, match="another adapter was published under this tag"):
         on_hub(hub, ["push", "support:1", "hf:team/support", "--registry", there])
@@ -203,6 +206,10 @@ def test_a_hub_repository_without_a_card(hub: Hub, tmp_path: Path) -> None:
     (found,) = on_hub(hub, ["add", "hf:someone/lora", "--name", "lora", "--registry", str(tmp_path / "r")])
     assert (found["state"], found["ref"]) == ("unverified", "lora:1")
     assert not any("optimizer" in r or "evil" in r for r in hub.requests)
+    said = json.loads(call("registry", "show", "lora:1", "--registry", tmp_path / "r", "--json").out)
+    assert (
+        said["events"][0]["what"] == f"added as unverified from hf:someone/lora@{hub.repos['someone/lora'].oid()[:12]}"
+    )
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------------
@@ -236,7 +243,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow(registry: Registry, tmp_path: Path) -> None:
+def test_mlflow(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("mlflow", "flask", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
@@ -244,6 +251,10 @@ def test_mlflow(registry: Registry, tmp_path: Path) -> None:
 
     with mlflow_server(tmp_path / "server") as uri:
         first = push(registry, "support:1", f"mlflow:{uri}", quiet)
+        with monkeypatch.context() as patch:  # cut off when the run is finished and no model version there yet
+            patch.delattr(MlflowClient, "create_model_version")
+            with pytest.raises(AttributeError):
+                push(registry, "support:2", f"mlflow:{uri}", quiet)
         second = push(registry, "support:2", f"mlflow:{uri}", quiet)
         again = push(registry, "support:1", f"mlflow:{uri}", quiet)
         assert (first["number"], second["number"], again["number"]) == ("1", "2", "1")
@@ -264,6 +275,8 @@ def test_mlflow(registry: Registry, tmp_path: Path) -> None:
         push(registry, "support:2", f"mlflow:{uri}", quiet)
         assert int(client.get_model_version_by_alias("support", "production").version) == 2
         assert len(client.search_model_versions("name = 'support'")) == 2
+        experiment = client.get_experiment_by_name("support")
+        assert experiment is not None and len(client.search_runs([experiment.experiment_id])) == 2
 
 
 def test_an_mlflow_that_does_not_answer(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -471,6 +471,7 @@ def test_verify_finds_what_the_database_says_against_the_card(registry: Registry
         (tables.entities, record == "adapter", "body", '"value":0.8', '"value":0.9', "its card"),
         (tables.entities, record == "decision", "body", "hold", "ship", "decision has changed"),
         (tables.edges, tables.edges.c.role == "trained on", "role", "trained", "tested", "the base is not the card's"),
+        (tables.versions, mine, "state", "candidate", "approved", "nobody gave a reason for an override"),
     ):
         with registry.database.writing() as connection:
             one = table.c[column]

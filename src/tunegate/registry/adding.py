@@ -37,7 +37,9 @@ from tunegate.registry.entries import (
     insert,
     is_known,
     list_versions,
+    read_entity,
 )
+from tunegate.registry.fitting import check_fits
 from tunegate.registry.intake import Intake
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import base_names, files, pins, versions
@@ -47,12 +49,14 @@ PIN_HOURS = 24  # how long an upload may take
 
 @dataclass(frozen=True)
 class Added:
-    """``new``: it was not there before. ``uploaded``: bytes that the store had not got."""
+    """``new``: it was not there before. ``uploaded``: bytes that the store had not got. ``unchecked``: why a new one
+    without a card was not compared with its base; empty if it was."""
 
     version: Version
     new: bool
     uploaded: int
     left_out: list[str]
+    unchecked: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,9 @@ def add(registry: Registry, intake: Intake, *, why: str = "") -> Added:
         there = _there(connection, intake)
         if there is None:
             _check(connection, intake)
+    unchecked = ""
+    if there is None and intake.base is None:
+        unchecked = check_fits(registry, intake.folder, intake.claims) if intake.claims else "its config names no base"
     parts = [part for path, (file, digest) in sorted(intake.files.items()) for part in _parts(path, file, digest)]
     upload = secrets.token_hex(16)
     with registry.database.writing() as connection:
@@ -89,7 +96,7 @@ def add(registry: Registry, intake: Intake, *, why: str = "") -> Added:
             _check(connection, intake)
             _write(connection, registry.who, intake, parts, why)
         (version,) = list_versions(connection, versions.c.adapter == intake.id)
-    return Added(version, there is None, uploaded, intake.left_out)
+    return Added(version, there is None, uploaded, intake.left_out, unchecked)
 
 
 def _there(connection: Connection, intake: Intake) -> Version | None:
@@ -99,6 +106,13 @@ def _there(connection: Connection, intake: Intake) -> Version | None:
             "the adapter is in the registry under another name", where=str(intake.folder), expected=found[0].ref,
             got=intake.name, fix=f"set an alias: tunegate registry alias {found[0].name}@ALIAS {found[0].ref}",
         )  # fmt: skip
+    if found and intake.claims is not None:
+        known = read_entity(connection, intake.id).body
+        if intake.claims not in (known["claims"], known["config"].get("base_model_name_or_path")):
+            raise InputError(
+                "the adapter is in the registry as one of another base", where=found[0].ref,
+                expected=str(known["claims"]), got=intake.claims, fix="leave --base-name out",
+            )  # fmt: skip
     return found[0] if found else None
 
 
@@ -129,7 +143,8 @@ def _write(connection: Connection, who: str, intake: Intake, parts: list[_Part],
     )
     rows = [{"adapter": intake.id, "path": p.path, "part": p.number, "hash": p.hash, "size": p.size} for p in parts]
     connection.execute(files.insert(), rows)
-    record(connection, intake.id, f"added as {state}", who, why, at)
+    source = f" from {intake.source}" if intake.source else ""
+    record(connection, intake.id, f"added as {state}{source}", who, why, at)
     for flag in flags_of(connection, intake.id):
         record(connection, intake.id, f"incompatible from the start: {flag}", who, "", at)
 

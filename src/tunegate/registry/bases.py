@@ -27,18 +27,20 @@ from tunegate.registry.entries import (
     Entity,
     Version,
     find_entity,
+    flags_among,
     flags_of,
     insert,
     is_known,
     is_reference,
     list_versions,
-    read_entity,
+    read_entities,
     shown,
 )
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import base_names, edges, entities, superseded, versions
 
 LONGEST_NAME = 400
+_LISTED = "`tunegate registry base list` shows all"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def name_problem(connection: Connection, base: Entity, flag: str = "--base-name"
 def _form_problem(name: str) -> Problem | None:
     got = repr(name)[:120]
     if len(name) > LONGEST_NAME or not name.isprintable() or not name.strip():
-        return Problem("not a name for a base", got=got, expected=f"at most {LONGEST_NAME} letters")
+        expected = f"at most {LONGEST_NAME} letters that can be printed"
+        return Problem("not a name for a base", got=got, expected=expected, fix="give another name")
     if is_reference(name):  # wherever a base or a version can be named, it would be taken for that base
         return Problem("a base's name must not read like a version or a hash", got=got, fix="give another name")
     return None
@@ -158,7 +161,8 @@ def add_base(registry: Registry, base: Entity) -> bool:
 def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Version]:
     """``new`` takes the place and the names of the base ``old``; returns the versions in use that this flags."""
     if not why.strip():
-        raise InputError("say why: the reason is shown with every adapter that this flags", where="--why")
+        what = "say why: the reason is shown with every adapter that this flags"
+        raise InputError(what, where="--why", fix='--why "WHAT CHANGED"')
     with registry.database.writing() as connection:
         before = find_entity(connection, old)
         _refuse(connection, before, new)
@@ -179,17 +183,21 @@ def supersede(registry: Registry, old: str, new: Entity, *, why: str) -> list[Ve
 
 def _refuse(connection: Connection, old: Entity, new: Entity) -> None:
     if old.kind != "base":
-        raise InputError("not a base", where=old.id, got=old.kind)
+        raise InputError("not a base", where=old.id, got=old.kind, fix=_LISTED)
     if old.id == new.id:
-        raise InputError("a base does not supersede itself", where=new.name, got=new.id)
+        raise InputError(
+            "a base does not supersede itself", where=new.name, got=new.id, fix="name another as the new one"
+        )
     known = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
     if old.id in known:
-        raise InputError("the base was superseded before", where=old.name, got=f"by {known[old.id]}")
+        fix = "supersede that one, if it has a successor too"
+        raise InputError("the base was superseded before", where=old.name, got=f"by {known[old.id]}", fix=fix)
     after: str | None = new.id
     while after is not None:
         after = known.get(after)
         if after == old.id:
-            raise InputError("the new base was itself superseded by the old one", where=new.name, got=new.id)
+            what = "the new base was itself superseded by the old one"
+            raise InputError(what, where=new.name, got=new.id, fix=f"name a base that is neither; {_LISTED}")
     if problem := _form_problem(new.name):
         raise InputError(problem)
     taken = _meaning(connection, new.name)
@@ -203,31 +211,28 @@ def list_bases(connection: Connection) -> list[BaseEntry]:
     for row in connection.execute(sa.select(base_names).order_by(base_names.c.name)):
         names.setdefault(row.base, []).append(row.name)
     taken = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
-    found = []
-    query = sa.select(entities.c.id).where(entities.c.kind == "base").order_by(entities.c.name)
-    for id in connection.execute(query).scalars():
-        adapters = (
-            sa.select(sa.func.count()).select_from(edges).where(edges.c.parent == id, edges.c.role == "trained on")
+    trained = sa.select(edges.c.parent, sa.func.count()).where(edges.c.role == "trained on").group_by(edges.c.parent)
+    adapters = dict(connection.execute(trained).tuples().all())
+    recipes = _recipes(connection)
+    found = read_entities(connection, entities.c.kind == "base")
+    flags = flags_among(connection, list(found))
+    return [
+        BaseEntry(
+            base, tuple(names.get(id, ())), adapters.get(id, 0), tuple(sorted(recipes.get(id, ()))), taken.get(id),
+            tuple(flags.get(id, ())),
         )
-        flags = flags_of(connection, id)
-        found.append(
-            BaseEntry(
-                read_entity(connection, id), tuple(names.get(id, ())),
-                int(connection.execute(adapters).scalar() or 0), _recipes(connection, id), taken.get(id), flags,
-            )
-        )  # fmt: skip
+        for id, base in found.items()
+    ]  # fmt: skip
+
+
+def _recipes(connection: Connection) -> dict[str, set[str]]:
+    """How each base was quantized in the runs on it."""
+    query = sa.select(edges.c.parent, entities.c.body).join(entities, entities.c.id == edges.c.child)
+    found: dict[str, set[str]] = {}
+    for base, body in connection.execute(query.where(edges.c.role == "ran on")).tuples():
+        recipe = json.loads(body).get("recipe")
+        found.setdefault(base, set()).add("none" if recipe is None else canonical_json(recipe))
     return found
-
-
-def _recipes(connection: Connection, base: str) -> tuple[str, ...]:
-    """How the base was quantized in the runs on it."""
-    bodies = connection.execute(
-        sa.select(entities.c.body)
-        .join(edges, edges.c.child == entities.c.id)
-        .where(edges.c.parent == base, edges.c.role == "ran on")
-    ).scalars()
-    recipes = [json.loads(body).get("recipe") for body in bodies]
-    return tuple(sorted({"none" if recipe is None else canonical_json(recipe) for recipe in recipes}))
 
 
 def check_base(registry: Registry, fingerprint: str, what: str = "used") -> None:

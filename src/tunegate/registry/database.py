@@ -2,7 +2,8 @@
 
 A write transaction begins with the writer's lock (``BEGIN IMMEDIATE``; an advisory lock on PostgreSQL), so what it
 reads stays true until it commits. Writes are short: bytes are uploaded outside of them. A reader sees what was
-committed when it began, whole, and waits for nobody.
+committed when it began, whole, and waits for nobody. A connection to PostgreSQL is kept for the next transaction; a
+forked process makes its own.
 
 The schema's version is asked at every opening. A newer one is refused; an older one is brought up to date by
 `tunegate registry init` alone, because that shuts out older tunegates. Asking changes nothing in the file. SQLite needs
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +40,12 @@ class Database:
     def __init__(self, url: URL, shown: str):
         self.shown = shown
         self.engine = _engine(url)
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
         """One snapshot for everything read inside."""
-        with self._explained(), self.engine.connect() as connection:
+        with self._connected() as connection:
             if self._is_postgres:
                 connection = connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
@@ -51,7 +54,7 @@ class Database:
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that no other writer runs beside; undone on any error."""
-        with self._explained(), self.engine.connect() as connection:
+        with self._connected() as connection:
             connection = connection.execution_options(write=True)
             if self._is_postgres:  # a snapshot from before the lock was had, as a server may have for default, is stale
                 connection = connection.execution_options(isolation_level="READ COMMITTED")
@@ -60,6 +63,14 @@ class Database:
                     connection.execute(sa.text(f"SET LOCAL lock_timeout = '{WAIT_SECONDS}s'"))
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
                 yield connection
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        if self._process != os.getpid():  # two processes on one connection would read one another's answers
+            self.engine.dispose(close=False)
+            self._process = os.getpid()
+        with self._explained(), self.engine.connect() as connection:
+            yield connection
 
     @property
     def _is_postgres(self) -> bool:
@@ -158,9 +169,11 @@ def parse_url(text: str) -> URL:
 
 
 def _engine(url: URL) -> Engine:
-    connect: dict[str, Any] = {"timeout": WAIT_SECONDS} if url.get_backend_name() == "sqlite" else {}
+    how: dict[str, Any] = {"pool_size": 1, "max_overflow": -1, "pool_pre_ping": True}  # kept, more, asked before use
+    if url.get_backend_name() == "sqlite":  # opening a file costs little, and a file may be replaced
+        how = {"poolclass": sa.pool.NullPool, "connect_args": {"timeout": WAIT_SECONDS}}
     try:
-        engine = sa.create_engine(url, poolclass=sa.pool.NullPool, connect_args=connect)
+        engine = sa.create_engine(url, **how)
     except ModuleNotFoundError as error:
         raise InputError(
             "the driver for PostgreSQL is not installed", fix="pip install 'tunegate[registry-postgres]'"
@@ -198,6 +211,7 @@ def stamp(connection: Connection) -> str:
     if ahead.total_seconds() > CLOCK_TOLERANCE:
         raise TunegateError(
             "the clock is behind the registry's last entry",
+            where="the server's clock" if connection.dialect.name == "postgresql" else "this machine's clock",
             expected=f"a time after {last}",
             got=now,
             fix="nothing was written. Set the clock; or, if it is right and was ahead when that entry was made: "

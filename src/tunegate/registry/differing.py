@@ -59,9 +59,12 @@ def diff(registry: Registry, one: str, two: str) -> Difference:
     elif data[0].get("test") != data[1].get("test"):
         why_not = "the two were tested on different items"
     else:
-        first, second = (_items(_file(registry, p[ITEMS])) for p in parts)
-        compared = len(first.keys() & second.keys())
-        items = _different(first, second, str(metric))
+        try:
+            first, second = (_items(_file(registry, p[ITEMS])) for p in parts)
+            items = _different(first, second, str(metric))
+            compared = len(first.keys() & second.keys())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # as they were when they were added
+            why_not = f"stored answers that cannot be read: {type(error).__name__}: {error}"
     return Difference(
         versions[0], versions[1], _unequal(*map(_flat, settings)), _unequal(*map(_flat, data)),
         _unequal(*map(_scores, cards)), metric, items, compared, why_not, cardless,

@@ -116,7 +116,7 @@ def list_versions(connection: Connection, *conditions: Any) -> list[Version]:
     named: dict[str, list[str]] = {}
     for row in connection.execute(sa.select(aliases).order_by(aliases.c.alias)):
         named.setdefault(row.adapter, []).append(row.alias)
-    flags = _flags(connection, [row.adapter for row in rows])
+    flags = flags_among(connection, [row.adapter for row in rows])
     return [
         Version(
             row.adapter, row.name, row.number, row.state, row.verdict, row.override,
@@ -204,33 +204,33 @@ def _hash_prefix(text: str) -> str | None:
 
 def insert(connection: Connection, found: Iterable[Entity], links: Iterable[Edge], at: str) -> None:
     """Add the facts that are not there yet. :class:`InputError` if an id is known as another kind of thing."""
-    found = list(found)
+    found, links = list(found), set(links)
     there = check_kinds(connection, found)
-    for entity in found:
-        if entity.id not in there:
-            there.add(entity.id)
-            connection.execute(
-                entities.insert().values(
-                    id=entity.id, kind=entity.kind, name=entity.name, body=canonical_json(entity.body), at=at
-                )
-            )
-    for link in links:
-        same = (edges.c.child == link.child, edges.c.parent == link.parent, edges.c.role == link.role)
-        if connection.execute(sa.select(edges.c.child).where(*same)).first() is None:
-            connection.execute(edges.insert().values(child=link.child, parent=link.parent, role=link.role))
+    new = {
+        e.id: {"id": e.id, "kind": e.kind, "name": e.name, "body": canonical_json(e.body), "at": at}
+        for e in reversed(found)  # of two with one id the first is kept
+        if e.id not in there
+    }
+    if new:
+        connection.execute(entities.insert(), list(new.values()))
+    known = sa.select(edges).where(edges.c.child.in_({link.child for link in links}))
+    links -= {Edge(row.child, row.parent, row.role) for row in connection.execute(known)}
+    if links:
+        connection.execute(edges.insert(), [vars(link) for link in links])
 
 
 def check_kinds(connection: Connection, found: Iterable[Entity]) -> set[str]:
     """The ids that are there already; :class:`InputError` if one is of another kind there, or of two kinds here."""
-    kinds: dict[str, str] = {}
-    there = set()
+    found = list(found)
+    query = sa.select(entities.c.id, entities.c.kind).where(entities.c.id.in_({entity.id for entity in found}))
+    kinds = dict(connection.execute(query).tuples().all())
+    there = set(kinds)
     for entity in found:
-        known = connection.execute(sa.select(entities.c.kind).where(entities.c.id == entity.id)).scalar()
-        if known is not None:
-            there.add(entity.id)
-        expected = kinds.setdefault(entity.id, known or entity.kind)
-        if entity.kind != expected:
-            raise InputError("one hash for two things", where=entity.id, expected=expected, got=entity.kind)
+        if (known := kinds.setdefault(entity.id, entity.kind)) != entity.kind:
+            raise InputError(
+                "one hash for two things", where=entity.id, expected=f"a {known}, as which it is known",
+                got=f"a {entity.kind}, {entity.name}", fix="the card is wrong: judge the adapter again (tunegate gate)",
+            )  # fmt: skip
     return there
 
 
@@ -239,8 +239,13 @@ def is_known(connection: Connection, id: str) -> bool:
 
 
 def read_entity(connection: Connection, id: str) -> Entity:
-    row = connection.execute(sa.select(entities).where(entities.c.id == id)).one()
-    return Entity(row.id, row.kind, row.name, json.loads(row.body))
+    return read_entities(connection, entities.c.id == id)[id]
+
+
+def read_entities(connection: Connection, condition: Any) -> dict[str, Entity]:
+    """The entities of which ``condition`` holds, by id, in the order of their names."""
+    rows = connection.execute(sa.select(entities).where(condition).order_by(entities.c.name, entities.c.id))
+    return {row.id: Entity(row.id, row.kind, row.name, json.loads(row.body)) for row in rows}
 
 
 def find_entity(connection: Connection, text: str) -> Entity:
@@ -277,10 +282,10 @@ def history(connection: Connection, id: str) -> list[Event]:
 
 def flags_of(connection: Connection, id: str) -> tuple[str, ...]:
     """Why ``id`` (an adapter, a base, anything) is flagged, a line for each superseded base; empty if it is not."""
-    return tuple(_flags(connection, [id]).get(id, ()))
+    return tuple(flags_among(connection, [id]).get(id, ()))
 
 
-def _flags(connection: Connection, ids: Sequence[str]) -> dict[str, list[str]]:
+def flags_among(connection: Connection, ids: Sequence[str]) -> dict[str, list[str]]:
     """Flagged ids among ``ids`` with their reasons: the superseded bases from which a chain of edges leads there."""
     old = superseded.c.old
     fresh = sa.select(superseded.c.new).where(superseded.c.new.not_in(sa.select(old)))

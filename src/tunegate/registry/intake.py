@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tunegate import records
@@ -29,6 +29,7 @@ from tunegate.registry.store import is_hash
 
 EVIDENCE = "evidence/"  # what a run left beside its adapter, in the registry's paths
 MOST_FILES = 200
+_Files = dict[str, tuple[Path, str]]  # the registry's path to the file here and its hash
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,23 @@ class Intake:
     folder: Path
     id: str
     name: str
-    files: dict[str, tuple[Path, str]]
+    files: _Files
     entities: list[Entity]
     edges: list[Edge]
     base: Entity | None
     claims: str | None
     verdict: str | None
-    left_out: list[str]
+    left_out: list[str] = field(default_factory=list)
+    source: str = ""
 
 
-def read_folder(folder: Path, *, name: str | None = None, base: str | None = None) -> Intake:
+def read_folder(folder: Path, *, name: str | None = None, base: str | None = None, source: str = "") -> Intake:
     """Check ``folder`` and say what it holds. ``name``: default is the card's; needed without one. ``base``: the name
-    that its base has in the registry, where that is not the card's. :class:`InputError` with what is wrong."""
+    that its base has in the registry, where that is not the card's. ``source``: where the folder came from, for the
+    history. :class:`InputError` with what is wrong."""
     if not folder.is_dir():
-        raise InputError("no such adapter folder", where=str(folder))
+        what = "a file, where a folder is needed" if folder.exists() else "no such adapter folder"
+        raise InputError(what, where=str(folder), expected=f"a folder with {CONFIG} and {TENSORS}, or hf:OWNER/NAME")
     found = dict(regular_files(folder, ""))
     if not {CONFIG, TENSORS} <= found.keys():
         missing = ", ".join(sorted({CONFIG, TENSORS} - found.keys()))
@@ -63,15 +67,17 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
             fix="it holds a pickle, which is never read: save it again with PEFT" if pickled
             else nearest(TENSORS, sorted(found)),
         )  # fmt: skip
-    check_alone(folder)
+    own = {name: (found[name], hash_file(found[name])) for name in (*FILES, MANIFEST) if name in found}
+    check_alone(folder)  # after the hashes, by which every later reading is compared
     take = _with_card if CARD in found else _without_card
     try:
-        return take(folder, found, name, base)
+        intake = take(folder, own, name, base)
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 cannot
         raise InputError("a text that is not Unicode", where=str(folder), got=ascii(error.object)[:120]) from None
+    return replace(intake, left_out=sorted(found.keys() - intake.files.keys()), source=source)
 
 
-def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name: str | None) -> Intake:
+def _with_card(folder: Path, own: _Files, name: str | None, base_name: str | None) -> Intake:
     check_complete(folder)
     card = load_card(folder)
     if (origin := card.base.get("origin")) is not None:
@@ -79,8 +85,6 @@ def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name
     problems = _card_problems(card, folder)
     if problems:
         raise InputError(problems)
-    names = [*FILES, MANIFEST]
-    own = {path: (found[path], hash_file(found[path])) for path in names}
     id = _id_of(own)
     evidence = dict(_evidence(folder, card))
     base, entities, edges = _facts(card, id, base_name)
@@ -91,18 +95,16 @@ def _with_card(folder: Path, found: dict[str, Path], name: str | None, base_name
     body = {"files": {p: h for p, (_, h) in own.items()}, "hash": card.adapter["hash"], "card": records.to_json(card)}
     adapter = Entity(id, "adapter", checked_name(name or card.name), body)
     return Intake(
-        folder, id, adapter.name, {**own, **evidence}, [*entities, adapter], edges, base, None, card.decision.verdict,
-        sorted(set(found) - set(own)),
+        folder, id, adapter.name, {**own, **evidence}, [*entities, adapter], edges, base, None, card.decision.verdict
     )  # fmt: skip
 
 
-def _without_card(folder: Path, found: dict[str, Path], name: str | None, base: str | None) -> Intake:
+def _without_card(folder: Path, own: _Files, name: str | None, base: str | None) -> Intake:
     if name is None:
         raise InputError(
             "an adapter without a card has no name", where=str(folder), fix="--name NAME; it becomes `unverified`"
         )
-    kept = [path for path in (CONFIG, TENSORS, README) if path in found]
-    own = {path: (found[path], hash_file(found[path])) for path in kept}
+    own = {path: own[path] for path in (CONFIG, TENSORS, README) if path in own}
     config = read_config(folder / CONFIG)
     claimed = config.get("base_model_name_or_path")
     claims = base or (claimed if isinstance(claimed, str) and claimed else None)
@@ -111,10 +113,10 @@ def _without_card(folder: Path, found: dict[str, Path], name: str | None, base: 
     }  # fmt: skip
     id = _id_of(own)
     adapter = Entity(id, "adapter", checked_name(name), body)
-    return Intake(folder, id, adapter.name, own, [adapter], [], None, claims, None, sorted(set(found) - set(own)))
+    return Intake(folder, id, adapter.name, own, [adapter], [], None, claims, None)
 
 
-def _id_of(own: dict[str, tuple[Path, str]]) -> str:
+def _id_of(own: _Files) -> str:
     return id_of({path: digest for path, (_, digest) in own.items()})
 
 
@@ -215,7 +217,10 @@ def _facts(card: AdapterCard, id: str, base_name: str | None) -> tuple[Entity, l
     entities, edges = [base], [Edge(id, base.id, "trained on")]
     sources = [_dataset(source, digest) for source, digest in card.data["files"].items()]
     entities += sources
-    test = Entity(card.data["test"], "dataset", "test items", {"rows": (card.data.get("rows") or {}).get("test")})
+    rows = card.data.get("rows")
+    test = Entity(
+        card.data["test"], "dataset", "test items", {"rows": rows.get("test") if isinstance(rows, dict) else None}
+    )
     entities.append(test)
     edges += [Edge(test.id, source.id, "drawn from") for source in sources if source.id != test.id]
 
@@ -248,8 +253,13 @@ def _evaluation(record: EvalRecord, id: str, base: str, test: str) -> tuple[Enti
 
 def _kept(file: Path, id: str, base: str) -> tuple[list[Entity], list[Edge]]:
     """What the adapter kept of its base's ability and refusals."""
-    body = read_json(file)
+    try:
+        body = read_json(file)
+    except (ValueError, RecursionError):
+        body = None
     if not isinstance(body, dict):
-        raise InputError("not a record", where=str(file))
+        raise InputError(
+            "not a record", where=str(file), expected="a JSON object", fix="`tunegate run` writes it again"
+        )
     entity = Entity(hash_json(body), "eval", file.stem, body)
     return [entity], [Edge(entity.id, id, "scores"), Edge(entity.id, base, "compares with")]

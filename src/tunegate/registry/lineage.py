@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from tunegate.registry.entries import Edge, Entity, read_entity
-from tunegate.registry.tables import edges
+from tunegate.registry.entries import Edge, Entity, read_entities
+from tunegate.registry.tables import edges, entities
+
+_AT_ONCE = 1000  # ids in one query
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,33 @@ class Lineage:
 def lineage(connection: Connection, id: str) -> Lineage:
     above = _reached(connection, id, edges.c.child, edges.c.parent)
     below = _reached(connection, id, edges.c.parent, edges.c.child)
-    ids = {id, *(e.child for e in above + below), *(e.parent for e in above + below)}
-    return Lineage(above, below, {i: read_entity(connection, i) for i in sorted(ids)})
+    return Lineage(above, below, entities_of(connection, id, above + below))
+
+
+def entities_of(connection: Connection, start: str, found: list[Edge]) -> dict[str, Entity]:
+    """``start`` and what the edges in ``found`` lead between, by id."""
+    ids = sorted({start, *(e.child for e in found), *(e.parent for e in found)})
+    read: dict[str, Entity] = {}
+    for first in range(0, len(ids), _AT_ONCE):
+        read |= read_entities(connection, entities.c.id.in_(ids[first : first + _AT_ONCE]))
+    return read
 
 
 def way(connection: Connection, start: str, end: str) -> list[Edge] | None:
     """The shortest chain of edges between two things, in order; None if there is none, empty if they are the same."""
+    beside: dict[str, list[tuple[str, Edge]]] = {}
+    for row in connection.execute(sa.select(edges).order_by(edges.c.child, edges.c.parent, edges.c.role)):
+        edge = Edge(row.child, row.parent, row.role)
+        beside.setdefault(edge.child, []).append((edge.parent, edge))
+        beside.setdefault(edge.parent, []).append((edge.child, edge))
     came: dict[str, tuple[str, Edge]] = {}
     seen, waiting = {start}, deque([start])
     while waiting and end not in seen:
         at = waiting.popleft()
-        query = sa.select(edges).where(sa.or_(edges.c.child == at, edges.c.parent == at))
-        for row in connection.execute(query.order_by(edges.c.child, edges.c.parent, edges.c.role)):
-            other = row.parent if row.child == at else row.child
+        for other, edge in beside.get(at, ()):
             if other not in seen:
                 seen.add(other)
-                came[other] = (at, Edge(row.child, row.parent, row.role))
+                came[other] = (at, edge)
                 waiting.append(other)
     if end not in seen:
         return None

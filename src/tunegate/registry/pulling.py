@@ -128,10 +128,15 @@ def _plan(registry: Registry, reference: str) -> tuple[Version, dict[str, list[s
 
 def parts_of(connection: Connection, adapter: str) -> dict[str, list[str]]:
     """Path to hashes of its parts, in order."""
-    query = sa.select(files).where(files.c.adapter == adapter).order_by(files.c.path, files.c.part)
-    found: dict[str, list[str]] = {}
+    return all_parts(connection, files.c.adapter == adapter).get(adapter, {})
+
+
+def all_parts(connection: Connection, *conditions: Any) -> dict[str, dict[str, list[str]]]:
+    """:func:`parts_of` every adapter."""
+    query = sa.select(files).where(*conditions).order_by(files.c.adapter, files.c.path, files.c.part)
+    found: dict[str, dict[str, list[str]]] = {}
     for row in connection.execute(query):
-        found.setdefault(row.path, []).append(row.hash)
+        found.setdefault(row.adapter, {}).setdefault(row.path, []).append(row.hash)
     return found
 
 

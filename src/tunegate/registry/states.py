@@ -31,6 +31,7 @@ from tunegate.registry.opening import Registry
 from tunegate.registry.tables import aliases, versions
 
 _NEXT = {CANDIDATE: APPROVED, APPROVED: PRODUCTION}
+_NO_OVERRIDE = "leave --override out"
 
 
 def promote(
@@ -46,7 +47,13 @@ def promote(
         if version.state == CANDIDATE:
             _approve(connection, registry.who, version, why, override, at)
         elif override:
-            raise InputError("there is nothing to override", where=version.ref, got=version.state)
+            raise InputError(
+                "there is nothing to override",
+                where=version.ref,
+                expected=CANDIDATE,
+                got=version.state,
+                fix=_NO_OVERRIDE,
+            )
         if target == PRODUCTION:
             for held in list_versions(connection, versions.c.name == version.name, versions.c.state == PRODUCTION):
                 _set(connection, held, APPROVED)
@@ -60,7 +67,7 @@ def promote(
 
 def _refuse_promotion(version: Version, target: str, why: str) -> None:
     if not why.strip():
-        raise InputError("say why: the reason is kept", where="--why")
+        raise InputError("say why: the reason is kept", where="--why", fix='--why "REASON"')
     if version.state == UNVERIFIED:
         raise InputError(
             "the adapter is unverified: it has no card, so nothing says what it was made from or how it scored",
@@ -70,7 +77,7 @@ def _refuse_promotion(version: Version, target: str, why: str) -> None:
     if version.state == RETIRED:
         raise InputError("the version is retired", where=version.ref, fix="add or train another")
     if version.state == PRODUCTION:
-        raise InputError("it is in production already", where=version.ref)
+        raise InputError("it is in production already", where=version.ref, expected=f"{CANDIDATE} or {APPROVED}")
     if version.state == target:
         raise InputError(f"it is {target} already", where=version.ref)
     refuse_flagged(version, "promoted")
@@ -79,7 +86,7 @@ def _refuse_promotion(version: Version, target: str, why: str) -> None:
 def _approve(connection: Connection, who: str, version: Version, why: str, override: str | None, at: str) -> None:
     ships = version.verdict == SHIP
     if ships and override:
-        raise InputError("the gate says ship: there is nothing to override", where=version.ref)
+        raise InputError("the gate says ship: there is nothing to override", where=version.ref, fix=_NO_OVERRIDE)
     if not ships and not (override or "").strip():
         raise InputError(
             f"the gate says {version.verdict}", where=version.ref, expected=SHIP,
@@ -95,7 +102,7 @@ def _approve(connection: Connection, who: str, version: Version, why: str, overr
 def retire(registry: Registry, reference: str, *, why: str) -> Version:
     """Take the version out of use for good; its aliases go."""
     if not why.strip():
-        raise InputError("say why: the reason is kept", where="--why")
+        raise InputError("say why: the reason is kept", where="--why", fix='--why "REASON"')
     with registry.database.writing() as connection:
         version = resolve(connection, reference)
         if version.state == RETIRED:
@@ -111,16 +118,18 @@ def set_alias(registry: Registry, alias: str, reference: str, *, why: str = "") 
     """Let ``NAME@ALIAS`` mean the version ``reference`` of the same name."""
     name, at, short = alias.partition("@")
     if not at or not NAME.fullmatch(name) or not NAME.fullmatch(short):
-        raise InputError("not an alias", where=alias, expected="NAME@ALIAS")
+        raise InputError("not an alias", where=alias, expected="NAME@ALIAS, of letters, digits, . _ -")
     if short in (*STATES, LATEST):
         what = f"@{short} is a state, or follows from the versions' states"
         raise InputError(what, where=alias, fix="tunegate registry promote")
     with registry.database.writing() as connection:
         version = resolve(connection, reference)
         if version.name != name:
-            raise InputError("an alias is of the same name", where=alias, got=version.ref)
+            raise InputError(
+                "an alias is of the same name", where=alias, expected=f"a version of {name}", got=version.ref
+            )
         if version.state == RETIRED:
-            raise InputError("the version is retired", where=version.ref)
+            raise InputError("the version is retired", where=version.ref, fix="name one that is not")
         connection.execute(aliases.delete().where(aliases.c.name == name, aliases.c.alias == short))
         connection.execute(aliases.insert().values(name=name, alias=short, adapter=version.adapter))
         record(connection, version.adapter, f"named @{short}", registry.who, why)

@@ -23,17 +23,19 @@ from tunegate import records
 from tunegate.adapter.card import CARD
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.files import hash_json
+from tunegate.gate import SHIP
 from tunegate.records import AdapterCard
 from tunegate.registry.adding import PIN_HOURS, pin_horizon
 from tunegate.registry.database import clock, record, stamp
-from tunegate.registry.entries import Version, list_versions
+from tunegate.registry.entries import APPROVED, PRODUCTION, Version, list_versions
 from tunegate.registry.intake import id_of
 from tunegate.registry.opening import Registry
-from tunegate.registry.pulling import parts_of
+from tunegate.registry.pulling import all_parts
 from tunegate.registry.store import is_hash
 from tunegate.registry.tables import edges, entities, events, files, pins
 
-_BATCH = 100  # objects deleted under one lock
+_BATCH = 100  # objects deleted under one lock, records read at a time
+_RESTORE = "somebody wrote to the database: take it from a backup, or add the adapters to a new registry"
 
 
 @dataclass(frozen=True)
@@ -49,41 +51,37 @@ class Verified:
 
 def verify(registry: Registry) -> Verified:
     """Read and hash every part of every adapter and every record."""
+    problems: list[Problem] = []
+    records_read = files_read = bytes_read = 0
     with registry.database.reading() as connection:
         found = list_versions(connection)
-        listed = {v.adapter: parts_of(connection, v.adapter) for v in found}
-        bodies = {
-            row.id: (row.kind, _parsed(row.body))
-            for row in connection.execute(sa.select(entities.c.id, entities.c.kind, entities.c.body))
-        }
+        listed = all_parts(connection)
         parents: dict[str, set[tuple[str, str]]] = {}
-        for edge in connection.execute(sa.select(edges)):
+        for edge in connection.execute(sa.select(edges).where(edges.c.role.in_(("judges", "trained on")))):
             parents.setdefault(edge.child, set()).add((edge.role, edge.parent))
-    problems = [
-        p for id, (kind, body) in bodies.items() if (p := _record_problem(id, kind, body, parents.get(id, set())))
-    ]
-    files_read = bytes_read = 0
+        for row in connection.execution_options(yield_per=_BATCH).execute(sa.select(entities)):  # cards can be large
+            records_read += 1
+            problem = _record_problem(row.id, row.kind, _parsed(row.body), parents.get(row.id, set()))
+            problems += [problem] if problem else []
     for version in found:
-        files_known = bodies[version.adapter][1].get("files")
+        parts, before = listed.get(version.adapter, {}), len(problems)
+        with registry.database.reading() as connection:
+            query = sa.select(entities.c.body).where(entities.c.id == version.adapter)
+            body = _parsed(connection.execute(query).scalar_one())
+        files_known = body.get("files")
         expected = files_known if isinstance(files_known, dict) else {}
-        if missing := sorted(set(expected) - set(listed[version.adapter])):
-            problems.append(
-                Problem("the registry does not know the parts of a file", version.ref, got=", ".join(missing))
-            )
-        whole = not missing
-        for path, digests in listed[version.adapter].items():
+        if missing := sorted(set(expected) - set(parts)):
+            what = "the registry does not know the parts of a file"
+            problems.append(Problem(what, version.ref, got=", ".join(missing), fix=_RESTORE))
+        for path, digests in parts.items():
             files_read += 1
             problem, size = _file_problem(registry, version, path, digests, expected.get(path))
             bytes_read += size
-            if problem:
-                whole = False
-                problems.append(problem)
-        if whole:
-            card = b"".join(map(registry.store.get, listed[version.adapter].get(CARD, ())))
-            problems += _card_problems(
-                version, bodies[version.adapter][1].get("card"), card, parents.get(version.adapter, set())
-            )
-    return Verified(len(found), files_read, bytes_read, len(bodies), problems)
+            problems += [problem] if problem else []
+        if len(problems) == before:
+            card = b"".join(map(registry.store.get, parts.get(CARD, ())))
+            problems += _card_problems(version, body.get("card"), card, parents.get(version.adapter, set()))
+    return Verified(len(found), files_read, bytes_read, records_read, problems)
 
 
 def _parsed(text: str) -> dict[str, object]:
@@ -125,8 +123,8 @@ def _record_problem(id: str, kind: str, body: dict[str, object], parents: set[tu
         known = body.get("files")
         found = id_of(known) if isinstance(known, dict) else hash_json(body)
     else:
-        return None if is_hash(id) else Problem("not a content hash", id)
-    return None if found == id else Problem(f"the record of this {kind} has changed", id, id, found)
+        return None if is_hash(id) else Problem("not a content hash", id, "b3: and 64 hex digits", id, _RESTORE)
+    return None if found == id else Problem(f"the record of this {kind} has changed", id, id, found, _RESTORE)
 
 
 def _card_problems(version: Version, told: Any, data: bytes, parents: set[tuple[str, str]]) -> list[Problem]:
@@ -139,11 +137,17 @@ def _card_problems(version: Version, told: Any, data: bytes, parents: set[tuple[
         verdict, base = stored["decision"]["verdict"], [stored["base"]["fingerprint"]["total"]]
         same = told == stored or told == records.to_json(records.from_json(stored, AdapterCard, version.ref))
     bases = sorted(parent for role, parent in parents if role == "trained on")
-    found = [] if same else [Problem("the record of this adapter has changed: its card", version.ref)]
+    found = [] if same else [Problem("the record of this adapter has changed: its card", version.ref, fix=_RESTORE)]
     if version.verdict != verdict:
-        found.append(Problem("the verdict is not the card's", version.ref, str(verdict), str(version.verdict)))
+        found.append(
+            Problem("the verdict is not the card's", version.ref, str(verdict), str(version.verdict), _RESTORE)
+        )
     if bases != base:
-        found.append(Problem("the base is not the card's", version.ref, ", ".join(base), ", ".join(bases) or "none"))
+        said = ", ".join(base) or "none", ", ".join(bases) or "none"
+        found.append(Problem("the base is not the card's", version.ref, *said, _RESTORE))
+    if version.state in (APPROVED, PRODUCTION) and version.verdict != SHIP and not version.override:
+        what = f"the version is {version.state} and nobody gave a reason for an override"
+        found.append(Problem(what, version.ref, SHIP, str(version.verdict), _RESTORE))
     return found
 
 
@@ -185,7 +189,7 @@ def trust_clock(registry: Registry, *, why: str) -> str:
     :class:`InputError` if it is not. Pins that were dated later too run out a day from now.
     """
     if not why.strip():
-        raise InputError("say why: the reason is kept", where="--why")
+        raise InputError("say why: the reason is kept", where="--why", fix='--why "REASON"')
     with registry.database.writing() as connection:
         now = clock(connection)
         last = connection.execute(sa.select(events).order_by(events.c.seq.desc()).limit(1)).first()

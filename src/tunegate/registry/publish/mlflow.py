@@ -2,8 +2,8 @@
 with its fingerprint, decision and state as tags, and the version's aliases.
 
 Through MLflow's own client (``mlflow-skinny`` is enough), which has no process-wide state set. A version that was
-published before is found by its content hash: its tags and aliases are brought up to date, nothing is doubled. A run
-that a killed push left unfinished is marked as failed and made anew.
+published before is found by its content hash: its tags and aliases are brought up to date, nothing is doubled. Of what
+a killed push left, a finished run is gone on from; an unfinished one is marked as failed and made anew.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ def _run(client: Any, item: Published, tags: dict[str, str]) -> Any:
     version = item.version
     experiment = client.get_experiment_by_name(version.name)
     place = experiment.experiment_id if experiment else client.create_experiment(version.name)
-    for left in client.search_runs([place], f"tags.`{_ID}` = '{version.adapter}' and attributes.status = 'RUNNING'"):
-        client.set_terminated(left.info.run_id, "FAILED")
+    for left in client.search_runs([place], f"tags.`{_ID}` = '{version.adapter}'"):
+        if left.info.status == "FINISHED":
+            return left
+        if left.info.status == "RUNNING":
+            client.set_terminated(left.info.run_id, "FAILED")
     run = client.create_run(place, run_name=version.ref, tags=tags)
     id, card = run.info.run_id, item.card or {}
     params = [Param(_key(k), v) for k, v in _params(card).items()]

@@ -1,22 +1,26 @@
 """An adapter's card as a model card: base, data, scores, decision, limits and how to load it.
 
-Every figure comes from the card. What was not measured is said under limits.
+Every figure comes from the card. What was not measured is said under limits. The front matter names the base where it
+came from the Hub, because the Hub takes nothing but its own ids there (huggingface.co/docs/hub/model-cards).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from tunegate.registry.publish.published import Published
 
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FAMILIES = {"regression": "the base's abilities", "safety": "the base's refusals"}
 
 
 def model_card(item: Published, repo: str) -> str:
     """Markdown with the Hub's front matter."""
     version, base, card = item.version, item.provenance["base"], item.card
-    front = {"library_name": "peft", "base_model": base["name"], "tags": ["lora", "tunegate"]}
+    on_hub = (card is None or card["base"].get("source") == "hub") and bool(_HUB_ID.fullmatch(str(base["name"])))
+    front = {"library_name": "peft", **({"base_model": base["name"]} if on_hub else {}), "tags": ["lora", "tunegate"]}
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     parts = [f"---\n{head}\n---", f"# {version.ref}", f"State: **{version.standing}**.", _base(base)]
     if card is None:
@@ -25,7 +29,7 @@ def model_card(item: Published, repo: str) -> str:
         )
     else:
         parts += [_data(card), _scores(card), _decision(item, card), _limits(card)]
-    parts += [_loading(base, repo), f"Content hash `{version.adapter}`. `card.json` holds the whole record."]
+    parts += [_loading(base, repo, on_hub), f"Content hash `{version.adapter}`. `card.json` holds the whole record."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,11 +77,12 @@ def _limits(card: dict[str, Any]) -> str:
     return "## Limits\n\n" + "\n".join(lines)
 
 
-def _loading(base: dict[str, Any], repo: str) -> str:
+def _loading(base: dict[str, Any], repo: str, on_hub: bool) -> str:
     name, place = json.dumps(base["name"]), json.dumps(repo)
+    local = "" if on_hub else f"{name} is the base's name where the adapter was made: put in yours.\n\n"
     return f"""## How to load
 
-```python
+{local}```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
