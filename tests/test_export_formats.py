@@ -270,6 +270,16 @@ def test_a_base_with_paths_for_names_is_refused(tiny_llama: Path, tmp_path: Path
     assert said.code == 2 and "a path out of the folder" in said.err and not (tmp_path / "out").exists()
 
 
+def test_a_link_out_of_the_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    adapter, secret = peft_adapter(base, tmp_path / "adapter"), tmp_path / "secret"
+    secret.touch()
+    (base / "notes.txt").symlink_to(secret)
+    for command in (("export", adapter, "--to", "gguf"), ("merge", adapter)):
+        said = call(*command, "-o", tmp_path / "out", "--base", base)
+        assert said.code == 2 and "out of the base's folder" in said.err and not (tmp_path / "out").exists()
+
+
 def test_another_base_is_refused(carded: Path, tmp_path: Path) -> None:
     other = tiny_base(tmp_path / "other", "llama", seed=5)
     said = export(carded, "gguf-lora", tmp_path / "out", "--base", other)

@@ -49,8 +49,9 @@ def adapter_of(task: Path) -> Path:
 
 
 def change_card(adapter: Path, key: str, name: str, value: Any) -> None:
+    """``key`` of the card's settings, or the card's own ``base``."""
     card = read_json(adapter / "card.json")
-    card["config"][key][name] = value
+    (card if key == "base" else card["config"])[key][name] = value
     write_json(adapter / "card.json", card)
     manifest = read_json(adapter / "manifest.json")
     write_json(adapter / "manifest.json", {**manifest, "card.json": hash_file(adapter / "card.json")})
@@ -100,6 +101,24 @@ def test_both_ways_of_a_4_bit_adapter_are_measured(task: Path, tmp_path: Path) -
     assert found["trained"]["onto"].startswith("weights as nf4") and found["original"]["onto"] == "original weights"
     for told in ({k: r["parity"] for k, r in found.items()}, {k: r["items"][0] for k, r in found.items()}):
         assert told["trained"]["mean_kl"] < 1e-6 < 1e-4 < told["original"]["mean_kl"]
+
+
+def test_adapters_of_different_quantizations_meet_on_the_original(task: Path, moved: Path, tmp_path: Path) -> None:
+    change_card(moved, "base", "recipe", None)
+    command = ("merge", adapter_of(task), moved, "-o", tmp_path / "out", "--weights", 0.5, 0.5)
+    said = call(*command)
+    assert said.code == 2 and "different quantizations" in said.err and "--onto original" in said.err
+    said = call(*command, "--onto", "original")
+    assert said.code == 0, said.err
+    report = read_json(tmp_path / "out" / "merge.json")
+    assert report["onto"] == "original weights" and report["parity"]["mean_kl"] < 1e-6
+
+
+def test_a_mixture_onto_the_original_is_compared_with_the_one_that_was_trained(task: Path, tmp_path: Path) -> None:
+    limits = ("--max-kl", 10, "--min-agreement", 0)
+    said = call("merge", adapter_of(task), "-o", tmp_path / "out", "--weights", 0.9, "--onto", "original", *limits)
+    assert said.code == 0, said.err
+    assert read_json(tmp_path / "out" / "merge.json")["parity"]["mean_kl"] > 1e-4
 
 
 def test_a_merge_that_does_the_task_worse_leaves_nothing(

@@ -19,8 +19,8 @@ from tunegate.cli.console import Console
 from tunegate.cli.parser import make_parser
 from tunegate.errors import Problem, TunegateError
 
-# What these write appears when it is whole, and they start anew.
-ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "plan", "quantize", "show"}
+# What these write appears when it is whole, and they start anew. A merge with finished shards says that it kept them.
+ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "merge", "plan", "quantize", "show"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,8 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
         return error.problems, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         kept = "what was finished is kept, the same command goes on from there"
-        return [Problem("interrupted; " + ("nothing was written" if command in ALL_OR_NOTHING else kept))], 130
+        usual = "nothing was written" if command in ALL_OR_NOTHING else kept
+        return [Problem(f"interrupted; {error or usual}")], 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return [
             Problem("out of memory", fix="lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
