@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from task import call, replace_line, write_task
 from test_export_merge import peft_adapter
@@ -233,6 +234,20 @@ def test_scores_are_the_evaluators(metric: str, more: str, text: bool, tiny_llam
     assert found.row_ids == evaluation.primary.row_ids
     np.testing.assert_allclose(found.scores, evaluation.primary.scores, rtol=1e-5)
     assert len(set(found.scores.tolist())) > 0 and proof.Exam(asked, (items,)).longest >= max(map(len, prompts)) + 4
+
+
+def test_distributions_are_kept_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        def answers(self, prompts: Any, stop_ids: Any, new_tokens: int) -> list[list[int]]:
+            return [[7] for _ in prompts]
+
+        def log_probs(self, row: Any, last: int = 0) -> torch.Tensor:
+            return torch.log_softmax(torch.arange(4.0), 0).expand(len(row), 4)
+
+    monkeypatch.setattr(parity, "ROWS", 2)
+    first = parity.read(Counting(), Questions(((1,), (1, 2), (1, 2, 3)), (), 1))
+    found = parity.compare(first, first)
+    assert (found.prompts, found.positions, found.same_answers) == (3, 5, 1.0)
 
 
 def an_item_proof(prompts: float = 1.0, low: float = -0.1, high: float = 0.1) -> Proof:

@@ -23,6 +23,7 @@ from tunegate.engine.runner import Runner, evaluating
 from tunegate.errors import TunegateError
 
 POSITIONS = 32  # positions of a row whose distributions are kept, counted from its end
+ROWS = 64  # rows whose distributions are kept: with 250,000 tokens, 2 GB
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reading:
-    """One model on every prompt: log-probabilities (positions, vocabulary) fp32 a row, and its greedy answers."""
+    """One model on every prompt: log-probabilities (positions, vocabulary) fp32 of each of the first ``ROWS`` rows, and
+    its greedy answers to all."""
 
     rows: tuple[tuple[int, ...], ...]
     log_probs: tuple[Tensor, ...]
@@ -100,7 +102,7 @@ def read(subject: Subject, asked: Questions, rows: Sequence[Sequence[int]] | Non
     answers = tuple(tuple(a) for a in subject.answers(asked.prompts, asked.stop_ids, asked.new_tokens))
     wanted = [(*p, *a) for p, a in zip(asked.prompts, answers, strict=True)] if rows is None else map(tuple, rows)
     found = tuple(wanted)
-    return Reading(found, tuple(subject.log_probs(row) for row in found), answers)
+    return Reading(found, tuple(subject.log_probs(row) for row in found[:ROWS]), answers)
 
 
 def compare(first: Reading, second: Reading, base: Reading | None = None) -> Parity:

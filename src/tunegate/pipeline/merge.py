@@ -6,7 +6,7 @@ in memory at a time. A mixture of several adapters is compared with the same mix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from tunegate.pipeline import proof
 from tunegate.pipeline.adapted import (
     Reference,
     Source,
-    check_folders,
     compute_dtype,
     find_source,
     made_from,
@@ -119,13 +118,3 @@ def _report(
         **found.to_json(),
         "limits": asdict(request.limits),
     }
-
-
-def request_of(
-    adapters: Sequence[str], out: str, weights: Sequence[float] | None, method: str, density: float, seed: int,
-    base: str | None, onto: str,
-) -> MergeRequest:  # fmt: skip
-    folders = tuple(Path(a) for a in adapters)
-    check_folders(folders)
-    shares = tuple(weights) if weights else (1.0,) * len(folders)
-    return MergeRequest(folders, Path(out), shares, method, density, seed, base, onto)
