@@ -189,9 +189,10 @@ def test_a_weight_too_large_for_f16_is_refused(tmp_path: Path) -> None:
 
     tensors = load_file(path)
     tensors["model.embed_tokens.weight"][3, 4] = 1e6
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TunegateError, match="too large for f16"):
-        exported(base, adapter, tmp_path / "m.gguf")
+    for stored in (torch.float32, torch.bfloat16):
+        save_file({n: t.to(stored) for n, t in tensors.items()}, path, metadata={"format": "pt"})
+        with pytest.raises(TunegateError, match=r"not finite in float16|too large for f16"):
+            exported(base, adapter, tmp_path / "m.gguf")
     exported(base, adapter, tmp_path / "n.gguf", "bf16")
 
 

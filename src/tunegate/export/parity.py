@@ -23,6 +23,9 @@ from tunegate.engine.runner import Runner, evaluating
 from tunegate.errors import TunegateError
 
 POSITIONS = 32  # positions of a row whose distributions are kept, counted from its end
+WAYS_OUT = (
+    "use the adapter unmerged, or a base whose files are fp32; --onto trained gives the weights it was trained on"
+)
 ROWS = 64  # rows whose distributions are kept: with 250,000 tokens, 2 GB
 
 
@@ -134,5 +137,5 @@ def require(parity: Parity, limits: Limits, what: str, where: str) -> None:
             expected=f"mean KL at most {limits.mean_kl:g} nats, the same top token at {limits.agreement:.0%} or more",
             got=f"{parity.mean_kl:.4g} nats (largest {parity.max_kl:.4g}), {parity.agreement:.1%} of "
             f"{parity.positions} positions",
-            fix="store it in fp32, merge onto the base it was trained on, or serve it unmerged",
+            fix=WAYS_OUT,
         )

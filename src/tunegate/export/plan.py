@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunegate.adapter.files import adapter_hash, checked_state, tensor_name
 from tunegate.adapter.inject import find_targets
 from tunegate.adapter.layers import is_conv1d
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.export.deltas import METHODS, Mix, Update
 from tunegate.files import hash_json, links_out, partial_of
+from tunegate.model.loading import empty_model
 from tunegate.model.shards import DTYPES
-from tunegate.model.streaming import checkpoint_names, is_quantized, on_meta, quantizable
+from tunegate.model.streaming import checkpoint_names, is_quantized, quantizable
 from tunegate.model.weights import TensorEntry, tensors_of
 
 
@@ -59,8 +58,6 @@ def plan_merge(
     dtypes, room on the disk. ``recipe`` is the quantization the adapters were trained on, None for none. Without
     ``checkpoint`` the base's files are not written anew, and no room is asked for.
     """
-    from transformers import AutoConfig
-
     problems = _mix_problems(mix, len(adapters))
     what, fix = "a link leads out of the base's folder", "copy the file itself into the folder"
     problems += [Problem(what, str(link), fix=fix) for link in links_out(base)]
@@ -74,8 +71,7 @@ def plan_merge(
         problems.append(Problem(what, str(base), fix=fix))
     if problems:
         raise InputError(problems)
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    model = on_meta(config, torch.float32, False)
+    model = empty_model(base)
     updates: dict[str, list[Update | None]] = {}
     for number, folder in enumerate(adapters):
         spec, state = checked_state(model, folder)
@@ -96,7 +92,7 @@ def plan_merge(
         quantized = {f"{path}.weight" for path in quantizable(model, tuple(recipe["keep"]))}
         seen = frozenset(name for name, key in names.items() if key in quantized)
     key = hash_json([hashes, mix.method, list(mix.weights), mix.density, mix.seed, recipe and dict(recipe), stamps])
-    plan = Plan(base, out, config, files, names, paths, transposed, updates, mix, recipe, seen, key)
+    plan = Plan(base, out, model.config, files, names, paths, transposed, updates, mix, recipe, seen, key)
     if checkpoint:
         done = sum(p.stat().st_size for p in plan.partial.glob("*.safetensors")) if plan.partial.is_dir() else 0
         problems += room_problems(out, sum(path.stat().st_size for path in files), done)

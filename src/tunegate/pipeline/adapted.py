@@ -69,10 +69,9 @@ class Source:
 
 def check_folders(adapters: Sequence[Path]) -> None:
     """:class:`InputError` for adapter folders that are not there, or that a link leads out of."""
-    missing = [str(f) for f in adapters if not f.is_dir()]
-    if missing:
-        raise InputError("no such adapter folder", where=", ".join(missing))
-    problems = [
+    fix = "name the folder with adapter_model.safetensors, or a version in the registry: NAME@ALIAS"
+    problems = [Problem("no such adapter folder", str(f), fix=fix) for f in adapters if not f.is_dir()]
+    problems += [
         Problem("a link leads out of the folder", str(link), fix="copy the file itself into the folder")
         for adapter in adapters
         for link in links_out(adapter)
