@@ -23,9 +23,7 @@ from tunegate.engine.runner import Runner, evaluating
 from tunegate.errors import TunegateError
 
 POSITIONS = 32  # positions of a row whose distributions are kept, counted from its end
-WAYS_OUT = (
-    "use the adapter unmerged, or a base whose files are fp32; --onto trained gives the weights it was trained on"
-)
+WAYS_OUT = "use the adapter unmerged, or a base in fp32; --onto trained takes the weights that it was trained on"
 ROWS = 64  # rows whose distributions are kept: with 250,000 tokens, 2 GB
 
 
