@@ -250,6 +250,20 @@ def test_distributions_are_kept_of_so_many_rows(monkeypatch: pytest.MonkeyPatch)
     assert (found.prompts, found.positions, found.same_answers) == (3, 5, 1.0)
 
 
+def test_a_report_says_how_near_a_tie_answers_part() -> None:
+    even, clear = torch.tensor([0.4, 0.35, 0.15, 0.1]).log(), torch.tensor([0.1, 0.7, 0.15, 0.05]).log()
+    one = torch.stack([even, clear])  # after the prompt, and after the answer's only token
+
+    def parted(*second: int) -> float | None:
+        found = [parity.Reading(((9, 0),), (one,), (answer,)) for answer in ((0,), second)]
+        return parity.compare(*found).parted
+
+    assert parted(0) is None
+    assert parted(1) == pytest.approx(float(even[0] - even[1]))
+    assert parted(0, 2) == pytest.approx(float(clear[1] - clear[2]))  # the first ended, the second goes on
+    assert parted() == pytest.approx(float(even[0] - even[1]))  # the second ended at once
+
+
 def an_item_proof(prompts: float = 1.0, low: float = -0.1, high: float = 0.1) -> Proof:
     fine = Parity(3, 9, 0.0, 0.0, 1.0, 1.0)
     example = Example("rows", 1)

@@ -47,7 +47,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Parity:
-    """KL in nats. ``moved`` is the mean KL between the plain base and the first model, where it was measured."""
+    """KL in nats. ``moved`` is the mean KL between the plain base and the first model, where it was measured.
+    ``parted``: where answers part, the most by which the first model preferred its token, in nats: how near a tie they
+    all were; None if no answer parts where distributions were kept."""
 
     prompts: int
     positions: int
@@ -56,6 +58,7 @@ class Parity:
     agreement: float
     same_answers: float
     moved: float | None = None
+    parted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,10 +117,27 @@ def compare(first: Reading, second: Reading, base: Reading | None = None) -> Par
     moved = None
     if base is not None:
         moved = float(torch.cat([_kl(a, b) for a, b in zip(first.log_probs, base.log_probs, strict=True)]).mean())
+    gaps = [_gap(*one) for one in zip(first.log_probs, first.answers, second.answers, strict=False)]
     return Parity(
         prompts=len(first.rows), positions=len(kls), mean_kl=float(kls.mean()), max_kl=float(kls.max()),
         agreement=float(same.float().mean()), same_answers=sum(equal) / len(equal), moved=moved,
+        parted=max((gap for gap in gaps if gap is not None), default=None),
     )  # fmt: skip
+
+
+def _gap(log_probs: Tensor, first: Sequence[int], second: Sequence[int]) -> float | None:
+    """How much likelier the first model's own next token was than the second's where their answers part, in nats.
+
+    ``log_probs`` are the first model's, of a row that ends with its answer.
+    """
+    n = next((n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+    n = min(len(first), len(second)) if n is None else n
+    behind = len(first) - n + 1
+    if tuple(first) == tuple(second) or behind > len(log_probs):
+        return None
+    found = log_probs[-behind]
+    other = found[second[n]] if n < len(second) else found.topk(2).values[1]  # it ended, with one of several ids
+    return float(found.max() - other)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
