@@ -65,9 +65,10 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
         usual = "nothing was written" if command in ALL_OR_NOTHING else kept
         return [Problem(f"interrupted; {error or usual}")], 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return [
-            Problem("out of memory", fix="lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
-        ], 1
+        fix = "lower train.tokens_per_batch, or set train.gradient_checkpointing: true"
+        if command in ("export", "merge"):
+            fix = "the parity report loads the whole model: use a machine with more memory, or close other programs"
+        return [Problem("out of memory", fix=fix)], 1
     if isinstance(error, OSError) and error.strerror:
         return [Problem(f"the system refuses: {error.strerror}", where=str(error.filename or ""))], 1
     first = (str(error).splitlines() or [""])[0]

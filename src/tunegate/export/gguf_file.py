@@ -3,7 +3,7 @@
 The model file begins with every key and the name, shape and type of every tensor, all known beforehand; then the
 merged tensors are written as they come (``stream``), so no more lies in memory than a merge needs. Matrices become f16,
 bf16 or q8_0 (blocks of 32 with one scale); vectors stay fp32, as llama.cpp wants them. Rows that q8_0 cannot cut into
-blocks become f16. The sum is rounded once: a bf16 base gives f16 that was never bf16.
+blocks become f16. To f16 the sum is rounded once, also where the base is bf16.
 
 The adapter file holds A and B of every module under the base tensor's name. llama.cpp computes ``alpha / rank * B A``
 with one alpha for all modules, so the factors are flattened first (``flat``) and alpha is that scale times the rank;
