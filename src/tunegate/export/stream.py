@@ -138,8 +138,8 @@ def _check_finite(values: Tensor, where: str) -> None:
     # a sum is one pass and finite only if all is; one of huge values may be infinite without that
     if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
         kind = str(values.dtype).removeprefix("torch.")
-        fix = "bf16 holds larger numbers: --outtype bf16" if values.dtype == torch.float16 else ""
-        raise TunegateError(f"a weight is not finite in {kind}", where=where, fix=fix or "check the adapter's tensors")
+        fix = "check the adapter's tensors; float16 ends at 65,504, where bfloat16 (--outtype bf16) does not"
+        raise TunegateError(f"a weight is not finite in {kind}", where=where, fix=fix)
 
 
 def _acts(update: Update) -> bool:
