@@ -151,7 +151,7 @@ def _is_plain(job: Job) -> bool:
 def _write_vllm(job: Job) -> None:
     """A plain LoRA, or for DoRA the merged model."""
     for finding in vllm_findings(job.request.adapter, job.source):
-        job.notes.append(f"{finding.level}: {finding.what}")
+        job.notes.append(finding.what if finding.level == "note" else f"{finding.level}: {finding.what}")
     if read_spec(job.request.adapter).use_dora:
         job.notes.append("vLLM takes no DoRA: this is the merged model, served without an adapter")
         job.model, plan = None, job.merge_plan(checkpoint=True)
