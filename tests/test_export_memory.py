@@ -108,6 +108,23 @@ def test_a_gguf_model_asks_for_its_own_size(tmp_path: Path, monkeypatch: pytest.
         assert (tmp_path / "out").exists() == (not code) and "reading the adapter" not in said.err[: 400 * code]
 
 
+def test_a_gguf_model_that_does_not_fit_says_why(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    command = ("export", adapter, "--base", base, "--to", "gguf", "--reader", "gguf", "-o")
+    assert call(*command, tmp_path / "whole").code == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole" / "model.gguf").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, hard))
+    try:
+        said = call(*command, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said.code == 1 and "cannot write: File too large" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "whole"]
+
+
 def test_what_an_earlier_attempt_wrote_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = sharded(tmp_path)
     write_merged(plan_merge(base, [adapter], tmp_path / "out", ONE))  # not published

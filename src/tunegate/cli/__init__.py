@@ -63,7 +63,7 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
     if isinstance(error, KeyboardInterrupt):
         kept = "what was finished is kept, the same command goes on from there"
         usual = "nothing was written" if command in ALL_OR_NOTHING else kept
-        return [Problem(f"interrupted; {error or usual}")], 130
+        return [Problem(f"interrupted; {str(error) or usual}")], 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         fix = "lower train.tokens_per_batch, or set train.gradient_checkpointing: true"
         if command in ("export", "merge"):
