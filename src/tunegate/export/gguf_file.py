@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ def write_model(
     changed = set()
     try:
         if extra is not None:
-            _put(writer, extra.numpy())
+            writer.write_tensor_data(_Bytes(extra.numpy()))
         for source in plan.files:
             for entry, data, differs in merged_tensors(plan, source, layout.dtypes(source)):
                 if differs:
@@ -159,7 +159,7 @@ def write_model(
                 here = layout.slots[source].get(entry.name)
                 if here is not None:
                     values = to_gguf(config, layout.family, here.name, data.view(here.dtype).view(entry.shape))
-                    _put(writer, _encoded(values, here))
+                    writer.write_tensor_data(_Bytes(_encoded(values, here)))
                     del values
                 del data  # else it would be held until the next one is ready
                 progress(size_of(entry))
@@ -194,7 +194,7 @@ def write_adapter(flat: Flat, config: Any, path: Path, about: Mapping[str, str])
     _begin(writer)
     try:
         for tensor in tensors.values():
-            _put(writer, tensor.numpy())
+            writer.write_tensor_data(_Bytes(tensor.numpy()))
     finally:
         _end(writer)
     return len(flat.modules)
@@ -236,14 +236,19 @@ def _begin(writer: Any) -> None:
     writer.write_ti_data_to_file()
 
 
-def _put(writer: Any, values: np.ndarray[Any, Any]) -> None:
-    try:
-        writer.write_tensor_data(values)
-    except OSError as error:
-        if error.errno is None:  # numpy does not say why it cannot write; the system does, when it is asked again
-            writer.fout[0].write(bytes(1 << 20))
-            writer.fout[0].flush()
-        raise
+@dataclass(frozen=True)
+class _Bytes:
+    """What ``GGUFWriter`` uses of an array, written through the file's own buffer: on a full disk numpy's ``tofile``
+    does not say why it fails, and the end of a small tensor is lost without a word."""
+
+    values: np.ndarray[Any, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def tofile(self, handle: IO[bytes]) -> None:
+        handle.write(self.values)
 
 
 def _end(writer: Any) -> None:
