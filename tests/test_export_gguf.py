@@ -163,6 +163,25 @@ def test_numbers_are_the_gguf_librarys(tmp_path: Path) -> None:
         assert tensors["blk.1.attn_norm.weight"].tensor_type == GGMLQuantizationType.F32
 
 
+def test_a_merged_weight_is_rounded_once(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = made(tmp_path, "qwen2")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    path, _ = exported(base, adapter, tmp_path / "m.gguf")
+    stored = {t.name: torch.from_numpy(np.array(t.data, dtype=np.float64)) for t in GGUFReader(path).tensors}
+    (update,) = plan_merge(base, [adapter], tmp_path / "out", ONE).updates["model.layers.1.mlp.down_proj"]
+    assert update is not None
+    added = update.scale * update.b.double() @ update.a.double()
+    truth = tensors["model.layers.1.mlp.down_proj.weight"].double() + added
+    error = (stored["blk.1.ffn_down.weight"] - truth).abs() / truth.abs().clamp_min(1e-3)
+    assert 2**-12 < error.max() < 1.01 * 2**-11  # f16 has 11 bits; bf16 on the way would make 2 ** -9 of it
+    embedding = stored["token_embd.weight"]
+    assert torch.equal(embedding, tensors["model.embed_tokens.weight"].double())
+
+
 def test_a_weight_too_large_for_f16_is_refused(tmp_path: Path) -> None:
     base, adapter = made(tmp_path, "llama")
     path = base / "model.safetensors"
@@ -170,9 +189,10 @@ def test_a_weight_too_large_for_f16_is_refused(tmp_path: Path) -> None:
 
     tensors = load_file(path)
     tensors["model.embed_tokens.weight"][3, 4] = 1e6
-    save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TunegateError, match="too large for f16"):
-        exported(base, adapter, tmp_path / "m.gguf")
+    for stored in (torch.float32, torch.bfloat16):
+        save_file({n: t.to(stored) for n, t in tensors.items()}, path, metadata={"format": "pt"})
+        with pytest.raises(TunegateError, match=r"not finite in float16|too large for f16"):
+            exported(base, adapter, tmp_path / "m.gguf")
     exported(base, adapter, tmp_path / "n.gguf", "bf16")
 
 

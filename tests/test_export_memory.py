@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from task import call
 from test_export_merge import ONE, peft_adapter, sharded
 from tiny import tiny_base
 from tunegate.adapter.files import CONFIG, TENSORS, tensor_name
@@ -90,11 +91,38 @@ def test_room_on_the_disk_is_asked_for_before_a_byte_is_written(
     adapter, out = peft_adapter(base, tmp_path / "adapter"), tmp_path / "deep" / "out"
     needed = (base / "model.safetensors").stat().st_size
     monkeypatch.setattr(planning, "shutil", disk(needed))
-    with pytest.raises(InputError, match=rf"not enough room(?s:.)*{needed / 1e9:.1f} GB"):
+    with pytest.raises(InputError, match=rf"not enough room(?s:.)*{needed * 1.02 / 1e6:.1f} MB"):
         plan_merge(base, [adapter], out, ONE)
     assert not out.parent.exists()
     monkeypatch.setattr(planning, "shutil", disk(int(needed * 1.02) + 2))
     assert plan_merge(base, [adapter], out, ONE)
+
+
+def test_a_gguf_model_asks_for_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base(tmp_path / "base", "llama")  # fp32, so f16 takes half of it
+    adapter, needed = peft_adapter(base, tmp_path / "adapter"), (base / "model.safetensors").stat().st_size
+    for share, code in ((0.4, 2), (0.7, 0)):
+        monkeypatch.setattr(planning, "shutil", disk(int(share * needed)))
+        said = call("export", adapter, "--base", base, "--to", "gguf", "--reader", "gguf", "-o", tmp_path / "out")
+        assert said.code == code and ("not enough room" in said.err) == bool(code)
+        assert (tmp_path / "out").exists() == (not code) and "reading the adapter" not in said.err[: 400 * code]
+
+
+def test_a_gguf_model_that_does_not_fit_says_why(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    base = tiny_base(tmp_path / "base", "llama")
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    command = ("export", adapter, "--base", base, "--to", "gguf", "--reader", "gguf", "-o")
+    assert call(*command, tmp_path / "whole").code == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "whole" / "model.gguf").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 5000, hard))
+    try:
+        said = call(*command, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert said.code == 1 and "cannot write: File too large" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "whole"]
 
 
 def test_what_an_earlier_attempt_wrote_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,11 +277,48 @@ def test_a_change_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
 def test_wrong_requests_are_told_together(tmp_path: Path, tiny_llama: Path) -> None:
     adapter = peft_adapter(tiny_llama, tmp_path / "adapter")
     with pytest.raises(InputError) as caught:
-        plan_merge(tiny_llama, [adapter], tmp_path, Mix("tie", (1.0, 2.0), 0.0))
-    text = str(caught.value)
-    assert all(part in text for part in ("ties", "one weight for each adapter", "not a share", "the output exists"))
+        plan_merge(tiny_llama, [adapter], tmp_path, Mix("tie", (1.0, float("nan")), 0.0))
+    says = ("ties", "one weight for each adapter", "numbers, not all 0", "not a share", "the output exists")
+    assert all(part in str(caught.value) for part in says)
+    with pytest.raises(InputError, match="linear keeps every value"):
+        plan_merge(tiny_llama, [adapter], tmp_path / "out", Mix("linear", (1.0,), 0.5))
     with pytest.raises(InputError, match="wrong shape"):
         plan_merge(tiny_base(tmp_path / "other", "mistral", hidden_size=64), [adapter], tmp_path / "out", ONE)
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
+    base, adapter = sharded(tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(n for n in sorted(tensors, reverse=True) if "lora_B" in n)
+    save_file({**tensors, name: tensors[name].sign() * 3e38}, adapter / "adapter_model.safetensors")
+    plan = plan_merge(base, [adapter], tmp_path / "out", ONE)
+    with pytest.raises(TunegateError, match=r"not finite in float32(?s:.)*check the adapter"):
+        write_merged(plan)
+    assert not plan.partial.exists()
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_an_interrupted_merge_says_what_it_kept(shard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunegate.export import merge
+
+    base, adapter = sharded(tmp_path)
+    work, sources = merge.merged_tensors, sorted(base.glob("*.safetensors"))
+
+    def interrupted(plan: Any, source: Path) -> Any:
+        if source == sources[shard]:
+            raise KeyboardInterrupt
+        yield from work(plan, source)
+
+    command = ("merge", adapter, "-o", tmp_path / "out", "--base", base)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "merged_tensors", interrupted)
+        said = call(*command)
+    kept = f"1 of {len(sources)} shards are kept, the same command goes on from there"
+    assert said.code == 130 and f"interrupted; {kept if shard else 'nothing was written'}" in said.err
+    left = {p.name for p in (tmp_path / ".out.partial").glob("*")}
+    assert left == ({sources[0].name, PROGRESS} if shard else set())
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"} | ({".out.partial"} if shard else set())
+    assert call(*command).code == 0 and not (tmp_path / ".out.partial").exists()
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -339,11 +375,11 @@ def test_only_a_hub_base_is_asked_for_by_its_revision(
 def test_a_merge_without_parity_leaves_nothing(run: Path, tmp_path: Path) -> None:
     from tunegate.cli.console import Console
     from tunegate.export.parity import Limits
-    from tunegate.pipeline.merge import merge, request_of
+    from tunegate.pipeline.merge import MergeRequest, merge
 
-    request = request_of([str(run)], str(tmp_path / "out"), None, "linear", 1.0, 0, None, "trained")
+    request = MergeRequest((run,), tmp_path / "out", limits=Limits(mean_kl=-1.0))
     with pytest.raises(TunegateError, match="not the adapter on its base"):
-        merge(replace(request, limits=Limits(mean_kl=-1.0)), Console(json_only=True))
+        merge(request, Console(json_only=True))
     assert not list(tmp_path.iterdir())
 
 
@@ -396,9 +432,9 @@ def test_workers_hand_tensors_out_in_order_within_the_budget(tmp_path: Path, mon
     begun: list[str] = []
     work = stream._merged
 
-    def spy(plan_: Any, path: Path, descriptor: int, entry: Any) -> Any:
+    def spy(plan_: Any, path: Path, descriptor: int, entry: Any, dtype: Any) -> Any:
         begun.append(entry.name)
-        return work(plan_, path, descriptor, entry)
+        return work(plan_, path, descriptor, entry, dtype)
 
     monkeypatch.setattr(stream, "_merged", spy)
     monkeypatch.setattr(stream, "_ROOM", 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from task import call, replace_line, write_task
 from test_export_merge import peft_adapter
@@ -49,8 +50,9 @@ def adapter_of(task: Path) -> Path:
 
 
 def change_card(adapter: Path, key: str, name: str, value: Any) -> None:
+    """``key`` of the card's settings, or the card's own ``base``."""
     card = read_json(adapter / "card.json")
-    card["config"][key][name] = value
+    (card if key == "base" else card["config"])[key][name] = value
     write_json(adapter / "card.json", card)
     manifest = read_json(adapter / "manifest.json")
     write_json(adapter / "manifest.json", {**manifest, "card.json": hash_file(adapter / "card.json")})
@@ -100,6 +102,24 @@ def test_both_ways_of_a_4_bit_adapter_are_measured(task: Path, tmp_path: Path) -
     assert found["trained"]["onto"].startswith("weights as nf4") and found["original"]["onto"] == "original weights"
     for told in ({k: r["parity"] for k, r in found.items()}, {k: r["items"][0] for k, r in found.items()}):
         assert told["trained"]["mean_kl"] < 1e-6 < 1e-4 < told["original"]["mean_kl"]
+
+
+def test_adapters_of_different_quantizations_meet_on_the_original(task: Path, moved: Path, tmp_path: Path) -> None:
+    change_card(moved, "base", "recipe", None)
+    command = ("merge", adapter_of(task), moved, "-o", tmp_path / "out", "--weights", 0.5, 0.5)
+    said = call(*command)
+    assert said.code == 2 and "different quantizations" in said.err and "--onto original" in said.err
+    said = call(*command, "--onto", "original")
+    assert said.code == 0, said.err
+    report = read_json(tmp_path / "out" / "merge.json")
+    assert report["onto"] == "original weights" and report["parity"]["mean_kl"] < 1e-6
+
+
+def test_a_mixture_onto_the_original_is_compared_with_the_one_that_was_trained(task: Path, tmp_path: Path) -> None:
+    limits = ("--max-kl", 10, "--min-agreement", 0)
+    said = call("merge", adapter_of(task), "-o", tmp_path / "out", "--weights", 0.9, "--onto", "original", *limits)
+    assert said.code == 0, said.err
+    assert read_json(tmp_path / "out" / "merge.json")["parity"]["mean_kl"] > 1e-4
 
 
 def test_a_merge_that_does_the_task_worse_leaves_nothing(
@@ -214,6 +234,34 @@ def test_scores_are_the_evaluators(metric: str, more: str, text: bool, tiny_llam
     assert found.row_ids == evaluation.primary.row_ids
     np.testing.assert_allclose(found.scores, evaluation.primary.scores, rtol=1e-5)
     assert len(set(found.scores.tolist())) > 0 and proof.Exam(asked, (items,)).longest >= max(map(len, prompts)) + 4
+
+
+def test_distributions_are_kept_of_so_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        def answers(self, prompts: Any, stop_ids: Any, new_tokens: int) -> list[list[int]]:
+            return [[7] for _ in prompts]
+
+        def log_probs(self, row: Any, last: int = 0) -> torch.Tensor:
+            return torch.log_softmax(torch.arange(4.0), 0).expand(len(row), 4)
+
+    monkeypatch.setattr(parity, "ROWS", 2)
+    first = parity.read(Counting(), Questions(((1,), (1, 2), (1, 2, 3)), (), 1))
+    found = parity.compare(first, first)
+    assert (found.prompts, found.positions, found.same_answers) == (3, 5, 1.0)
+
+
+def test_a_report_says_how_near_a_tie_answers_part() -> None:
+    even, clear = torch.tensor([0.4, 0.35, 0.15, 0.1]).log(), torch.tensor([0.1, 0.7, 0.15, 0.05]).log()
+    one = torch.stack([even, clear])  # after the prompt, and after the answer's only token
+
+    def parted(*second: int) -> float | None:
+        found = [parity.Reading(((9, 0),), (one,), (answer,)) for answer in ((0,), second)]
+        return parity.compare(*found).parted
+
+    assert parted(0) is None
+    assert parted(1) == pytest.approx(float(even[0] - even[1]))
+    assert parted(0, 2) == pytest.approx(float(clear[1] - clear[2]))  # the first ended, the second goes on
+    assert parted() == pytest.approx(float(even[0] - even[1]))  # the second ended at once
 
 
 def an_item_proof(prompts: float = 1.0, low: float = -0.1, high: float = 0.1) -> Proof:

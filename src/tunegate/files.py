@@ -53,12 +53,11 @@ def explain_os_error(path: Path) -> Iterator[None]:
         if number not in _WAYS_OUT:
             raise
         place = "point TUNEGATE_HOME at another folder" if _below(path, home()) else "choose another folder"
-        place += "" if _below(path, home()) else " (`output:` in the task file)"
+        place += "" if _below(path, home()) else " (`output:` in the task file, or -o)"
         raise TunegateError(
             f"cannot write: {os.strerror(number)}",
             where=str(path),
-            fix=f"{_WAYS_OUT[number].format(elsewhere=place)}; "
-            "what was written before is whole, the same command goes on from there",
+            fix=f"{_WAYS_OUT[number].format(elsewhere=place)}; the same command goes on from what was finished before",
         ) from error
 
 

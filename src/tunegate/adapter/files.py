@@ -43,6 +43,7 @@ _NAME = re.compile(  # no empty part, so no `..`; no separator of paths
     re.escape(_PREFIX) + r"(?P<path>\w+(\.\w+)*)\.(lora_[AB]\.weight|lora_magnitude_vector)", re.ASCII
 )
 _MOST_KNOWN = 64
+_OTHER_BASE = "the adapter may belong to another base, or its file may be damaged: copy it again"
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, by name
 
 
@@ -395,15 +396,16 @@ def _coverage(
     surplus = sorted(set(found) - set(expected))
     missing = sorted(set(expected) - set(found))
     problems = [
-        Problem("wrong shape", f"{where}: {name}", str(list(expected[name])), str(list(found[name])))
+        Problem("wrong shape", f"{where}: {name}", str(list(expected[name])), str(list(found[name])), _OTHER_BASE)
         for name in sorted(set(found) & set(expected))
         if expected[name] != found[name]
     ]
     problems += [
-        Problem("a tensor is missing", f"{where}: {name}", str(list(expected[name])), "nothing") for name in missing
+        Problem("a tensor is missing", f"{where}: {name}", str(list(expected[name])), "nothing", _OTHER_BASE)
+        for name in missing
     ]
     for name in surplus:
-        fix = _explain(name) or nearest(name, missing, n=1) or "the adapter may belong to another base"
+        fix = _explain(name) or nearest(name, missing, n=1) or _OTHER_BASE
         problems.append(
             Problem("no adapted module takes this tensor", f"{where}: {name}", got=str(list(found[name])), fix=fix)
         )
@@ -432,7 +434,13 @@ def _wrong_types(entries: Mapping[str, TensorEntry], where: str) -> list[Problem
 
 def non_finite(tensors: Mapping[str, Tensor], where: str) -> list[Problem]:
     return [
-        Problem("values that are not finite", f"{where}: {name}", "finite values", _count_bad(tensor))
+        Problem(
+            "values that are not finite",
+            f"{where}: {name}",
+            "finite values",
+            _count_bad(tensor),
+            "train it again: the training diverged, or the file was changed",
+        )
         for name, tensor in sorted(tensors.items())
         if not _finite(tensor)
     ]

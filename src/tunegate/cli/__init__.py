@@ -19,8 +19,8 @@ from tunegate.cli.console import Console
 from tunegate.cli.parser import make_parser
 from tunegate.errors import Problem, TunegateError
 
-# What these write appears when it is whole, and they start anew.
-ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "plan", "quantize", "show"}
+# What these write appears when it is whole, and they start anew. A merge with finished shards says that it kept them.
+ALL_OR_NOTHING = {"check", "deploy", "doctor", "export", "init", "merge", "plan", "quantize", "show"}
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -67,11 +67,13 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
         return error.problems, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         kept = "what was finished is kept, the same command goes on from there"
-        return [Problem("interrupted; " + ("nothing was written" if command in ALL_OR_NOTHING else kept))], 130
+        usual = "nothing was written" if command in ALL_OR_NOTHING else kept
+        return [Problem(f"interrupted; {str(error) or usual}")], 130
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return [
-            Problem("out of memory", fix="lower train.tokens_per_batch, or set train.gradient_checkpointing: true")
-        ], 1
+        fix = "lower train.tokens_per_batch, or set train.gradient_checkpointing: true"
+        if command in ("export", "merge"):
+            fix = "the parity report loads the whole model: use a machine with more memory, or close other programs"
+        return [Problem("out of memory", fix=fix)], 1
     if isinstance(error, OSError) and error.strerror:
         return [Problem(f"the system refuses: {error.strerror}", where=str(error.filename or ""))], 1
     first = (str(error).splitlines() or [""])[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
@@ -133,18 +133,15 @@ def gate(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def merge(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.pipeline.merge import MergeRequest
     from tunegate.pipeline.merge import merge as run_merge
-    from tunegate.pipeline.merge import request_of
     from tunegate.registry.pulling import adapter_folders
 
-    adapters = adapter_folders(arguments.adapters, arguments.registry, "merged", console.line)
-    request = request_of(
-        adapters, arguments.out, arguments.weights, arguments.method, arguments.density, arguments.seed,
-        arguments.base, arguments.onto,
-    )  # fmt: skip
-    request = replace(
-        request, allow_base_mismatch=arguments.allow_base_mismatch, limits=limits_of(arguments),
-        items=items_of(arguments),
+    adapters = tuple(map(Path, adapter_folders(arguments.adapters, arguments.registry, "merged", console.line)))
+    request = MergeRequest(
+        adapters, Path(arguments.out), tuple(arguments.weights or [1.0] * len(adapters)), arguments.method,
+        arguments.density, arguments.seed, arguments.base, arguments.onto, limits_of(arguments),
+        arguments.allow_base_mismatch, items_of(arguments),
     )  # fmt: skip
     report = run_merge(request, console)
     console.text(f"merged    {report['changed']} of {report['modules']} adapted tensors changed, {report['onto']}")

@@ -148,8 +148,10 @@ def tell_items(report: dict[str, Any], console: Console) -> None:
 
 def parity_line(parity: dict[str, Any]) -> str:
     moved = "" if parity["moved"] is None else f" (from the base it is {parity['moved']:.2g})"
+    gap = parity["parted"]
+    parted = "" if gap is None else f", parting where the adapter's token is at most {gap:.2g} nats ahead"
     return (
         f"mean KL {parity['mean_kl']:.2g} nats{moved}, the same top token at "
         f"{parity['agreement']:.1%} of {parity['positions']} positions, {parity['same_answers']:.0%} of "
-        f"{parity['prompts']} answers equal"
+        f"{parity['prompts']} answers equal{parted}"
     )

@@ -51,6 +51,9 @@ class Mix:
     seed: int = 0
 
 
+ONE = Mix("linear", (1.0,))  # one adapter as it is
+
+
 def delta(weight: Tensor, update: Update) -> Tensor:
     """What ``update`` adds to ``weight`` (out, in); both fp32."""
     added = update.scale * (update.b @ update.a)

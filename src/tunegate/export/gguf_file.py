@@ -3,7 +3,7 @@
 The model file begins with every key and the name, shape and type of every tensor, all known beforehand; then the
 merged tensors are written as they come (``stream``), so no more lies in memory than a merge needs. Matrices become f16,
 bf16 or q8_0 (blocks of 32 with one scale); vectors stay fp32, as llama.cpp wants them. Rows that q8_0 cannot cut into
-blocks become f16.
+blocks become f16. To f16 the sum is rounded once, also where the base is bf16.
 
 The adapter file holds A and B of every module under the base tensor's name. llama.cpp computes ``alpha / rank * B A``
 with one alpha for all modules, so the factors are flattened first (``flat``) and alpha is that scale times the rank;
@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from tunegate.model.weights import TensorEntry
 
 OUT_TYPES = ("f16", "bf16", "q8_0")
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # gguf.LlamaFileType
+_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 _ELEMENTS_AT_ONCE = 1 << 21
 
 
@@ -56,6 +57,13 @@ class _Slot:
     target: str  # GGUF's
     kind: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the merged values come: the base's, or at once the file's where that is as wide."""
+        own = DTYPES[self.entry.dtype]
+        wanted = _DTYPES.get(self.kind, own)
+        return wanted if wanted.itemsize == own.itemsize else own
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,6 +74,11 @@ class Layout:
     slots: Mapping[Path, Mapping[str, _Slot]]
     vocabulary: Vocabulary
     out_type: str
+
+    def dtypes(self, source: Path) -> dict[str, torch.dtype]:
+        """As what the merged tensors of ``source`` come where it is not the base's dtype."""
+        found = {name: slot.dtype for name, slot in self.slots[source].items()}
+        return {name: dtype for name, dtype in found.items() if dtype != DTYPES[self.slots[source][name].entry.dtype]}
 
 
 def lay_out(plan: Plan, vocabulary: Vocabulary, out_type: str) -> Layout:
@@ -138,15 +151,15 @@ def write_model(
     changed = set()
     try:
         if extra is not None:
-            writer.write_tensor_data(extra.numpy())
+            writer.write_tensor_data(_Bytes(extra.numpy()))
         for source in plan.files:
-            for entry, data, differs in merged_tensors(plan, source):
+            for entry, data, differs in merged_tensors(plan, source, layout.dtypes(source)):
                 if differs:
                     changed.add(entry.name)
                 here = layout.slots[source].get(entry.name)
                 if here is not None:
-                    values = to_gguf(config, layout.family, here.name, data.view(DTYPES[entry.dtype]).view(entry.shape))
-                    writer.write_tensor_data(_encoded(values, here))
+                    values = to_gguf(config, layout.family, here.name, data.view(here.dtype).view(entry.shape))
+                    writer.write_tensor_data(_Bytes(_encoded(values, here)))
                     del values
                 del data  # else it would be held until the next one is ready
                 progress(size_of(entry))
@@ -181,7 +194,7 @@ def write_adapter(flat: Flat, config: Any, path: Path, about: Mapping[str, str])
     _begin(writer)
     try:
         for tensor in tensors.values():
-            writer.write_tensor_data(tensor.numpy())
+            writer.write_tensor_data(_Bytes(tensor.numpy()))
     finally:
         _end(writer)
     return len(flat.modules)
@@ -223,6 +236,21 @@ def _begin(writer: Any) -> None:
     writer.write_ti_data_to_file()
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """What ``GGUFWriter`` uses of an array, written through the file's own buffer: on a full disk numpy's ``tofile``
+    does not say why it fails, and the end of a small tensor is lost without a word."""
+
+    values: np.ndarray[Any, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def tofile(self, handle: IO[bytes]) -> None:
+        handle.write(self.values)
+
+
 def _end(writer: Any) -> None:
     """Flush to the disk and close."""
     for handle in writer.fout:
@@ -240,6 +268,8 @@ def _encoded(values: Tensor, slot: _Slot) -> np.ndarray[Any, Any]:
         return values.float().contiguous().numpy()
     if slot.kind == "bf16":
         return values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    if slot.kind == "f16" and values.dtype == torch.float16:
+        return values.contiguous().numpy()
     rows = max(1, _ELEMENTS_AT_ONCE // values.shape[-1])
     parts = (values[start : start + rows].float() for start in range(0, values.shape[0], rows))
     if slot.kind == "f16":

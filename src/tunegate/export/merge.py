@@ -5,12 +5,12 @@ that was cut off goes on with the next shard. ``finish`` publishes the folder by
 before that. Every adapted tensor must have changed. Where the adapter was trained with a chat template of its own, the
 merged folder carries that one.
 
-It does not load the model or judge the result: ``parity`` does.
+It does not load the model or judge the result: ``parity`` does. Errors leave what they leave; ``keep_finished`` and
+``discard`` clean up.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any
 from tunegate.errors import TunegateError
 from tunegate.export.plan import Plan
 from tunegate.export.stream import check_changed, merged_tensors
-from tunegate.files import explain_os_error, flush_folder, hash_file, read_json, write_json, write_text
+from tunegate.files import explain_os_error, flush_folder, hash_file, read_json, write_bytes, write_json, write_text
 from tunegate.model.origin import MERGE
 from tunegate.model.shards import ShardWriter, size_of
 from tunegate.model.weights import INDEX_FILE
@@ -45,7 +45,8 @@ def write_merged(plan: Plan, progress: Callable[[int], None] = lambda _: None, t
     """Write every shard and the files beside them into ``plan.partial``; shards already there are kept.
 
     ``progress`` is called with the bytes of each tensor. ``template``: the chat template of training, None for the
-    base's own. :class:`TunegateError` if an adapted tensor is unchanged.
+    base's own. :class:`TunegateError` if an adapted tensor is unchanged or not finite; nothing is kept then, because
+    the same merge would come out the same.
     """
     partial = plan.partial
     with explain_os_error(plan.out):
@@ -62,7 +63,7 @@ def write_merged(plan: Plan, progress: Callable[[int], None] = lambda _: None, t
     try:
         check_changed(plan, changed, str(plan.out))
     except TunegateError:
-        discard(plan)  # the same merge would come out the same
+        discard(plan)
         raise
     return Merged(partial, len(changed), len(plan.updates), sum(p.stat().st_size for p in plan.files))
 
@@ -87,12 +88,16 @@ def _write_shard(plan: Plan, source: Path, target: Path, progress: Callable[[int
     """The shard's hash and the names of the tensors that changed."""
     changed = []
     with ShardWriter(target, sorted(plan.files[source], key=lambda e: e.start)) as writer:
-        for entry, data, differs in merged_tensors(plan, source):
-            if differs:
-                changed.append(entry.name)
-            writer.write(entry.name, data)
-            del data  # else it would be held until the next one is ready
-            progress(size_of(entry))
+        try:
+            for entry, data, differs in merged_tensors(plan, source):
+                if differs:
+                    changed.append(entry.name)
+                writer.write(entry.name, data)
+                del data  # else it would be held until the next one is ready
+                progress(size_of(entry))
+        except TunegateError:
+            discard(plan)
+            raise
     return {"hash": writer.hash, "changed": changed}
 
 
@@ -101,14 +106,14 @@ def _copy_rest(plan: Plan, template: str | None) -> None:
     for source in sorted(plan.base.iterdir()):
         wanted = source.suffix in _COPIED and source.name not in _NOT_COPIED
         if wanted and source.is_file() and source.resolve().suffix != ".py":
-            shutil.copyfile(source, plan.partial / source.name)
+            write_bytes(plan.partial / source.name, source.read_bytes())
     if template is not None:
         write_text(plan.partial / TEMPLATE, template)
     if len(plan.files) > 1 or any(path.name != "model.safetensors" for path in plan.files):
         weight_map = {e.name: path.name for path, entries in plan.files.items() for e in entries}
         total = sum(size_of(e) for entries in plan.files.values() for e in entries)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (plan.partial / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_json(plan.partial / INDEX_FILE, index)
 
 
 def finish(plan: Plan, report: Mapping[str, Any]) -> Path:
@@ -119,6 +124,22 @@ def finish(plan: Plan, report: Mapping[str, Any]) -> Path:
         plan.partial.rename(plan.out)
         flush_folder(plan.out.absolute().parent)
     return plan.out
+
+
+def keep_finished(plan: Plan) -> int:
+    """Remove what a merge that was cut off left half-written; returns how many shards are kept for the next time."""
+    try:
+        found = read_json(plan.partial / PROGRESS)
+        kept = set(found["shards"]) if found["key"] == plan.key else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = set()
+    if not kept:
+        discard(plan)
+        return 0
+    for path in plan.partial.iterdir():
+        if path.name not in kept and path.name != PROGRESS:
+            path.unlink()
+    return len(kept)
 
 
 def discard(plan: Plan) -> None:

@@ -23,6 +23,8 @@ from tunegate.engine.runner import Runner, evaluating
 from tunegate.errors import TunegateError
 
 POSITIONS = 32  # positions of a row whose distributions are kept, counted from its end
+WAYS_OUT = "use the adapter unmerged, or a base in fp32; --onto trained takes the weights that it was trained on"
+ROWS = 64  # rows whose distributions are kept: with 250,000 tokens, 2 GB
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reading:
-    """One model on every prompt: log-probabilities (positions, vocabulary) fp32 a row, and its greedy answers."""
+    """One model on every prompt: log-probabilities (positions, vocabulary) fp32 of each of the first ``ROWS`` rows, and
+    its greedy answers to all."""
 
     rows: tuple[tuple[int, ...], ...]
     log_probs: tuple[Tensor, ...]
@@ -44,7 +47,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Parity:
-    """KL in nats. ``moved`` is the mean KL between the plain base and the first model, where it was measured."""
+    """KL in nats. ``moved`` is the mean KL between the plain base and the first model, where it was measured.
+    ``parted``: where answers part, the most by which the first model preferred its token, in nats: how near a tie they
+    all were; None if no answer parts where distributions were kept."""
 
     prompts: int
     positions: int
@@ -53,6 +58,7 @@ class Parity:
     agreement: float
     same_answers: float
     moved: float | None = None
+    parted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +106,7 @@ def read(subject: Subject, asked: Questions, rows: Sequence[Sequence[int]] | Non
     answers = tuple(tuple(a) for a in subject.answers(asked.prompts, asked.stop_ids, asked.new_tokens))
     wanted = [(*p, *a) for p, a in zip(asked.prompts, answers, strict=True)] if rows is None else map(tuple, rows)
     found = tuple(wanted)
-    return Reading(found, tuple(subject.log_probs(row) for row in found), answers)
+    return Reading(found, tuple(subject.log_probs(row) for row in found[:ROWS]), answers)
 
 
 def compare(first: Reading, second: Reading, base: Reading | None = None) -> Parity:
@@ -111,10 +117,27 @@ def compare(first: Reading, second: Reading, base: Reading | None = None) -> Par
     moved = None
     if base is not None:
         moved = float(torch.cat([_kl(a, b) for a, b in zip(first.log_probs, base.log_probs, strict=True)]).mean())
+    gaps = [_gap(*one) for one in zip(first.log_probs, first.answers, second.answers, strict=False)]
     return Parity(
         prompts=len(first.rows), positions=len(kls), mean_kl=float(kls.mean()), max_kl=float(kls.max()),
         agreement=float(same.float().mean()), same_answers=sum(equal) / len(equal), moved=moved,
+        parted=max((gap for gap in gaps if gap is not None), default=None),
     )  # fmt: skip
+
+
+def _gap(log_probs: Tensor, first: Sequence[int], second: Sequence[int]) -> float | None:
+    """How much likelier the first model's own next token was than the second's where their answers part, in nats.
+
+    ``log_probs`` are the first model's, of a row that ends with its answer.
+    """
+    n = next((n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
+    n = min(len(first), len(second)) if n is None else n
+    behind = len(first) - n + 1
+    if tuple(first) == tuple(second) or behind > len(log_probs):
+        return None
+    found = log_probs[-behind]
+    other = found[second[n]] if n < len(second) else found.topk(2).values[1]  # it ended, with one of several ids
+    return float(found.max() - other)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -132,5 +155,5 @@ def require(parity: Parity, limits: Limits, what: str, where: str) -> None:
             expected=f"mean KL at most {limits.mean_kl:g} nats, the same top token at {limits.agreement:.0%} or more",
             got=f"{parity.mean_kl:.4g} nats (largest {parity.max_kl:.4g}), {parity.agreement:.1%} of "
             f"{parity.positions} positions",
-            fix="store it in fp32, merge onto the base it was trained on, or serve it unmerged",
+            fix=WAYS_OUT,
         )

@@ -9,22 +9,22 @@ It reads no weights: ``stream`` does.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunegate.adapter.files import adapter_hash, checked_state, tensor_name
 from tunegate.adapter.inject import find_targets
 from tunegate.adapter.layers import is_conv1d
 from tunegate.errors import InputError, Problem, nearest
 from tunegate.export.deltas import METHODS, Mix, Update
-from tunegate.files import hash_json, partial_of
+from tunegate.files import hash_json, links_out, partial_of
+from tunegate.model.loading import empty_model
 from tunegate.model.shards import DTYPES
-from tunegate.model.streaming import checkpoint_names, is_quantized, on_meta, quantizable
+from tunegate.model.streaming import checkpoint_names, is_quantized, quantizable
 from tunegate.model.weights import TensorEntry, tensors_of
 
 
@@ -52,14 +52,15 @@ class Plan:
 
 def plan_merge(
     base: Path, adapters: Sequence[Path], out: Path, mix: Mix, *, recipe: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    checkpoint: bool = True,
 ) -> Plan:  # fmt: skip
     """Check everything that can be wrong before a byte is written: adapters against the architecture, tensor names,
-    dtypes, room on the disk. ``recipe`` is the quantization the adapters were trained on, None for none.
+    dtypes, room on the disk. ``recipe`` is the quantization the adapters were trained on, None for none. Without
+    ``checkpoint`` the base's files are not written anew, and no room is asked for.
     """
-    from transformers import AutoConfig
-
     problems = _mix_problems(mix, len(adapters))
+    what, fix = "a link leads out of the base's folder", "copy the file itself into the folder"
+    problems += [Problem(what, str(link), fix=fix) for link in links_out(base)]
     if out.exists() or out.is_symlink():
         problems.append(Problem("the output exists", str(out), fix="name another folder, or remove it"))
     if partial_of(out).is_symlink():  # its content would be removed, wherever it points
@@ -70,8 +71,7 @@ def plan_merge(
         problems.append(Problem(what, str(base), fix=fix))
     if problems:
         raise InputError(problems)
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
-    model = on_meta(config, torch.float32, trust_remote_code)
+    model = empty_model(base)
     updates: dict[str, list[Update | None]] = {}
     for number, folder in enumerate(adapters):
         spec, state = checked_state(model, folder)
@@ -89,11 +89,13 @@ def plan_merge(
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     seen: frozenset[str] = frozenset()
     if recipe is not None:
-        quantized = {f"{path}.weight" for path in quantizable(model, tuple(recipe["keep"]))}  # a stored one has no keep
+        quantized = {f"{path}.weight" for path in quantizable(model, tuple(recipe["keep"]))}
         seen = frozenset(name for name, key in names.items() if key in quantized)
     key = hash_json([hashes, mix.method, list(mix.weights), mix.density, mix.seed, recipe and dict(recipe), stamps])
-    plan = Plan(base, out, config, files, names, paths, transposed, updates, mix, recipe, seen, key)
-    problems += _disk_problems(plan)
+    plan = Plan(base, out, model.config, files, names, paths, transposed, updates, mix, recipe, seen, key)
+    if checkpoint:
+        done = sum(p.stat().st_size for p in plan.partial.glob("*.safetensors")) if plan.partial.is_dir() else 0
+        problems += room_problems(out, sum(path.stat().st_size for path in files), done)
     if problems:
         raise InputError(problems)
     return plan
@@ -103,11 +105,19 @@ def _mix_problems(mix: Mix, count: int) -> list[Problem]:
     problems = []
     if mix.method not in METHODS:
         fix = nearest(mix.method, METHODS)
-        problems.append(Problem("unknown way to combine adapters", "method", ", ".join(METHODS), repr(mix.method), fix))
+        problems.append(
+            Problem("unknown way to combine adapters", "--method", ", ".join(METHODS), repr(mix.method), fix)
+        )
     if len(mix.weights) != count or not count:
-        problems.append(Problem("one weight for each adapter", "weights", f"{count}", f"{len(mix.weights)}"))
+        problems.append(Problem("one weight for each adapter", "--weights", f"{count}", f"{len(mix.weights)}"))
+    if not all(map(math.isfinite, mix.weights)) or not any(mix.weights):
+        got = ", ".join(f"{weight:g}" for weight in mix.weights)
+        problems.append(Problem("nothing can be merged with these weights", "--weights", "numbers, not all 0", got))
     if not 0 < mix.density <= 1:
-        problems.append(Problem("not a share", "density", "above 0, at most 1", f"{mix.density:g}"))
+        problems.append(Problem("not a share", "--density", "above 0, at most 1", f"{mix.density:g}"))
+    elif mix.method == "linear" and mix.density < 1:
+        what, fix = "linear keeps every value", f"--method {' or '.join(METHODS[1:])}"
+        problems.append(Problem(what, "--density", "1", f"{mix.density:g}", fix))
     return problems
 
 
@@ -134,14 +144,13 @@ def _source_problems(
     return problems
 
 
-def _disk_problems(plan: Plan) -> list[Problem]:
-    needed = sum(path.stat().st_size for path in plan.files)
-    done = sum(p.stat().st_size for p in plan.partial.glob("*.safetensors")) if plan.partial.is_dir() else 0
-    folder = plan.out.absolute().parent
+def room_problems(out: Path, needed: int, done: int = 0) -> list[Problem]:
+    """A problem if ``needed`` bytes, of which ``done`` lie there already, do not fit where ``out`` goes."""
+    folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free + done
-    if free > needed * 1.02:
+    needed, free = int(needed * 1.02), shutil.disk_usage(folder).free + done
+    if free > needed:
         return []
     what, fix = "not enough room on the disk", "free some space, or name a folder on another disk"
-    return [Problem(what, str(folder), f"{needed / 1e9:.1f} GB", f"{free / 1e9:.1f} GB free", fix)]
+    return [Problem(what, str(folder), f"{needed / 1e6:,.1f} MB", f"{free / 1e6:,.1f} MB free", fix)]

@@ -10,7 +10,9 @@ It judges nothing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,7 +98,9 @@ def in_transformers_gguf(path: Path, config: Any) -> Subject:
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
-    return InTransformers(loader.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32))
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+        model = loader.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=torch.float32)
+    return InTransformers(model)
 
 
 @torch.no_grad()

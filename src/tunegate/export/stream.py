@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,26 +35,34 @@ _ROOM = 64 << 20  # bytes always allowed, so that small tensors are not read one
 _QUANTIZED_COST = 1.6  # in sizes of a 16-bit tensor: its codes beside it, and again where they are put together
 
 
-def merged_tensors(plan: Plan, source: Path) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
+def merged_tensors(
+    plan: Plan, source: Path, dtypes: Mapping[str, torch.dtype] | None = None
+) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
     """(entry, its bytes (n,) uint8, whether any value changed) for every tensor of one file, in its order.
 
-    The bytes are the consumer's until it asks for the next tensor, and memory until it lets go of them.
-    :class:`TunegateError` for a merged weight that is not finite.
+    ``dtypes`` names tensors whose values are stored in another dtype than their own, of the same width; all others
+    keep theirs. The bytes are the consumer's until it asks for the next tensor, and memory until it lets go of them.
+    :class:`TunegateError` for a value that is not finite where it was stored anew.
     """
+    wanted = dtypes or {}
     entries = sorted(plan.files[source], key=lambda e: e.start)
     largest = max((size_of(e) for part in plan.files.values() for e in part), default=0)
     descriptor = os.open(source, os.O_RDONLY)
     threads = torch.get_num_threads()
     try:  # a worker that used every core for itself would only be in the way of the others
         with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from _in_order(plan, source, descriptor, entries, pool, max(int(_BUDGET * largest), _ROOM))
+
+            def begin(entry: TensorEntry) -> Future[tuple[Tensor, bool]]:
+                return pool.submit(_merged, plan, source, descriptor, entry, wanted.get(entry.name))
+
+            yield from _in_order(plan, entries, begin, max(int(_BUDGET * largest), _ROOM))
     finally:
         torch.set_num_threads(threads)  # what threads that begin later start with
         os.close(descriptor)
 
 
 def _in_order(
-    plan: Plan, source: Path, descriptor: int, entries: Sequence[TensorEntry], pool: ThreadPoolExecutor, budget: int
+    plan: Plan, entries: Sequence[TensorEntry], begin: Callable[[TensorEntry], Future[tuple[Tensor, bool]]], budget: int
 ) -> Iterator[tuple[TensorEntry, Tensor, bool]]:
     ahead = deque(entries)
     waiting: deque[tuple[TensorEntry, Future[tuple[Tensor, bool]]]] = deque()
@@ -63,7 +71,7 @@ def _in_order(
         while ahead and (not waiting or held + _cost(plan, ahead[0]) <= budget):
             entry = ahead.popleft()
             held += _cost(plan, entry)
-            waiting.append((entry, pool.submit(_merged, plan, source, descriptor, entry)))
+            waiting.append((entry, begin(entry)))
         entry, future = waiting.popleft()
         data, changed = future.result()
         del future  # it holds the bytes too
@@ -77,15 +85,19 @@ def _cost(plan: Plan, entry: TensorEntry) -> int:
 
 
 @torch.no_grad()
-def _merged(plan: Plan, source: Path, descriptor: int, entry: TensorEntry) -> tuple[Tensor, bool]:
+def _merged(
+    plan: Plan, source: Path, descriptor: int, entry: TensorEntry, dtype: torch.dtype | None
+) -> tuple[Tensor, bool]:
     data = torch.empty(size_of(entry), dtype=torch.uint8)
     fill(descriptor, entry, data, source)
     path = plan.paths.get(entry.name)
-    if path is None and entry.name not in plan.seen:
+    if path is None and entry.name not in plan.seen and dtype is None:
         return data, False
     weight = data.view(DTYPES[entry.dtype]).view(entry.shape)
-    out = weight.t() if path in plan.transposed else weight
-    base: Matrix = Dense(out)
+    out = weight if dtype is None else weight.view(dtype)  # in place: each row is read before it is written
+    if path in plan.transposed:
+        weight, out = weight.t(), out.t()
+    base: Matrix = Dense(weight)
     if entry.name in plan.seen:
         assert plan.recipe is not None
         base = Seen(quantize(weight, Recipe.from_json(plan.recipe)))
@@ -93,6 +105,7 @@ def _merged(plan: Plan, source: Path, descriptor: int, entry: TensorEntry) -> tu
         return data, _add(plan, path, base, out)
     for part in pieces(base):
         out[part] = base.rows(part)
+        _check_finite(out[part], entry.name)
     return data, False
 
 
@@ -117,11 +130,16 @@ def _add(plan: Plan, path: str, base: Matrix, out: Tensor) -> bool:
     for rows, values in merged_rows(base, plan.updates[path], plan.mix, path):
         changed = changed or not torch.equal(values.to(out.dtype), base.rows(rows).to(out.dtype))
         out[rows] = values
-        # a sum is one pass and finite only if all is; one of huge values may be infinite without that
-        if not torch.isfinite(out[rows].sum(dtype=torch.float32)) and not torch.isfinite(out[rows]).all():
-            fix = "check the adapter; `tunegate show` names its run"
-            raise TunegateError("a merged weight is not finite in the base's dtype", where=path, fix=fix)
+        _check_finite(out[rows], path)
     return changed
+
+
+def _check_finite(values: Tensor, where: str) -> None:
+    # a sum is one pass and finite only if all is; one of huge values may be infinite without that
+    if not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+        kind = str(values.dtype).removeprefix("torch.")
+        fix = "check the adapter's tensors; float16 ends at 65,504, where bfloat16 (--outtype bf16) does not"
+        raise TunegateError(f"a weight is not finite in {kind}", where=where, fix=fix)
 
 
 def _acts(update: Update) -> bool:

@@ -82,22 +82,30 @@ def findings(
 
 
 def _of_tensors(tensors: Sequence[str], modules: set[str], vocabulary: int) -> list[Finding]:
-    found, last = [], {path.rpartition(".")[2] for path in modules}
+    last = {path.rpartition(".")[2] for path in modules}
+    found: dict[tuple[str, str, str], list[str]] = {}  # what is wrong with which tensors
     for name in sorted(tensors):
         path, part = name.removeprefix(_PREFIX), ""
         for ending in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
             if path.endswith(ending):
                 path, part = path[: -len(ending)], ending
         if name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
-            found.append(Finding("dropped", f"{name}: a full weight", _MERGE))
+            wrong = "dropped", "a full weight", _MERGE
         elif not part and path.rpartition(".")[0].rpartition(".")[2] not in ("score", "classifier"):
-            found.append(Finding("rejected", f"{name}: not A or B of an adapter", _MERGE))
+            wrong = "rejected", "not A or B of an adapter", _MERGE
         elif part and path not in modules:
             level = "dropped" if path.rpartition(".")[2] in last else "rejected"  # it looks at the last name only
-            found.append(Finding(level, f"{name}: the base has no such module"))
+            wrong = level, "the base has no such module", ""
         elif part.startswith(".lora_A") and path == "lm_head" and vocabulary > HEAD_VOCABULARY:
-            found.append(Finding("rejected", f"an adapter on a head of {vocabulary} tokens", _MERGE))
-    return found
+            wrong = "rejected", f"an adapter on a head of {vocabulary} tokens", _MERGE
+        else:
+            continue
+        found.setdefault(wrong, []).append(name)
+    return [Finding(level, f"{_some(names)}: {what}", fix) for (level, what, fix), names in found.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors, such as {names[0]}"
 
 
 def plain(flat: Flat) -> Flat:

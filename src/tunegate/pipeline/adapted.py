@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunegate.adapter.card import template_of, template_problems
+from tunegate.adapter.card import AtHand, base_problems, recipe_text, template_of, template_problems
 from tunegate.adapter.files import adapter_hash, load_adapter
 from tunegate.adapter.inject import disabled
 from tunegate.data.render import Renderer
@@ -41,6 +41,7 @@ from tunegate.records import AdapterCard
 from tunegate.registry.intake import folder_id
 
 NONE = Wanted(count=0)
+_OVERRIDE = "; --allow-base-mismatch overrides this and is recorded"
 PLAIN_PROMPTS = ("The", "A short answer:", "1, 2, 3,")
 
 
@@ -68,10 +69,9 @@ class Source:
 
 def check_folders(adapters: Sequence[Path]) -> None:
     """:class:`InputError` for adapter folders that are not there, or that a link leads out of."""
-    missing = [str(f) for f in adapters if not f.is_dir()]
-    if missing:
-        raise InputError("no such adapter folder", where=", ".join(missing))
-    problems = [
+    fix = "name the folder with adapter_model.safetensors, or a version in the registry: NAME@ALIAS"
+    problems = [Problem("no such adapter folder", str(f), fix=fix) for f in adapters if not f.is_dir()]
+    problems += [
         Problem("a link leads out of the folder", str(link), fix="copy the file itself into the folder")
         for adapter in adapters
         for link in links_out(adapter)
@@ -81,10 +81,12 @@ def check_folders(adapters: Sequence[Path]) -> None:
 
 
 def find_source(
-    adapters: Sequence[Path], base: str | None, allow_base_mismatch: bool, reporter: Reporter, items: Wanted = NONE
-) -> Source:
+    adapters: Sequence[Path], base: str | None, allow_base_mismatch: bool, reporter: Reporter, items: Wanted = NONE,
+    onto: str = "trained",
+) -> Source:  # fmt: skip
     """The base that every card names, proven to be that one; ``base`` is needed where there is no card. ``items``:
-    those asked beside the golden prompts."""
+    those asked beside the golden prompts. ``onto`` other weights than ``trained`` ones, adapters may have been trained
+    on different quantizations; the source then has none."""
     check_folders(adapters)
     with_card = [a for a in adapters if (a / CARD).exists()]
     for adapter in with_card:
@@ -102,19 +104,23 @@ def find_source(
     resolved = resolve_base(name, first.base.get("revision") if first and of_hub else None)
     made = fingerprint_base(resolved.path)
     fingerprint, origin = made.total, origin_of(resolved.path, made.weights)
-    for adapter, card in zip(with_card, cards, strict=True):
-        wanted = card.base["fingerprint"]["total"]
-        if wanted != fingerprint and not allow_base_mismatch:
-            raise InputError(
-                "the adapter was trained on another base",
-                where=str(adapter),
-                expected=f"{card.base['name']} with fingerprint {wanted}",
-                got=f"{name} with fingerprint {fingerprint}",
-                fix="name the base it was trained on; --allow-base-mismatch overrides this and is recorded",
-            )
     recipes = [card.base.get("recipe") for card in cards]
-    if any(r != recipes[0] for r in recipes):
-        raise InputError("the adapters were trained on different quantizations", fix="merge with --onto original")
+    problems = [
+        problem
+        for adapter, card, recipe in zip(with_card, cards, recipes, strict=True)
+        if not allow_base_mismatch
+        for problem in base_problems(card, AtHand(name, made, recipe), str(adapter), _OVERRIDE)
+    ]
+    alike = all(recipe == recipes[0] for recipe in recipes)
+    if not alike and onto == "trained":
+        problems.append(
+            Problem(
+                "the adapters were trained on different quantizations", ", ".join(map(str, with_card)), "one of all",
+                "; ".join(map(recipe_text, recipes)), "merge with --onto original",
+            )
+        )  # fmt: skip
+    if problems:
+        raise InputError(problems)
     verified = len(cards) == len(adapters)
     if not verified:
         reporter.line("warning: an adapter without a card: nothing proves that this is its base")
@@ -122,7 +128,7 @@ def find_source(
     problems = [p for card in cards if not allow_base_mismatch for p in template_problems(card, renderer)]
     if problems:
         raise InputError(problems)
-    recipe = recipes[0] if recipes else None
+    recipe = recipes[0] if recipes and alike else None
     exam = find_exam(_questions(renderer, cards), adapters, renderer, items)
     for line in exam.absent if items.count else ():
         reporter.line(f"no validation items are compared: {line}")
@@ -148,7 +154,9 @@ def _renderer(folder: Path, cards: Sequence[AdapterCard]) -> Renderer:
     """Of the template that the adapters were trained with; :class:`InputError` if they differ in it."""
     templates = {template_of(card) for card in cards}
     if len(templates) > 1:
-        raise InputError("the adapters were trained with different chat templates", got=", ".join(map(repr, templates)))
+        names = ", ".join(f"{card.name} {card.template['hash'][:15]}" for card in cards)
+        what, fix = "the adapters were trained with different chat templates", "train one again with the other's"
+        raise InputError(what, where="base.template", expected="one of all", got=names, fix=fix)
     return Renderer(load_tokenizer(folder), template=next(iter(templates), None), eos_ids=eos_ids(folder))
 
 

@@ -10,6 +10,7 @@ It exports one adapter: several are merged first.
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -160,8 +161,12 @@ def _publish(job: Job, report: dict[str, Any]) -> None:
     """The card and the report beside the files, then the folder under its name."""
     if (job.request.adapter / CARD).exists():
         shutil.copyfile(job.request.adapter / CARD, job.folder / CARD)
-    report["files"] = {p.name: hash_file(p) for p in sorted(job.folder.iterdir()) if p.is_file()}
+    files = sorted(p for p in job.folder.iterdir() if p.is_file())
+    report["files"] = {p.name: hash_file(p) for p in files}
     with explain_os_error(job.request.out):
+        for path in files:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
         write_json(job.folder / REPORT, report)
         job.folder.rename(job.request.out)
         flush_folder(job.request.out.absolute().parent)

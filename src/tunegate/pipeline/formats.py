@@ -8,7 +8,6 @@ It neither compares nor publishes: ``export`` does.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,12 @@ from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.export import gguf_file, go_template, mlx, readers, vllm
 from tunegate.export import llama_cpp as llama
 from tunegate.export import merge as merging
-from tunegate.export.deltas import Mix
+from tunegate.export.deltas import ONE
 from tunegate.export.flat import Flat, flatten
 from tunegate.export.gguf_families import family_of
-from tunegate.export.gguf_vocab import vocabulary
+from tunegate.export.gguf_vocab import Vocabulary, vocabulary
 from tunegate.export.parity import InRunner, Limits, Subject
-from tunegate.export.plan import Plan, plan_merge
+from tunegate.export.plan import Plan, plan_merge, room_problems
 from tunegate.files import write_json, write_text
 from tunegate.model.loading import empty_model, load_model
 from tunegate.model.origin import MERGE
@@ -76,6 +75,14 @@ class Job:
     notes: list[str] = field(default_factory=list)
     changed: int = 0
 
+    def merge_plan(self, checkpoint: bool) -> Plan:
+        """The merge that a format of the whole model streams. ``checkpoint``: into files like the base's."""
+        request = self.request
+        recipe = self.source.recipe if request.onto == "trained" else None
+        return plan_merge(
+            self.source.folder, (request.adapter,), request.out, ONE, recipe=recipe, checkpoint=checkpoint
+        )
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -89,7 +96,7 @@ class Reader:
 @dataclass(frozen=True)
 class Format:
     check: Callable[[Job], None]
-    write: Callable[[Job], None]
+    write: Callable[[Job], object]
     readers: tuple[Reader, ...]
 
 
@@ -144,10 +151,10 @@ def _is_plain(job: Job) -> bool:
 def _write_vllm(job: Job) -> None:
     """A plain LoRA, or for DoRA the merged model."""
     for finding in vllm_findings(job.request.adapter, job.source):
-        job.notes.append(f"{finding.level}: {finding.what}")
+        job.notes.append(finding.what if finding.level == "note" else f"{finding.level}: {finding.what}")
     if read_spec(job.request.adapter).use_dora:
         job.notes.append("vLLM takes no DoRA: this is the merged model, served without an adapter")
-        job.model, plan = None, _merge_plan(job)
+        job.model, plan = None, job.merge_plan(checkpoint=True)
         job.changed = merging.write_merged(plan, template=job.source.template).changed
         (job.folder / merging.PROGRESS).unlink(missing_ok=True)
         write_json(job.folder / MERGE, made_from(job.source, [job.request.adapter], [1.0], job.folder))
@@ -160,6 +167,7 @@ def _write_vllm(job: Job) -> None:
 def _check_vllm(job: Job) -> None:
     """:class:`InputError` for what vLLM would not take after all that can be converted is; a merged model it takes."""
     if read_spec(job.request.adapter).use_dora:
+        job.merge_plan(checkpoint=True)  # :class:`InputError` if that cannot be
         return
     spec, state = vllm.as_peft(vllm.plain(_flat(job)))
     job.notes.clear()
@@ -220,39 +228,30 @@ def _on_mlx_files(job: Job) -> Subject:
 # --- formats of the whole model ----------------------------------------------------------------------------------
 
 
-def _merge_plan(job: Job) -> Plan:
-    request = job.request
-    recipe = job.source.recipe if request.onto == "trained" else None
-    return plan_merge(job.source.folder, (request.adapter,), request.out, Mix("linear", (1.0,)), recipe=recipe)
-
-
 def _layout(job: Job) -> gguf_file.Layout:
-    plan = _merge_plan(job)
+    plan = job.merge_plan(checkpoint=False)
     words = vocabulary(job.source.renderer, plan.config.vocab_size, str(job.source.folder))
     return gguf_file.lay_out(plan, words, job.request.outtype)
 
 
 def _check_gguf(job: Job) -> None:
-    _layout(job)
+    problems = room_problems(job.request.out, gguf_file.file_bytes(_layout(job)))
+    if problems:
+        raise InputError(problems)
 
 
-def _write_gguf(job: Job) -> None:
+def _write_gguf(job: Job) -> Vocabulary:
     job.model, layout = None, _layout(job)
-    needed, free = gguf_file.file_bytes(layout), shutil.disk_usage(job.folder).free
-    if needed * 1.02 > free:
-        what, fix = "not enough room on the disk", "free some space, or name a folder on another disk"
-        got = f"{free / 1e9:.1f} GB free"
-        raise InputError(what, where=str(job.folder), expected=f"{needed / 1e9:.1f} GB", got=got, fix=fix)
     window = getattr(layout.plan.config, "sliding_window", None)
     if window and not layout.family.window_period and window < layout.plan.config.max_position_embeddings:
         job.notes.append(f"the context is {window} tokens: llama.cpp knows no sliding window for this architecture")
     with job.reporter.progress("writing", sum(p.stat().st_size for p in layout.plan.files)) as advance:
         job.changed = gguf_file.write_model(layout, job.folder / MODEL, job.about, advance)
+    return layout.vocabulary
 
 
 def _write_ollama(job: Job) -> None:
-    _write_gguf(job)
-    renderer, words = job.source.renderer, _layout(job).vocabulary
+    renderer, words = job.source.renderer, _write_gguf(job)
     turns = go_template.find_turns(renderer.rendered, _golden_chats(job)) if renderer.has_template else "there is none"
     if isinstance(turns, str):
         job.notes.append(f"the chat template cannot be a Go template: {turns}; send rendered prompts")

@@ -6,14 +6,15 @@ in memory at a time. A mixture of several adapters is compared with the same mix
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunegate.engine.runner import Runner
+from tunegate.errors import TunegateError
 from tunegate.export import merge as streaming
-from tunegate.export.deltas import Mix
+from tunegate.export.deltas import ONE, Mix
 from tunegate.export.parity import InRunner, Limits
 from tunegate.export.plan import Plan, plan_merge
 from tunegate.files import growing
@@ -22,7 +23,6 @@ from tunegate.pipeline import proof
 from tunegate.pipeline.adapted import (
     Reference,
     Source,
-    check_folders,
     compute_dtype,
     find_source,
     made_from,
@@ -50,15 +50,27 @@ class MergeRequest:
     allow_base_mismatch: bool = False
     items: Wanted = field(default_factory=Wanted)
 
+    @property
+    def mix(self) -> Mix:
+        return Mix(self.method, self.weights, self.density, self.seed)
+
 
 def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
     """Merge and publish; returns the report that lies in the folder as ``merge.json``."""
-    source = find_source(request.adapters, request.base, request.allow_base_mismatch, reporter, request.items)
+    source = find_source(
+        request.adapters, request.base, request.allow_base_mismatch, reporter, request.items, request.onto
+    )
     recipe = source.recipe if request.onto == "trained" else None
-    mix = Mix(request.method, request.weights, request.density, request.seed)
-    plan = plan_merge(source.folder, request.adapters, request.out, mix, recipe=recipe)
+    plan = plan_merge(source.folder, request.adapters, request.out, request.mix, recipe=recipe)
     with growing(plan.out):
-        return _merge(request, source, plan, reporter)
+        try:
+            return _merge(request, source, plan, reporter)
+        except BaseException as error:
+            kept = streaming.keep_finished(plan)
+            if isinstance(error, KeyboardInterrupt):
+                shards = f"{kept} of {len(plan.files)} shards are kept, the same command goes on from there"
+                raise KeyboardInterrupt(shards if kept else "nothing was written") from None
+            raise
 
 
 def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> dict[str, Any]:
@@ -66,12 +78,12 @@ def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter
     with reporter.progress("merging", sum(p.stat().st_size for p in plan.files)) as advance:
         done = streaming.write_merged(plan, advance, source.template)
     reporter.line("reading the merged model on the same prompts")
-    merged = InRunner(Runner(load_model(plan.partial, dtype=compute_dtype())))
-    answered = proof.sit(source.exam, merged, reference.answered)
-    found = proof.compare(source.exam, reference.answered, answered, reference.plain)
     try:
+        merged = InRunner(Runner(load_model(plan.partial, dtype=compute_dtype())))
+        answered = proof.sit(source.exam, merged, reference.answered)
+        found = proof.compare(source.exam, reference.answered, answered, reference.plain)
         proof.require(found, request.limits, "the merged model", str(request.out))
-    except BaseException:
+    except TunegateError:  # the same merge would come out the same
         streaming.discard(plan)
         raise
     report = made_from(source, request.adapters, request.weights, plan.partial) | _report(
@@ -82,10 +94,12 @@ def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter
 
 
 def _before(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> Reference:
-    """What the merged model has to answer."""
-    if len(request.adapters) > 1 or request.weights != (1.0,) or request.method != "linear":
-        return read_mixture(source, plan, reporter)
-    return read_adapter(source, request.adapters[0], reporter)[0]
+    """What the merged model has to answer: on the weights of training, whatever it is merged onto."""
+    if request.mix == ONE:
+        return read_adapter(source, request.adapters[0], reporter)[0]
+    if plan.recipe != source.recipe:
+        plan = plan_merge(plan.base, request.adapters, plan.out, plan.mix, recipe=source.recipe, checkpoint=False)
+    return read_mixture(source, plan, reporter)
 
 
 def _report(
@@ -104,13 +118,3 @@ def _report(
         **found.to_json(),
         "limits": asdict(request.limits),
     }
-
-
-def request_of(
-    adapters: Sequence[str], out: str, weights: Sequence[float] | None, method: str, density: float, seed: int,
-    base: str | None, onto: str,
-) -> MergeRequest:  # fmt: skip
-    folders = tuple(Path(a) for a in adapters)
-    check_folders(folders)
-    shares = tuple(weights) if weights else (1.0,) * len(folders)
-    return MergeRequest(folders, Path(out), shares, method, density, seed, base, onto)

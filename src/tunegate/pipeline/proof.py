@@ -189,7 +189,7 @@ def require(proof: Proof, limits: Limits, what: str, where: str) -> None:
                 expected=f"{found.metric} within noise of the adapter's {one.scores[0]:.4f}",
                 got=f"{one.scores[1]:.4f}, a difference of {found.difference:+.4f} ({found.low:+.3f} to "
                 f"{found.high:+.3f}) on {found.n} items",
-                fix="store it in fp32, merge onto the base it was trained on, or serve it unmerged",
+                fix=parity.WAYS_OUT,
             )
 
 
