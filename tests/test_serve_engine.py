@@ -328,6 +328,26 @@ def test_a_killed_engine_is_started_again(base: Path, adapters: list[Path]) -> N
     with_engine(base, body)
 
 
+def test_what_an_ended_engine_held_is_forgotten_without_it(base: Path, adapters: list[Path]) -> None:
+    """Names die when they like: while the engine is started again, and after its end."""
+
+    async def body(engine: EngineProcess) -> EngineProcess:
+        key = adapter_hash(adapters[0])
+        await engine.load(key, adapters[0], pinned=True)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        while engine.alive:
+            await asyncio.sleep(0.001)
+        await engine.unload(key)
+        while not engine.alive:
+            await asyncio.sleep(0.01)
+        assert (await engine.stats())["adapters"] == 0
+        return engine
+
+    ended = with_engine(base, body)
+    asyncio.run(ended.unload("any"))
+
+
 def test_a_base_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config.json|not a"):
         (tmp_path / "config.json").write_text("{}")

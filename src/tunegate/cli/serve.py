@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import logging
 import os
 import sys
 from dataclasses import asdict
@@ -141,6 +140,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def serve(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.serve.start import LOOPBACK, bind
+    from tunegate.serve.telling import begin as begin_log
 
     _check_installed()
     keys = _keys(arguments)
@@ -149,9 +149,7 @@ def serve(arguments: argparse.Namespace, console: Console) -> int:
     if not local and keys is None:
         console.line("warning: other machines reach this server, and it asks for no key (--api-key-env, --keys)")
     with bind(arguments.host, arguments.port) as bound:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-        # At DEBUG, errors that nobody foresaw are logged with their messages, which may quote a prompt.
-        logging.getLogger("tunegate.serve").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+        begin_log(debug=arguments.debug)
         asyncio.run(_run(arguments, wanted, keys, bound, local or arguments.load_requests, console))
     console.line("stopped")
     return 0

@@ -31,12 +31,12 @@ from tunegate.records import AdapterCard
 from tunegate.registry.entries import PRODUCTION, is_reference, list_versions, read_entity, resolve
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import versions
-from tunegate.serve import openai_errors as errors
 from tunegate.serve.admission import House
 from tunegate.serve.base import ServedBase, open_base
 from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.following import Follower
+from tunegate.serve.telling import log, tell
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -268,9 +268,9 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
 def _without_message(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What asyncio cannot raise anywhere. Its own handler logs messages, and these may quote a prompt."""
     if (error := context.get("exception")) is not None:
-        errors.tell(context["message"], error)
+        tell(context["message"], error)
     else:
-        errors.log.error("%s", context["message"])
+        log.error("%s", context["message"])
 
 
 async def serve(
