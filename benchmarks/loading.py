@@ -131,7 +131,7 @@ async def front(base: Path, roots: Path) -> AsyncIterator[tuple[int, Stamped]]:
     catalogue = Catalogue(engine, House(opened, allow_ungated=True), roots=[roots])
     await engine.start()
     bound, asked, up = start.bind(load.HOST, 0), asyncio.Event(), asyncio.Event()
-    serving = asyncio.create_task(start.listen(create_app(engine, catalogue), bound, 5.0, asked, up.set))
+    serving = asyncio.create_task(start.listen(create_app(engine, catalogue), bound, Bounds(grace=5.0), asked, up.set))
     try:
         await up.wait()
         yield bound.getsockname()[1], engine

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunegate.serve.start import Wanted
 
 SHOWN = 20  # adapters in the table at the start
+_SLACK = 60.0  # seconds that a client has to read the end of an answer that took as long as one may
 _COLOURS = {"ship": "green", "base": "dim"}
 
 
@@ -100,6 +101,13 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help="load requests may name folders below it; default: registry references only",
     )  # fmt: skip
     parser.add_argument(
+        "--max-connections", type=whole(1, 10**6), default=2048, metavar="N", help="further ones get 503; default: 2048"
+    )
+    parser.add_argument(
+        "--idle-timeout", type=_seconds, default=30.0, metavar="SECONDS",
+        help="for a connection without a request, and for a request's head; default 30",
+    )  # fmt: skip
+    parser.add_argument(
         "--body-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for reading a request; default 30"
     )
     parser.add_argument(
@@ -139,10 +147,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.serve.connections import open_files
     from tunegate.serve.start import LOOPBACK, bind
     from tunegate.serve.telling import begin as begin_log
 
     _check_installed()
+    open_files(arguments.max_connections)
     keys = _keys(arguments)
     wanted = _wanted(arguments)
     local = arguments.host in LOOPBACK
@@ -162,6 +172,7 @@ async def _run(
 
     from tunegate.serve.app import create_app
     from tunegate.serve.catalogue import Catalogue
+    from tunegate.serve.connections import Bounds
     from tunegate.serve.exchange import Limits
     from tunegate.serve.start import find_base, house_of, serve, url_of
 
@@ -171,8 +182,10 @@ async def _run(
     catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=wanted.merged)
     limits = Limits(body_seconds=arguments.body_timeout, answer_seconds=arguments.answer_timeout)
     app = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
+    busy = arguments.body_timeout + arguments.answer_timeout + _SLACK
     await serve(
-        engine, catalogue, wanted, app, bound, arguments.grace,
+        engine, catalogue, wanted, app, bound,
+        Bounds(arguments.max_connections, idle=arguments.idle_timeout, busy=busy, grace=arguments.grace),
         lambda: console.line(f"{base.name}: starting the engine"),
         lambda c: _tell(c, engine, url_of(bound), console),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The engine itself: a base, adapters in a fixed number of bytes, and a scheduler, driven by jobs.
 
 A job whose form is not compiled, or whose adapter is not in memory, waits for it (``engine_forms``,
-``engine_adapters``); loads are asked of :attr:`EngineCore.adapters` and do not wait for passes. Adapters that are to run
-on merged weights are proven by rows that go through the scheduler like all others (``lane``). What fails at one job is
-said to that job.
+``engine_adapters``). Loads are asked of :attr:`EngineCore.adapters` and do not wait for passes. Adapters that are to
+run on merged weights are proven by rows that go through the scheduler like all others (``lane``). What fails at one job
+is said to that job.
 
 It speaks no protocol (``engine_worker`` does), and is for one thread but for its adapters.
 """

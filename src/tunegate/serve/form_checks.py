@@ -46,9 +46,8 @@ class FormChecks:
         form = AnswerForm(kind, value, compact)  # type: ignore[arg-type]
         size = len(value) if isinstance(value, str) else sum(map(len, value))
         if size > LONGEST:
-            raise InputError(
-                "the answer's form is too large", where=kind, expected=f"at most {LONGEST:,} characters", got=f"{size:,}"
-            )  # fmt: skip
+            most = f"at most {LONGEST:,} characters"
+            raise InputError("the answer's form is too large", where=kind, expected=most, got=f"{size:,}")
         if kind == "choices":  # a tree of their tokens
             return
         if form not in self._verdicts:
@@ -77,5 +76,3 @@ class FormChecks:
         if process.returncode == 0:
             return said.decode("utf-8", "replace")
         return f"it takes more than {self._seconds} s, or more than {MEMORY >> 20} MiB, to compile"
-
-
