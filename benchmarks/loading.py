@@ -123,6 +123,7 @@ async def front(base: Path, roots: Path) -> AsyncIterator[tuple[int, Stamped]]:
     from tunegate.serve.app import create_app
     from tunegate.serve.base import open_base
     from tunegate.serve.catalogue import Catalogue
+    from tunegate.serve.connections import Bounds
     from tunegate.serve.engine_process import EngineProcess
     from tunegate.serve.jobs import EngineOptions
 

@@ -162,6 +162,7 @@ def open_files(most: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise InputError(
             "this process may not open so many connections", where="--max-connections",
-            expected=f"at most {max(0, hard - SPARE_FILES)}", got=str(most), fix="a higher limit of open files (ulimit -Hn)",
+            expected=f"at most {max(0, hard - SPARE_FILES)}", got=str(most),
+            fix="a higher limit of open files (ulimit -Hn)",
         )  # fmt: skip
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
