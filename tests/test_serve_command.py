@@ -30,10 +30,12 @@ from tunegate.registry.adding import add
 from tunegate.registry.intake import read_folder
 from tunegate.registry.opening import Registry
 from tunegate.registry.states import promote
+from tunegate.serve.admission import House
 from tunegate.serve.base import ServedBase, open_base
+from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.guard import KeyGuard, Keys
 from tunegate.serve.keys import Key, add_key, hash_of
-from tunegate.serve.start import Wanted, bind, find_base, url_of
+from tunegate.serve.start import Wanted, bind, fill, find_base, url_of
 
 needs_uvicorn = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="uvicorn is not installed")
 NF4 = {"format": "nf4", "block": 64, "double": True, "keep": [], "stored": False}
@@ -391,7 +393,29 @@ def test_wrong_names_are_told_together_before_the_engine_starts(
     for text in ("--pin: no such model", "--merged: no such model", "--preload: no such model", "gate says hold"):
         assert text in told
     assert told.count("did you mean 'support'") == 2 and told.count("no such model") == 4  # the held one is told once
+    assert told.count("names that there are: support\n") == 2 and "/v1/models" not in told
     assert "starting the engine" not in told and not stage.engine.started
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "says"),
+    [
+        ([], "x", "no adapter is served"),
+        (["a", "b"], "nobody", "names that there are: a, b"),
+        ([f"team-{n}/mail" for n in range(30)], "teem-7/mail", "did you mean 'team-7/mail'"),
+        ([f"m{n}" for n in range(30)], "question", "and 20 more"),
+    ],
+)
+def test_the_names_that_there_are(
+    base: ServedBase, adapter: Path, names: list[str], wanted: str, says: str
+) -> None:  # fmt: skip
+    async def work() -> None:
+        wish = Wanted(adapters=tuple((name, str(adapter)) for name in names), pinned=(wanted,))
+        with pytest.raises(InputError) as told:
+            await fill(Catalogue(FakeEngine(), House(base)), wish)
+        assert says in told.value.problems[0].fix and told.value.problems[0].where == "--pin"
+
+    asyncio.run(work())
 
 
 @needs_uvicorn
@@ -403,7 +427,7 @@ def test_the_engine_is_told_of_when_it_starts(
 
     monkeypatch.setattr(stage.engine, "start", start)
     line = ["serve", str(tiny_llama), "--preload", served_base(tiny_llama).name, "--answer-timeout", "7", "--port", "0"]
-    assert main([*line, "--body-timeout", "2.5"]) == 1
+    assert main([*line, "--body-timeout", "2.5", "--max-connections", "9"]) == 1
     told = capsys.readouterr().err
     assert told.index("starting the engine") < told.index("no memory")
     assert (stage.limits.answer_seconds, stage.limits.body_seconds) == (7, 2.5)

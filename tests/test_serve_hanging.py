@@ -103,7 +103,7 @@ def test_a_disk_that_is_gone_holds_up_nobody_else(base: ServedBase, tmp_path: Pa
 
 
 def test_an_engine_that_does_not_come_back_from_a_load(base: ServedBase, tmp_path: Path) -> None:
-    """Nothing gets the name, a name that was there stays what it was, and the engine forgets what it finds in the end."""
+    """Nothing gets the name, one that was there stays what it was, and the engine forgets what it finds in the end."""
     dead, well, _ = folders(tmp_path, base)
 
     async def work() -> None:
