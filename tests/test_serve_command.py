@@ -283,7 +283,7 @@ def test_answers_under_way_have_a_while_to_end(
     def client(url: str) -> None:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while b"begun" not in (data := connection.recv(4096)):
                 assert data
             os.kill(os.getpid(), signal.SIGTERM)
@@ -325,6 +325,32 @@ def test_a_key_is_asked_for_and_other_machines_load_nothing(
 
     code, _ = serve(capsys, client, str(tiny_llama), "--host", "0.0.0.0", "--api-key-env", "THE_KEY")
     assert (code, seen, stage.admin) == (0, [401, 200], False)
+
+
+@needs_uvicorn
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_page_of_another_site_is_not_answered(
+    capsys: pytest.CaptureFixture[str], stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    """A browser sends the name that the page came from, whatever address it was made to mean."""
+    monkeypatch.setenv("THE_KEY", "secret")
+    own = ["localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "app.localhost:3000", "proxy.example"]
+    others = [
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "proxy.example.x",
+    ]
+    seen: list[int] = []
+
+    def client(url: str) -> None:
+        for host in (*own, *others):
+            seen.append(get(f"{url}/v1/models", Host=host, Authorization="Bearer secret")[0])
+
+    keys = ["--api-key-env", "THE_KEY"] if keyed else ["--allow-host", "Proxy.example"]
+    code, _ = serve(capsys, client, str(tiny_llama), *keys)
+    assert (code, seen) == (0, [200] * len(own) + [200 if keyed else 403] * len(others))
 
 
 @needs_uvicorn

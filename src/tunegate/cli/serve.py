@@ -88,6 +88,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
+    parser.add_argument(
+        "--allow-host", dest="hosts", action="append", default=[], metavar="NAME",
+        help="without keys, on this machine only: also requests that were sent to this name, as by a proxy",
+    )  # fmt: skip
     parser.add_argument("--api-key-env", metavar="VAR", help="requests need the key that this variable holds")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="or one of this file (`tunegate keys add`), followed as it changes"
@@ -174,14 +178,17 @@ async def _run(
     from tunegate.serve.catalogue import Catalogue
     from tunegate.serve.connections import Bounds
     from tunegate.serve.exchange import Limits
-    from tunegate.serve.start import find_base, house_of, serve, url_of
+    from tunegate.serve.guard import HostGuard
+    from tunegate.serve.start import LOOPBACK, find_base, house_of, serve, url_of
 
     torch.set_num_threads(1)  # the cores are the engine's; this process hashes and checks
     base = find_base(wanted, console.line)
     engine = _engine(arguments, base, wanted, console)
     catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=wanted.merged)
     limits = Limits(body_seconds=arguments.body_timeout, answer_seconds=arguments.answer_timeout)
-    app = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
+    app: Any = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
+    if keys is None and arguments.host in LOOPBACK:
+        app = HostGuard(app, arguments.hosts)
     busy = arguments.body_timeout + arguments.answer_timeout + _SLACK
     await serve(
         engine, catalogue, wanted, app, bound,
