@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from tunegate.errors import InputError
 SPARE_FILES = 256  # beside connections: adapters, the registry, logs
 _CODES = {408: ("Request Timeout", "head_timeout"), 431: ("Request Header Fields Too Large", "head_too_large"),
           503: ("Service Unavailable", "too_many_connections")}  # fmt: skip
+
+
+_UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Connection:
         self._since = time.monotonic()
         self._was_busy = False
         self._unread = 0  # bytes of a head that is not whole
+        self._first = True  # no byte was read
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -63,6 +68,10 @@ class Connection:
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():
             return
+        if self._first and _UPGRADE.search(data):
+            self._inner = self._all.without_upgrades(self._inner)
+            self._inner.connection_made(self._transport)
+        self._first = False
         self._inner.data_received(data)
         self._unread = self._unread + len(data) if self._in_head() else 0
         if self._unread <= self._all.bounds.head:
@@ -121,11 +130,21 @@ class Connections:
     def __init__(self, bounds: Bounds):
         self.bounds = bounds
         self._open: set[Connection] = set()
+        self._given: dict[str, Any] = {}
 
     def __call__(self, **given: Any) -> Connection:
         from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+        self._given = given  # the same for all
         return Connection(AutoHTTPProtocol(**given), self)
+
+    def without_upgrades(self, inner: Any) -> Any:
+        """A protocol in the place of ``inner`` that lets a client offer HTTP/2, as Java's does, and goes on with
+        HTTP/1.1. llhttp would end such a request with its head, and leave its body."""
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        inner.connections.discard(inner)
+        return H11Protocol(**self._given)
 
     def add(self, connection: Connection) -> bool:
         """False if there are enough."""
