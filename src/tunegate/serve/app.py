@@ -80,29 +80,23 @@ class Front:
         """A chat's next message."""
         began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
-
-        async def planned() -> Plan:
-            served = await self._resolve(request, asked.model)
-            plan = await self._on_thread(lambda: chat_plan(asked, served, self.engine.facts, self._known))
-            await self._check_form(plan.jobs[0])
-            return plan
-
-        plan = await self._in_time(request, planned(), began)
-        return await self._answer(request, plan, asked, began)
+        planned = self._planned(request, asked, lambda served: chat_plan(asked, served, self.engine.facts, self._known))
+        return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text, or a list of token ids."""
         began = time.monotonic()
         asked = await self._read(request, requests.CompletionRequest)
+        planned = self._planned(
+            request, asked, lambda served: completion_plan(asked, served, self.engine.facts, self._known)
+        )
+        return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
-        async def planned() -> Plan:
-            served = await self._resolve(request, asked.model)
-            plan = await self._on_thread(lambda: completion_plan(asked, served, self.engine.facts, self._known))
-            await self._check_form(plan.jobs[0])
-            return plan
-
-        plan = await self._in_time(request, planned(), began)
-        return await self._answer(request, plan, asked, began)
+    async def _planned(self, request: Request, asked: requests.Sampling, make: Callable[[Served], Plan]) -> Plan:
+        served = await self._resolve(request, asked.model)
+        plan = await self._on_thread(lambda: make(served))
+        await self._check_form(plan.jobs[0])
+        return plan
 
     async def _answer(self, request: Request, plan: Plan, asked: requests.Sampling, began: float) -> Response:
         if not self.engine.alive:

@@ -75,4 +75,6 @@ class FormChecks:
                     await process.wait()
         if process.returncode == 0:
             return said.decode("utf-8", "replace")
+        if process.returncode and process.returncode > 0:  # it was not killed
+            return f"its compiler failed with exit status {process.returncode}"
         return f"it takes more than {self._seconds} s, or more than {MEMORY >> 20} MiB, to compile"
