@@ -80,7 +80,8 @@ class Front:
         """A chat's next message."""
         began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
-        planned = self._planned(request, asked, lambda served: chat_plan(asked, served, self.engine.facts, self._known))
+        facts = self.engine.facts
+        planned = self._planned(request, asked, lambda served: chat_plan(asked, served, facts, self._known))
         return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
     async def complete(self, request: Request) -> Response:
