@@ -85,6 +85,7 @@ def refused(server: Serving, path: str, body: Any, status: int = 400) -> dict[st
         ({"guided_regex": "a" * 65_537}, "regex", "too large"),
         ({"guided_choice": ["a" * 65_537]}, "choices", "too large"),
         ({"guided_json": {"maximum": 10**200}, "seed": -1}, "json_schema", "cannot be enforced"),
+        ({"guided_json": {"$ref": "#"}}, None, "too complex to follow"),
         ({"guided_json": '{"type": 7}'}, "json_schema", "cannot be enforced"),
         ({"top_logprobs": 2}, None, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less"),

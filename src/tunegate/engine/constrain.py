@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError
 
 LIBRARY = "llguidance"
 _LONGEST_WHY = 300  # characters; its words may be as long as the form
@@ -182,9 +182,10 @@ class _GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise TunegateError(
+            raise InputError(
                 "the answer's form became too complex to follow",
-                got=str(self._matcher.get_error()).split("\n\n")[0][:_LONGEST_WHY],
+                got=str(self._matcher.get_error()).partition("\n\n")[0][:_LONGEST_WHY],
+                fix="a plainer form, with smaller counts of repetition",
             )
 
 
