@@ -409,7 +409,7 @@ async def test_clients_that_replace_one_adapter_at_once(
     wanted = [adapters[n % 3] for n in range(12)]
 
     async def replaced(folder: Path) -> str | None:
-        await asyncio.sleep(0.001 * (len(folder.name) % 2))
+        await asyncio.sleep(0.001 * (int(folder.name[1])))
         return (await catalogue.load("one", folder.name, replace=True)).key
 
     found = await asyncio.gather(*map(replaced, wanted), catalogue.load("two", adapters[0].name))
