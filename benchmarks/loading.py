@@ -123,6 +123,7 @@ async def front(base: Path, roots: Path) -> AsyncIterator[tuple[int, Stamped]]:
     from tunegate.serve.app import create_app
     from tunegate.serve.base import open_base
     from tunegate.serve.catalogue import Catalogue
+    from tunegate.serve.connections import Bounds
     from tunegate.serve.engine_process import EngineProcess
     from tunegate.serve.jobs import EngineOptions
 
@@ -131,7 +132,7 @@ async def front(base: Path, roots: Path) -> AsyncIterator[tuple[int, Stamped]]:
     catalogue = Catalogue(engine, House(opened, allow_ungated=True), roots=[roots])
     await engine.start()
     bound, asked, up = start.bind(load.HOST, 0), asyncio.Event(), asyncio.Event()
-    serving = asyncio.create_task(start.listen(create_app(engine, catalogue), bound, 5.0, asked, up.set))
+    serving = asyncio.create_task(start.listen(create_app(engine, catalogue), bound, Bounds(grace=5.0), asked, up.set))
     try:
         await up.wait()
         yield bound.getsockname()[1], engine

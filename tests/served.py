@@ -111,7 +111,8 @@ class FakeEngine:
         return Loaded(key, 1, 2, 0.0, 1.0)
 
     async def unload(self, key: str) -> None:
-        del self.holds[key]
+        if self.alive:  # names may die after the engine's end, which `holds` outlives
+            del self.holds[key]
 
     async def stats(self) -> dict[str, Any]:
         return {"adapters": len(self.holds)}

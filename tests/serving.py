@@ -183,13 +183,14 @@ class Serving:
 @contextlib.contextmanager
 def serving(
     tokenizer: Any, script: Script, around: Callable[[Any], Any] = lambda app: app, *,
-    front: Mapping[str, Any] | None = None, **options: Any,
+    front: Mapping[str, Any] | None = None, bounds: Mapping[str, Any] | None = None, **options: Any,
 ) -> Iterator[Serving]:  # fmt: skip
     """A server in a thread of its own; it ends with the block. ``around``: what stands before the application;
-    ``front``: options of the application, ``options`` are the engine's."""
+    ``front``: options of the application, ``bounds`` of its connections, ``options`` are the engine's."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     from tunegate.serve.app import create_app
+    from tunegate.serve.connections import Bounds
     from tunegate.serve.start import listen
 
     engine = FakeEngine(tokenizer, script, **options)
@@ -201,7 +202,7 @@ def serving(
     async def run(listening: socket.socket) -> None:
         asked, loop = asyncio.Event(), asyncio.get_running_loop()
         stop.append(lambda: loop.call_soon_threadsafe(asked.set) and None)
-        await listen(around(app), listening, 2, asked, ready.set)
+        await listen(around(app), listening, Bounds(**{"grace": 2.0, **(bounds or {})}), asked, ready.set)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=lambda: asyncio.run(run(listening)), daemon=True)

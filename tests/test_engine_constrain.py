@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import tiny_model, tiny_tokenizer
-from tunegate.engine.constrain import AnswerForm, Choices, build_constraint, form_problem
+from tunegate.engine.constrain import AnswerForm, Choices, build_constraint, form_problem, spelling
 from tunegate.engine.generate import Generation, Sampling, generate
 from tunegate.engine.runner import Runner
 from tunegate.errors import InputError
@@ -220,3 +220,39 @@ def test_choices_of_text_decode_to_themselves(texts: list[str]) -> None:
         state.advance(token)
         ids.append(token)
     assert tokenizer.decode(ids) in texts
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        AnswerForm("json_schema", '{"type": "integer", "maximum": 1' + "0" * 200 + "}"),
+        AnswerForm("json_schema", "false"),
+        AnswerForm("json_schema", '{"$ref": "http://127.0.0.1:9/x"}'),
+        AnswerForm("json_schema", '{"type": 7, "properties": [1]}'),
+        AnswerForm("json_schema", '{"x-guidance": {"whitespace_flexible": "no"}}'),
+        AnswerForm("regex", "(" * 5000 + "a" + ")" * 5000),
+        AnswerForm("regex", "((("),
+    ],
+)
+def test_a_form_that_is_none_is_wrong_input(tokenizer: Any, form: AnswerForm) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(InputError, match=r"cannot be enforced|no answer has") as told:
+        build_constraint(form, tokenizer, STOP)
+    assert len(str(told.value)) < 1000
+
+
+def test_one_spelling_serves_any_stop_ids(tokenizer: Any) -> None:
+    """Ids that are text, ids behind the vocabulary, and the one that stands for the end inside."""
+    pytest.importorskip("llguidance")
+    spelled = spelling(tokenizer)
+    form = AnswerForm("regex", "(red|blue)( fox)?")
+    letter = tokenizer("r", add_special_tokens=False)["input_ids"][-1]
+    for stops in ((0,), (1,), (2, 0), (letter, 2), (1000,)):
+        state = build_constraint(form, tokenizer, stops, spelled).start()
+        for token in tokenizer("red", add_special_tokens=False)["input_ids"]:
+            allowed = state.allowed()
+            assert allowed[token] and not any(allowed[i] for i in stops)
+            state.advance(token)
+        allowed = state.allowed()  # " fox" may follow, and the answer may end
+        assert all(allowed[i] for i in stops) and allowed[tokenizer(" fox", add_special_tokens=False)["input_ids"][0]]
+        assert not any(allowed[i] for i in (0, 1, 2) if i not in stops)

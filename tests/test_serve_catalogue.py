@@ -401,6 +401,26 @@ async def test_a_promotion_swaps_without_dropping_a_request(
 
 
 @run
+async def test_clients_that_replace_one_adapter_at_once(
+    base: ServedBase, engine: FakeEngine, adapters: list[Path]
+) -> None:  # fmt: skip
+    """Each gets what it asked for; in the end the name means one of them, and the engine holds nothing else."""
+    catalogue = Catalogue(engine, House(base), roots=[adapters[0].parent])
+    wanted = [adapters[n % 3] for n in range(12)]
+
+    async def replaced(folder: Path) -> str | None:
+        await asyncio.sleep(0.001 * (int(folder.name[1])))
+        return (await catalogue.load("one", folder.name, replace=True)).key
+
+    found = await asyncio.gather(*map(replaced, wanted), catalogue.load("two", adapters[0].name))
+    assert found[:-1] == [adapter_hash(folder) for folder in wanted]
+    del found
+    one, two = await catalogue.resolve("one"), await catalogue.resolve("two")
+    await until(lambda: set(engine.holds) == {one.key, two.key})
+    assert [s.name for s in catalogue.names()] == [base.name, "one", "two"]
+
+
+@run
 async def test_a_registry_alone_serves_what_is_in_production_on_this_base(
     tmp_path: Path, engine: FakeEngine, base: ServedBase, registry: Registry, adapters: list[Path]
 ) -> None:

@@ -30,10 +30,12 @@ from tunegate.registry.adding import add
 from tunegate.registry.intake import read_folder
 from tunegate.registry.opening import Registry
 from tunegate.registry.states import promote
+from tunegate.serve.admission import House
 from tunegate.serve.base import ServedBase, open_base
+from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.guard import KeyGuard, Keys
 from tunegate.serve.keys import Key, add_key, hash_of
-from tunegate.serve.start import Wanted, bind, find_base, url_of
+from tunegate.serve.start import Wanted, bind, fill, find_base, url_of
 
 needs_uvicorn = pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="uvicorn is not installed")
 NF4 = {"format": "nf4", "block": 64, "double": True, "keep": [], "stored": False}
@@ -281,7 +283,7 @@ def test_answers_under_way_have_a_while_to_end(
     def client(url: str) -> None:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while b"begun" not in (data := connection.recv(4096)):
                 assert data
             os.kill(os.getpid(), signal.SIGTERM)
@@ -323,6 +325,32 @@ def test_a_key_is_asked_for_and_other_machines_load_nothing(
 
     code, _ = serve(capsys, client, str(tiny_llama), "--host", "0.0.0.0", "--api-key-env", "THE_KEY")
     assert (code, seen, stage.admin) == (0, [401, 200], False)
+
+
+@needs_uvicorn
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_page_of_another_site_is_not_answered(
+    capsys: pytest.CaptureFixture[str], stage: Stage, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    """A browser sends the name that the page came from, whatever address it was made to mean."""
+    monkeypatch.setenv("THE_KEY", "secret")
+    own = ["localhost", "LOCALHOST:1", "127.0.0.1:80", "[::1]:80", "app.localhost:3000", "proxy.example"]
+    others = [
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "proxy.example.x",
+    ]
+    seen: list[int] = []
+
+    def client(url: str) -> None:
+        for host in (*own, *others):
+            seen.append(get(f"{url}/v1/models", Host=host, Authorization="Bearer secret")[0])
+
+    keys = ["--api-key-env", "THE_KEY"] if keyed else ["--allow-host", "Proxy.example"]
+    code, _ = serve(capsys, client, str(tiny_llama), *keys)
+    assert (code, seen) == (0, [200] * len(own) + [200 if keyed else 403] * len(others))
 
 
 @needs_uvicorn
@@ -391,7 +419,29 @@ def test_wrong_names_are_told_together_before_the_engine_starts(
     for text in ("--pin: no such model", "--merged: no such model", "--preload: no such model", "gate says hold"):
         assert text in told
     assert told.count("did you mean 'support'") == 2 and told.count("no such model") == 4  # the held one is told once
+    assert told.count("names that there are: support\n") == 2 and "/v1/models" not in told
     assert "starting the engine" not in told and not stage.engine.started
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "says"),
+    [
+        ([], "x", "no adapter is served"),
+        (["a", "b"], "nobody", "names that there are: a, b"),
+        ([f"team-{n}/mail" for n in range(30)], "teem-7/mail", "did you mean 'team-7/mail'"),
+        ([f"m{n}" for n in range(30)], "question", "and 20 more"),
+    ],
+)
+def test_the_names_that_there_are(
+    base: ServedBase, adapter: Path, names: list[str], wanted: str, says: str
+) -> None:  # fmt: skip
+    async def work() -> None:
+        wish = Wanted(adapters=tuple((name, str(adapter)) for name in names), pinned=(wanted,))
+        with pytest.raises(InputError) as told:
+            await fill(Catalogue(FakeEngine(), House(base)), wish)
+        assert says in told.value.problems[0].fix and told.value.problems[0].where == "--pin"
+
+    asyncio.run(work())
 
 
 @needs_uvicorn
@@ -403,7 +453,7 @@ def test_the_engine_is_told_of_when_it_starts(
 
     monkeypatch.setattr(stage.engine, "start", start)
     line = ["serve", str(tiny_llama), "--preload", served_base(tiny_llama).name, "--answer-timeout", "7", "--port", "0"]
-    assert main([*line, "--body-timeout", "2.5"]) == 1
+    assert main([*line, "--body-timeout", "2.5", "--max-connections", "9"]) == 1
     told = capsys.readouterr().err
     assert told.index("starting the engine") < told.index("no memory")
     assert (stage.limits.answer_seconds, stage.limits.body_seconds) == (7, 2.5)

@@ -9,6 +9,9 @@ import os
 import queue
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,11 +19,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from test_engine_scheduler import adapter_folder, adapter_folders, alone, loaded, prompts
 from tiny import tiny_base
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, load_adapter
+from tunegate.engine.constrain import build_constraint
 from tunegate.engine.sampling import Picking
 from tunegate.errors import InputError, TunegateError
 from tunegate.serve.engine_core import EngineCore
@@ -272,6 +278,126 @@ def test_what_is_wrong_with_a_job_is_said_to_its_sender_alone(base: Path) -> Non
     with_engine(base, body)
 
 
+WRONG_FORMS = [
+    ("json_schema", '{"type": "integer", "maximum": 1' + "0" * 200 + "}"), ("json_schema", "false"),
+    ("json_schema", '{"$ref": "#"}'), ("json_schema", '{"type": 7}'), ("json_schema", "no schema"), ("regex", "((("),
+    ("choices", ("",)), ("choices", ()), ("nonsense", "x"),
+]  # fmt: skip
+
+
+def test_no_form_ends_the_engine(base: Path) -> None:
+    pytest.importorskip("llguidance")
+
+    async def body(engine: EngineProcess) -> None:
+        prompt = prompts(2)[1]
+        good = asyncio.create_task(whole(engine, job(prompt, max_new_tokens=40)))
+        pid = engine.pid
+        for kind, value in WRONG_FORMS:
+            with pytest.raises(TunegateError, match=r"form|answer"):
+                await whole(engine, job(prompt, form=(kind, value, False), stop_ids=(2,)))
+        assert len(await good) == 40 and engine.pid == pid
+        assert (await engine.stats())["pages_used"] == 0
+
+    with_engine(base, body)
+
+
+def test_passes_go_on_while_a_form_is_compiled(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is cancelled meanwhile never begins; one that fails as nobody foresaw is its job's fault alone."""
+    compiled = threading.Event()
+
+    def build(form: Any, *rest: Any) -> Any:
+        assert compiled.wait(60)
+        if form.value[0] == "fails":
+            raise KeyError("hunter2")
+        return build_constraint(form, *rest)
+
+    sent: dict[int, list[Any]] = {}
+    woken = threading.Event()
+    monkeypatch.setattr("tunegate.serve.engine_forms.build_constraint", build)
+    options = EngineOptions(str(base), threads=1, cache_bytes=1 << 22, most_rows=2, most_waiting=2)
+    core = EngineCore(options, lambda number, found: sent.setdefault(number, []).append(found), woken.set)
+    prompt = prompts(2)[1]
+    words = job(prompt, form=("choices", ("red", "blue"), False), stop_ids=(2,))
+    core.submit(0, words)
+    core.submit(1, words)
+    core.submit(2, job(prompt, form=("choices", ("fails",), False), stop_ids=(2,)))
+    core.submit(3, job(prompt))
+    assert core.stats()["waiting"] == 4 and core.forms.waiting == 3
+    core.submit(4, job(prompt))  # they count
+    assert isinstance(sent.pop(4)[0], EngineFull)
+    core.cancel(1)
+    while core.busy:
+        core.step()
+    assert sent[3][-1].finish == "length" and set(sent) == {3} and not woken.is_set()
+    compiled.set()
+    for _ in range(3000):
+        if core.busy:
+            core.step()
+        elif {0, 2} <= set(sent) and sent[0][-1].finish:
+            break
+        woken.wait(0.01)
+    ids = [i for part in sent[0] for i in part.ids]
+    assert core.tokenizer.decode(ids) in ("red", "blue") and sent[0][-1].finish == "stop" and 1 not in sent
+    assert isinstance(sent[2][0], TunegateError) and "hunter2" not in str(sent[2][0])
+    assert core.stats()["pages_used"] == core.stats()["waiting"] == 0
+
+
+NUMBERS = st.sampled_from([0.0, 5e-324, 1e-300, 1e-30, 1e-7, 0.5, 1.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    temperature=NUMBERS, top_p=NUMBERS.filter(bool), min_p=NUMBERS, top_k=st.sampled_from([0, 1, 399, 400, 2**31 - 1]),
+    repetition=st.sampled_from([5e-324, 1e-300, 1e-3, 1.0, 10.0]), presence=st.sampled_from([-2.0, 0.0, 2.0]),
+    seed=st.sampled_from([None, -1, 0, 2**63 - 1, -(2**63)]), bias=st.sampled_from([(), ((5, -100.0),), ((5, 100.0),)]),
+    logprobs=st.sampled_from([None, 0, 20]),
+)  # fmt: skip
+def test_any_numbers_that_a_request_may_have_make_tokens(
+    cores: EngineCore, logprobs: int | None, bias: Any, **picking: Any
+) -> None:
+    one = Job((5, 6, 7), 3, (2,), picking=Picking(**picking, logit_bias=bias), logprobs=logprobs)
+    found: list[Any] = []
+    cores.send = lambda _number, part: found.append(part)
+    cores.submit(0, one)
+    while cores.busy:
+        cores.step()
+    assert found[-1].finish in ("stop", "length") and all(0 <= i < 400 for part in found for i in part.ids)
+
+
+@pytest.fixture(scope="module")
+def cores(base: Path) -> EngineCore:
+    return EngineCore(EngineOptions(str(base), threads=1, cache_bytes=1 << 22), lambda _number, _part: None)
+
+
+FAILING = """
+import sys, threading
+import tunegate.serve.engine_worker as worker
+class Core:
+    def __init__(self, *_):
+        thread = threading.Thread(target=lambda: {}["hunter2 of a thread"])
+        thread.start()
+        thread.join()
+        raise KeyError("hunter2 of the engine")
+worker.EngineCore = Core
+sys.exit(worker.main())
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_the_engines_log_holds_no_message_of_an_error(base: Path, debug: bool) -> None:
+    """Which may quote a prompt or a schema."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = [sys.executable, "-c", FAILING, str(theirs.fileno()), *(["debug"] if debug else [])]
+        with subprocess.Popen(line, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True) as process:
+            ours.sendall(json.dumps(to_json(EngineOptions(str(base)))).encode() + b"\n")
+            _, log = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "the engine failed: KeyError at" in log and "a thread ended: KeyError at" in log
+    assert log.count("Traceback") == (2 if debug else 0)
+    assert ("hunter2 of the engine" in log) is ("hunter2 of a thread" in log) is debug
+
+
 def test_the_context_is_the_bases_own_and_a_group_that_is_told_to_end_is_not_the_engines(base: Path) -> None:
     async def body(engine: EngineProcess) -> None:
         assert engine.facts.context == json.loads((base / "config.json").read_text())["max_position_embeddings"]
@@ -326,6 +452,26 @@ def test_a_killed_engine_is_started_again(base: Path, adapters: list[Path]) -> N
         assert [await whole(engine, job(prompt, key)) for key in (None, pinned, other)] == before
 
     with_engine(base, body)
+
+
+def test_what_an_ended_engine_held_is_forgotten_without_it(base: Path, adapters: list[Path]) -> None:
+    """Names die when they like: while the engine is started again, and after its end."""
+
+    async def body(engine: EngineProcess) -> EngineProcess:
+        key = adapter_hash(adapters[0])
+        await engine.load(key, adapters[0], pinned=True)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        while engine.alive:
+            await asyncio.sleep(0.001)
+        await engine.unload(key)
+        while not engine.alive:
+            await asyncio.sleep(0.01)
+        assert (await engine.stats())["adapters"] == 0
+        return engine
+
+    ended = with_engine(base, body)
+    asyncio.run(ended.unload("any"))
 
 
 def test_a_base_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:

@@ -81,6 +81,12 @@ def refused(server: Serving, path: str, body: Any, status: int = 400) -> dict[st
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"400": 1}}, "logit_bias", "0 to 399"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "less"),
+        ({"logit_bias": {f"{n:06}": 1 for n in range(1025)}}, "logit_bias", "at most 1024"),
+        ({"guided_regex": "a" * 65_537}, "regex", "too large"),
+        ({"guided_choice": ["a" * 65_537]}, "choices", "too large"),
+        ({"guided_json": {"maximum": 10**200}, "seed": -1}, "json_schema", "cannot be enforced"),
+        ({"guided_json": {"$ref": "#"}}, None, "too complex to follow"),
+        ({"guided_json": '{"type": 7}'}, "json_schema", "cannot be enforced"),
         ({"top_logprobs": 2}, None, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less"),
         ({"stop_token_ids": [400]}, "stop_token_ids", "vocabulary"),
@@ -125,6 +131,14 @@ def test_wrong_chats(server: Serving, fields: dict[str, Any], param: str | None,
 )
 def test_wrong_completions(server: Serving, fields: dict[str, Any], says: str) -> None:
     assert says in refused(server, COMPLETE, {**TEXT, **fields})["message"]
+
+
+def test_an_echo_has_so_many_log_probabilities(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunegate.serve.openai_plan.MOST_ECHOED", 2 * 3 * 21 * 4 - 1)
+    fields = {"prompt": [[5, 6, 7]] * 2, "echo": True, "logprobs": 20}
+    assert "(expected at most 503, got 504)" in refused(server, COMPLETE, {**TEXT, **fields, "n": 4})["message"]
+    made = server.client().completions.create(**{**TEXT, **fields, "n": 3})
+    assert len(made.choices) == 6
 
 
 def test_everything_wrong_is_said_at_once(server: Serving) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import logging
 import os
 import sys
 from dataclasses import asdict
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from tunegate.serve.start import Wanted
 
 SHOWN = 20  # adapters in the table at the start
+_SLACK = 60.0  # seconds that a client has to read the end of an answer that took as long as one may
 _COLOURS = {"ship": "green", "base": "dim"}
 
 
@@ -88,6 +88,10 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="default: 8000; 0: any that is free")
+    parser.add_argument(
+        "--allow-host", dest="hosts", action="append", default=[], metavar="NAME",
+        help="without keys, on this machine only: also requests that were sent to this name, as by a proxy",
+    )  # fmt: skip
     parser.add_argument("--api-key-env", metavar="VAR", help="requests need the key that this variable holds")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="or one of this file (`tunegate keys add`), followed as it changes"
@@ -99,6 +103,13 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-root", dest="roots", type=Path, action="append", default=[], metavar="FOLDER",
         help="load requests may name folders below it; default: registry references only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-connections", type=whole(1, 10**6), default=2048, metavar="N", help="further ones get 503; default: 2048"
+    )
+    parser.add_argument(
+        "--idle-timeout", type=_seconds, default=30.0, metavar="SECONDS",
+        help="for a connection without a request, and for a request's head; default 30",
     )  # fmt: skip
     parser.add_argument(
         "--body-timeout", type=_seconds, default=30.0, metavar="SECONDS", help="for reading a request; default 30"
@@ -140,18 +151,19 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def serve(arguments: argparse.Namespace, console: Console) -> int:
+    from tunegate.serve.connections import open_files
     from tunegate.serve.start import LOOPBACK, bind
+    from tunegate.serve.telling import begin as begin_log
 
     _check_installed()
+    open_files(arguments.max_connections)
     keys = _keys(arguments)
     wanted = _wanted(arguments)
     local = arguments.host in LOOPBACK
     if not local and keys is None:
         console.line("warning: other machines reach this server, and it asks for no key (--api-key-env, --keys)")
     with bind(arguments.host, arguments.port) as bound:
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-        # At DEBUG, errors that nobody foresaw are logged with their messages, which may quote a prompt.
-        logging.getLogger("tunegate.serve").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+        begin_log(debug=arguments.debug)
         asyncio.run(_run(arguments, wanted, keys, bound, local or arguments.load_requests, console))
     console.line("stopped")
     return 0
@@ -164,17 +176,23 @@ async def _run(
 
     from tunegate.serve.app import create_app
     from tunegate.serve.catalogue import Catalogue
+    from tunegate.serve.connections import Bounds
     from tunegate.serve.exchange import Limits
-    from tunegate.serve.start import find_base, house_of, serve, url_of
+    from tunegate.serve.guard import HostGuard
+    from tunegate.serve.start import LOOPBACK, find_base, house_of, serve, url_of
 
     torch.set_num_threads(1)  # the cores are the engine's; this process hashes and checks
     base = find_base(wanted, console.line)
     engine = _engine(arguments, base, wanted, console)
     catalogue = Catalogue(engine, house_of(wanted, base), roots=wanted.roots, merged=wanted.merged)
     limits = Limits(body_seconds=arguments.body_timeout, answer_seconds=arguments.answer_timeout)
-    app = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
+    app: Any = create_app(engine, catalogue, limits=limits, admin=admin, keys=keys)
+    if keys is None and arguments.host in LOOPBACK:
+        app = HostGuard(app, arguments.hosts)
+    busy = arguments.body_timeout + arguments.answer_timeout + _SLACK
     await serve(
-        engine, catalogue, wanted, app, bound, arguments.grace,
+        engine, catalogue, wanted, app, bound,
+        Bounds(arguments.max_connections, idle=arguments.idle_timeout, busy=busy, grace=arguments.grace),
         lambda: console.line(f"{base.name}: starting the engine"),
         lambda c: _tell(c, engine, url_of(bound), console),
     )  # fmt: skip

@@ -6,8 +6,9 @@ regular expression or a JSON schema goes through llguidance (the extra ``constra
 bytes; text that the form dictates is spelled as the tokenizer spells it. A stop id is allowed exactly where the answer
 is complete, so an answer that stopped has the form.
 
-It does not bound lengths: an answer that ``max_new_tokens`` cuts off is not ``stopped`` and may be incomplete. Choices
-are spelled as the tokenizer spells them; other splits of the same text are not tried.
+It does not bound the time that a form takes: llguidance needs exponentially long for some (many ``pattern`` in one
+``allOf``). It does not bound lengths: an answer that ``max_new_tokens`` cuts off is not ``stopped`` and may be
+incomplete. Choices are spelled as the tokenizer spells them; other splits of the same text are not tried.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError
 
 LIBRARY = "llguidance"
+_LONGEST_WHY = 300  # characters; its words may be as long as the form
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,53 @@ def form_problem(form: AnswerForm) -> str:
     return f"{LIBRARY} is not installed: pip install 'tunegate[constrain]'"
 
 
-def build_constraint(form: AnswerForm, tokenizer: Any, stop_ids: Sequence[int]) -> Constraint:
-    """The constraint of ``form`` for a fast tokenizer. :class:`InputError` if the form cannot be followed."""
+def build_constraint(form: AnswerForm, tokenizer: Any, stop_ids: Sequence[int], spelled: Any = None) -> Constraint:
+    """The constraint of ``form`` for a fast tokenizer. ``spelled``: its :func:`spelling`, if that is at hand.
+    :class:`InputError` if the form cannot be followed."""
     if form.kind == "choices":
         return Choices([tokenizer(text, add_special_tokens=False)["input_ids"] for text in form.value], stop_ids)
-    return Grammar(form, tokenizer, stop_ids)
+    return Grammar(form, tokenizer, stop_ids, spelled)
+
+
+def spelling(tokenizer: Any) -> Any:
+    """A fast tokenizer as llguidance takes it, for any stop ids; half a second for 50,000 tokens."""
+    from llguidance import LLTokenizer
+
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    if not special:
+        raise InputError("a form needs a tokenizer that has a special token", got=type(tokenizer).__name__)
+    # One id has to stand for the end there. It is no text, so no form allows it otherwise.
+    return LLTokenizer(_tokenizer_json(tokenizer), eos_token=special[0])
+
+
+def grammar_text(form: AnswerForm) -> str:
+    """A regular expression or a JSON schema in llguidance's language. :class:`InputError` if it is none."""
+    if problem := form_problem(form):
+        raise InputError("the answer's form cannot be enforced here", where=form.kind, got=problem)
+    from llguidance import LLMatcher, regex_to_lark
+
+    assert isinstance(form.value, str)
+    if form.kind == "regex":
+        # \d as ASCII: Python's re and the library know digits of different versions of Unicode.
+        pattern = regex_to_lark(without_anchors(form.value), "d")
+        return str(LLMatcher.grammar_from_lark(f"start: /{pattern}/"))
+    separators = (",", ":") if form.compact else (", ", ": ")
+    style: Any = {"whitespace_flexible": False, "item_separator": separators[0], "key_separator": separators[1]}
+    schema = json.loads(form.value)
+    if schema is False:
+        raise InputError("no answer has this form", where=form.kind, got="false")
+    try:
+        return str(LLMatcher.grammar_from_json_schema({} if schema is True else schema, style))
+    except ValueError as error:  # a number that it cannot hold
+        raise cannot_be_enforced(form.kind, str(error)) from None
+
+
+def cannot_be_enforced(kind: str, why: str) -> InputError:
+    """``why``: in llguidance's words, of which the first paragraph is for people."""
+    return InputError(
+        "the answer's form cannot be enforced", where=kind, got=why.partition("\n\n")[0][:_LONGEST_WHY],
+        fix="use plainer keywords (no look-around or back-references in a regular expression)",
+    )  # fmt: skip
 
 
 class Choices:
@@ -99,42 +143,25 @@ class _ChoiceState:
 class Grammar:
     """A regular expression or a JSON schema, by llguidance."""
 
-    def __init__(self, form: AnswerForm, tokenizer: Any, stop_ids: Sequence[int]):
-        if problem := form_problem(form):
-            raise InputError("the answer's form cannot be enforced here", where=form.kind, got=problem)
+    def __init__(self, form: AnswerForm, tokenizer: Any, stop_ids: Sequence[int], spelled: Any = None):
         if not stop_ids:
             raise InputError("a form needs a token that stops the answer", where=form.kind)
-        from llguidance import LLMatcher, LLTokenizer, regex_to_lark
+        grammar = grammar_text(form)
+        from llguidance import LLMatcher
 
-        assert isinstance(form.value, str)
-        if form.kind == "regex":
-            # \d as ASCII: Python's re and the library know digits of different versions of Unicode.
-            grammar = LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(without_anchors(form.value), 'd')}/")
-        else:
-            separators = (",", ":") if form.compact else (", ", ": ")
-            style: Any = {
-                "whitespace_flexible": False, "item_separator": separators[0], "key_separator": separators[1],
-            }  # fmt: skip
-            schema = json.loads(form.value)
-            grammar = LLMatcher.grammar_from_json_schema({} if schema is True else schema, style)
-        self._tokenizer = LLTokenizer(_tokenizer_json(tokenizer), eos_token=list(stop_ids))
+        self._spelled = spelling(tokenizer) if spelled is None else spelled
         self._stops = np.array(list(stop_ids))
-        self._matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        self._matcher = LLMatcher(self._spelled, grammar, log_level=0)
         if self._matcher.is_error():
-            raise InputError(
-                "the answer's form cannot be enforced",
-                where=form.kind,
-                got=str(self._matcher.get_error()).split("\n\n")[0],
-                fix="use plainer keywords (no look-around or back-references in a regular expression)",
-            )
+            raise cannot_be_enforced(form.kind, str(self._matcher.get_error()))
 
     def start(self) -> RowState:
-        return _GrammarState(self._matcher.deep_copy(), self._stops)
+        return _GrammarState(self._matcher.deep_copy(), self._stops, self._spelled.eos_token)
 
 
 class _GrammarState:
-    def __init__(self, matcher: Any, stops: np.ndarray):
-        self._matcher, self._stops = matcher, stops
+    def __init__(self, matcher: Any, stops: np.ndarray, end: int):
+        self._matcher, self._stops, self._end = matcher, stops, end
 
     def allowed(self) -> np.ndarray:
         complete = self._matcher.is_accepting()
@@ -144,6 +171,7 @@ class _GrammarState:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             mask = np.unpackbits(bits, bitorder="little").astype(bool)
             mask = np.pad(mask, (0, max(0, int(self._stops.max()) + 1 - len(mask))))
+            mask[self._end] = False
         mask[self._stops] = complete
         self._check()
         return mask
@@ -154,8 +182,10 @@ class _GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise TunegateError(
-                "the answer's form became too complex to follow", got=str(self._matcher.get_error()).split("\n\n")[0]
+            raise InputError(
+                "the answer's form became too complex to follow",
+                got=str(self._matcher.get_error()).partition("\n\n")[0][:_LONGEST_WHY],
+                fix="a plainer form, with smaller counts of repetition",
             )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from importlib.resources import files
@@ -34,6 +34,7 @@ from tunegate.serve import openai_requests as requests
 from tunegate.serve.catalogue import Catalogue, DuplicateName, Served, UnknownModel
 from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.exchange import ClientGone, Exchanges, Limits, read_body, unless_gone, until
+from tunegate.serve.form_checks import FormChecks
 from tunegate.serve.guard import Caller, KeyGuard, Keys, caller_of
 from tunegate.serve.jobs import EngineGone
 from tunegate.serve.metrics import Metrics
@@ -67,6 +68,7 @@ class Front:
         self.engine, self.catalogue, self.limits = engine, catalogue, limits
         self.metrics = Metrics()
         self._known = Known()
+        self._check_form = FormChecks()
         # One thread: tokenizers are not made for several at once, and the event loop must not wait for a long prompt.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tunegate-render")
         folder = files("tunegate.serve") / "page"
@@ -78,17 +80,24 @@ class Front:
         """A chat's next message."""
         began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
-        served = await self._resolve(request, asked.model)
-        plan = await self._on_thread(lambda: chat_plan(asked, served, self.engine.facts, self._known))
-        return await self._answer(request, plan, asked, began)
+        facts = self.engine.facts
+        planned = self._planned(request, asked, lambda served: chat_plan(asked, served, facts, self._known))
+        return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text, or a list of token ids."""
         began = time.monotonic()
         asked = await self._read(request, requests.CompletionRequest)
+        planned = self._planned(
+            request, asked, lambda served: completion_plan(asked, served, self.engine.facts, self._known)
+        )
+        return await self._answer(request, await self._in_time(request, planned, began), asked, began)
+
+    async def _planned(self, request: Request, asked: requests.Sampling, make: Callable[[Served], Plan]) -> Plan:
         served = await self._resolve(request, asked.model)
-        plan = await self._on_thread(lambda: completion_plan(asked, served, self.engine.facts, self._known))
-        return await self._answer(request, plan, asked, began)
+        plan = await self._on_thread(lambda: make(served))
+        await self._check_form(plan.jobs[0])
+        return plan
 
     async def _answer(self, request: Request, plan: Plan, asked: requests.Sampling, began: float) -> Response:
         if not self.engine.alive:
@@ -190,9 +199,12 @@ class Front:
     async def load(self, request: Request) -> Response:
         """Serve an adapter under a name."""
         _for_administrators(request)
+        began = time.monotonic()
         asked = await self._read(request, requests.LoadAdapterRequest)
+        name, place = asked.lora_name, asked.load_inplace
+        loading = self.catalogue.load(name, asked.lora_path, replace=place, pinned=asked.pinned)
         try:
-            await self.catalogue.load(asked.lora_name, asked.lora_path, replace=asked.load_inplace, pinned=asked.pinned)
+            await self._in_time(request, loading, began)
         except DuplicateName as error:
             if asked.lora_name == self.catalogue.base:
                 raise
@@ -214,8 +226,9 @@ class Front:
 
     async def tokenize(self, request: Request) -> Response:
         """The ids that a prompt or a chat gives the model."""
+        began = time.monotonic()
         asked = await self._read(request, requests.TokenizeRequest)
-        served = await self._resolve(request, asked.model or self.catalogue.base)
+        served = await self._in_time(request, self._resolve(request, asked.model or self.catalogue.base), began)
         ids = await self._on_thread(lambda: tokenized(asked, served))
         tokenizer = served.renderer.tokenizer
         names = tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
@@ -224,8 +237,9 @@ class Front:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special ones written out."""
+        began = time.monotonic()
         asked = await self._read(request, requests.DetokenizeRequest)
-        served = await self._resolve(request, asked.model or self.catalogue.base)
+        served = await self._in_time(request, self._resolve(request, asked.model or self.catalogue.base), began)
         wrong = [i for i in asked.tokens if i >= self.engine.facts.vocabulary]
         if wrong:
             expected = f"0 to {self.engine.facts.vocabulary - 1}"
@@ -271,6 +285,16 @@ class Front:
         if len(data) <= SMALL_BODY:
             return read_request(data, model)
         return await self._on_thread(lambda: read_request(data, model))
+
+    async def _in_time(self, request: Request, work: Coroutine[Any, Any, Result], began: float) -> Result:
+        """``work``, ended when the client goes away or the time of an answer that began at ``began`` is up. What it
+        waits for with others goes on for them."""
+        limit = self.limits.answer_seconds
+        left = began + limit - time.monotonic()
+        try:
+            return await unless_gone(request, asyncio.wait_for(work, left))
+        except asyncio.TimeoutError:
+            raise errors.too_long(limit) from None
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -344,11 +368,11 @@ def _add_routes(app: FastAPI, front: Front, admin: bool) -> None:
     complete = {"model": documents.Completion, "content": events}
     post("/v1/chat/completions", front.chat, requests.ChatRequest, chat, 503, 504)
     post("/v1/completions", front.complete, requests.CompletionRequest, complete, 503, 504)
-    post("/tokenize", front.tokenize, requests.TokenizeRequest, {"model": documents.Tokenized})
-    post("/detokenize", front.detokenize, requests.DetokenizeRequest, {"model": documents.Detokenized})
+    post("/tokenize", front.tokenize, requests.TokenizeRequest, {"model": documents.Tokenized}, 503, 504)
+    post("/detokenize", front.detokenize, requests.DetokenizeRequest, {"model": documents.Detokenized}, 503, 504)
     if admin:
         kinds = (requests.LoadAdapterRequest, requests.UnloadAdapterRequest)
-        post("/v1/load_lora_adapter", front.load, kinds[0], text, 503)
+        post("/v1/load_lora_adapter", front.load, kinds[0], text, 503, 504)
         post("/v1/unload_lora_adapter", front.unload, kinds[1], text, 503)
     app.add_api_route("/v1/models", front.models, response_model=documents.ModelList)
     app.add_api_route(

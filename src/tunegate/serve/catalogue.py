@@ -7,7 +7,8 @@ the old :class:`Served` keep its key, the next ones get the new one. Weights are
 
 A name costs its :class:`Served` and little more. Weights go to the engine when a request first asks for them, once for
 all who wait, and the engine pushes out those that were not used for longest, except pinned ones. Files are looked at
-(size, time, inode) before each use: what was admitted is what answers, or nothing does.
+(size, time, inode) before each use: what was admitted is what answers, or nothing does. Whoever waits for a disk or a
+store may leave at any time; that changes nothing but the next one's wait.
 
 It follows no registry (``following`` does) and holds no weights.
 """
@@ -29,6 +30,7 @@ from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.held import Held
 from tunegate.serve.jobs import MERGED
 from tunegate.serve.once import Locks, Once
+from tunegate.serve.threads import in_thread
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._@:-]*"
 _NAME = re.compile(rf"(?=.{{1,200}}\Z){_PART}(/{_PART})*")
@@ -124,9 +126,9 @@ class Catalogue:
             raise self._unknown(name)
         if entry.refused:
             raise ModelRefused(list(entry.refused))
-        if entry.folder is None or stamp_of(entry.folder) != entry.stamp:
+        if await self._moved(name, entry):
             known = entry
-            entry = await self._once((name, known.served.key), lambda: self._look_again(name, known))
+            entry = await self._once(("again", name, known.served.key), lambda: self._look_again(name, known))
         await self._put(entry)
         return entry.served
 
@@ -184,8 +186,13 @@ class Catalogue:
                 return
             put = before.pinned or self._held.has(before.served.key)
             identify = self._by_engine() if put else identify_here
-            found = await asyncio.to_thread(self._of_version, name, before.reference, version, identify)
-            entry = self._counted(found, before.pinned)
+            reference = before.reference
+
+            def found() -> Entry:
+                return self._of_version(name, reference, version, identify)
+
+            again = ("move", name, version.adapter, put)
+            entry = self._counted(await self._once(again, lambda: in_thread(found)), before.pinned)
             if put:
                 await self._put(entry)
             self._entries[name] = entry
@@ -217,11 +224,20 @@ class Catalogue:
                     return self._of_folder(name, folder, identify)
                 return self._of_version(name, source, self._version(source), identify)
 
-            entry = self._counted(await asyncio.to_thread(found), pinned)
+            entry = self._counted(await self._once(("add", name, source, put), lambda: in_thread(found)), pinned)
             if put:
                 await self._put(entry)
             self._entries[name] = entry
             return entry.served
+
+    async def _moved(self, name: str, entry: Entry) -> bool:
+        """Whether the files are not, or not at hand as, those that were admitted."""
+        folder = entry.folder
+        if folder is None:
+            return True
+        return bool(
+            await self._once(("look", name, folder), lambda: in_thread(lambda: stamp_of(folder))) != entry.stamp
+        )
 
     def _by_engine(self) -> Identify:
         """Have the engine hash what it reads, for weights that it is to hold next; from any thread."""
@@ -265,7 +281,7 @@ class Catalogue:
     async def _look_again(self, name: str, entry: Entry) -> Entry:
         """``entry`` with its files admitted: fetched from the registry for the first time, or found to have changed."""
         try:
-            found = await asyncio.to_thread(self._found_again, name, entry)
+            found = await in_thread(lambda: self._found_again(name, entry))
         except InputError as error:
             if entry.folder is None:  # only a change in the registry helps
                 self.refuse(name, entry.version, error.problems)

@@ -1,17 +1,18 @@
 """The engine itself: a base, adapters in a fixed number of bytes, and a scheduler, driven by jobs.
 
-A job whose adapter is not in memory waits for it (``engine_adapters``); loads are asked of :attr:`EngineCore.adapters`
-and do not wait for passes. Adapters that are to run on merged weights are proven by rows that go through the scheduler
-like all others (``lane``).
+A job whose form is not compiled, or whose adapter is not in memory, waits for it (``engine_forms``,
+``engine_adapters``). Loads are asked of :attr:`EngineCore.adapters` and do not wait for passes. Adapters that are to
+run on merged weights are proven by rows that go through the scheduler like all others (``lane``). What fails at one job
+is said to that job.
 
 It speaks no protocol (``engine_worker`` does), and is for one thread but for its adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from tunegate.adapter.segmented import Served
-from tunegate.engine.constrain import AnswerForm, Constraint, build_constraint
+from tunegate.engine.constrain import RowState
 from tunegate.engine.effect import Effect
 from tunegate.engine.page_store import token_bytes
 from tunegate.engine.prompt_scores import PromptScores
@@ -40,9 +41,9 @@ from tunegate.model.loading import (
 from tunegate.model.resolve import resolve_base
 from tunegate.model.weights import load_object
 from tunegate.serve.engine_adapters import Adapter, Adapters
+from tunegate.serve.engine_forms import Forms
 from tunegate.serve.jobs import EngineFacts, EngineFull, EngineOptions, Job, TokenLogprob, Tokens
-
-_MOST_FORMS = 256  # compiled ones kept
+from tunegate.serve.telling import tell
 
 
 @dataclass
@@ -99,9 +100,10 @@ class EngineCore:
         vocabulary = int(model.config.get_text_config().vocab_size)
         effect = Effect(self.runner, self.served)
         self.adapters = Adapters(self.served, effect, options.adapter_bytes, vocabulary, wake)
+        self.forms = Forms(self.tokenizer, wake)
+        self._states: dict[int, RowState] = {}  # of jobs that have not begun
         self._jobs: dict[int, _Running] = {}
         self._rows: dict[Row, int] = {}
-        self._forms: OrderedDict[Any, Constraint] = OrderedDict()
         self._proofs: dict[Row, Adapter] = {}
         positions = longest_row(load_object(resolved.path / "config.json"))
         self.facts = EngineFacts(
@@ -120,20 +122,38 @@ class EngineCore:
     @property
     def busy(self) -> bool:
         """Whether :meth:`step` has something to do now."""
-        return self.scheduler.busy or self.adapters.waits
+        return self.scheduler.busy or self.adapters.waits or self.forms.waits
 
     def submit(self, number: int, job: Job, folder: Path | None = None) -> None:
         """Take a job; what is wrong with it goes to ``send`` as an error. ``folder``: where its adapter is."""
-        try:
+        with self._told(number):
             self._check(job)
+            if job.form is not None:
+                constraint = self.forms.of(number, job, folder)
+                if constraint is None:
+                    return
+                self._states[number] = constraint.start()
             adapter = None
             if job.adapter is not None:
                 adapter = self.adapters.use(job.adapter, folder, number, job)
                 if adapter is None:
                     return
             self._start(number, job, adapter)
+
+    @contextlib.contextmanager
+    def _told(self, number: int) -> Iterator[None]:
+        """What fails here is said to this job alone; the others go on."""
+        try:
+            yield
         except TunegateError as error:
-            self.send(number, error)
+            self._refuse(number, error)
+        except Exception as error:
+            tell("a job failed", error)
+            self._refuse(number, TunegateError("the engine failed at this answer; its log says more"))
+
+    def _refuse(self, number: int, error: TunegateError) -> None:
+        self._states.pop(number, None)
+        self.send(number, error)
 
     def _check(self, job: Job) -> None:
         vocabulary = self.facts.vocabulary
@@ -148,22 +168,23 @@ class EngineCore:
                 "the prompt is longer than what can be read", expected=f"at most {most} tokens",
                 got=f"{len(job.tokens)}",
             )  # fmt: skip
-        if len(self._jobs) >= self.options.most_rows + self.options.most_waiting:
+        if len(self._jobs) + self.forms.waiting >= self.options.most_rows + self.options.most_waiting:
             raise EngineFull("too many answers are waiting", got=f"{len(self._jobs)}", fix="send it again later")
 
     def _start(self, number: int, job: Job, adapter: Adapter | None) -> None:
         """``adapter`` is in use, and is not if this fails."""
         try:
-            row, scores = self._row(job, adapter)
-        except TunegateError:
+            row, scores = self._row(job, adapter, self._states.pop(number, None))
+        except Exception:
             if adapter is not None:
                 self.adapters.release(adapter)
             raise
         self.scheduler.add(row)
         self._jobs[number], self._rows[row] = _Running(row, job, adapter, scores), number
 
-    def _row(self, job: Job, adapter: Adapter | None) -> tuple[Row, PromptScores | None]:
-        state = None if job.form is None else self._form(job).start()
+    def _row(
+        self, job: Job, adapter: Adapter | None, state: RowState | None
+    ) -> tuple[Row, PromptScores | None]:  # fmt: skip
         room = max(1, min(job.max_new_tokens, self.facts.context - len(job.tokens)))
         scores = None if job.prompt_logprobs is None else PromptScores(job.tokens, job.prompt_logprobs)
         row = Row(
@@ -178,21 +199,12 @@ class EngineCore:
         )
         return row, scores
 
-    def _form(self, job: Job) -> Constraint:
-        key = (job.form, job.stop_ids)
-        if key not in self._forms:
-            assert job.form is not None
-            kind, value, compact = job.form
-            self._forms[key] = build_constraint(AnswerForm(kind, value, compact), self.tokenizer, job.stop_ids)  # type: ignore[arg-type]
-            while len(self._forms) > _MOST_FORMS:
-                self._forms.popitem(last=False)
-        self._forms.move_to_end(key)
-        return self._forms[key]
-
     def cancel(self, number: int) -> None:
         if number in self._jobs:
             self.scheduler.cancel(self._jobs[number].row)
             self._end(number)
+        self._states.pop(number, None)
+        self.forms.cancel(number)
         self.adapters.cancel(number)
 
     def _end(self, number: int) -> None:
@@ -202,16 +214,19 @@ class EngineCore:
             self.adapters.release(running.adapter)
 
     def step(self) -> None:
-        """Begin what waited for adapters, then one pass."""
+        """Begin what waited for forms and adapters, then one pass."""
+        for parked in self.forms.come():
+            if parked.error is None:
+                self.submit(parked.number, parked.job, parked.folder)
+            else:
+                self._refuse(parked.number, parked.error)
         come, to_prove = self.adapters.come()
         for one in come:
             if isinstance(one.adapter, TunegateError):
-                self.send(one.number, one.adapter)
+                self._refuse(one.number, one.adapter)
                 continue
-            try:
+            with self._told(one.number):
                 self._start(one.number, one.job, one.adapter)
-            except TunegateError as error:
-                self.send(one.number, error)
         for adapter in to_prove:
             assert adapter.proof is not None
             for row in adapter.proof.rows:
@@ -262,7 +277,7 @@ class EngineCore:
         return {
             **held,
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) + held["waiting"],
+            "waiting": len(scheduler.waiting) + held["waiting"] + self.forms.waiting,
             "pages": scheduler.pool.pages,
             "pages_used": scheduler.pool.used,
             **vars(scheduler.counters),

@@ -70,6 +70,7 @@ class EngineProcess:
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "tunegate.serve.engine_worker", str(theirs.fileno()),
+                *(["debug"] if log.isEnabledFor(logging.DEBUG) else []),
                 pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
         reader, writer = await asyncio.open_connection(sock=ours, limit=LONGEST_LINE)
@@ -203,7 +204,8 @@ class EngineProcess:
 
     async def unload(self, key: str) -> None:
         self._folders.pop(key, None)
-        self._send({"unload": key})
+        if self.alive:  # one that ended holds nothing, and the next one is not told of it
+            self._send({"unload": key})
 
     async def stats(self) -> dict[str, Any]:
         return await self._ask(lambda n: {"stats": n})

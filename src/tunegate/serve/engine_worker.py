@@ -4,7 +4,7 @@ A thread reads the socket; the main thread takes what came, makes one pass, and 
 asked about adapters waits for no pass: it is handed on, and answered, by other threads. Nothing to do means waiting for
 a message. When the front is gone, so is this process.
 
-``python -m tunegate.serve.engine_worker FD`` is for ``engine_process``, not for people.
+``python -m tunegate.serve.engine_worker FD [debug]`` is for ``engine_process``, not for people.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from tunegate.engine.memory import resident_bytes
 from tunegate.errors import TunegateError
 from tunegate.serve.engine_core import EngineCore
 from tunegate.serve.jobs import EngineOptions, Job, Loaded, Tokens, to_json
+from tunegate.serve.telling import begin, tell
 from tunegate.serve.wire import error_json, line
 
+DEBUG = "debug"  # of the command line: errors are logged whole
 _SWITCH = 2e-4  # seconds: a pass comes back from the kernels many times, and must not wait for an adapter's reader
 
 
@@ -129,14 +130,15 @@ class Worker:
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the front decides
         signal.signal(number, signal.SIG_IGN)
+    begin(debug=DEBUG in sys.argv[2:])
     disable_progress_bar()
     sys.setswitchinterval(_SWITCH)
     try:
         return Worker(socket.socket(fileno=int(sys.argv[1]))).run()
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the front is gone
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        tell("the engine failed", error)
         return 1
 
 

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tunegate.serve import openai_errors as errors
 from tunegate.serve.guard import ANYONE, caller_of
 from tunegate.serve.metrics import Metrics
+from tunegate.serve.telling import tell
 
 T = TypeVar("T")
 
@@ -109,8 +110,7 @@ async def until(deadline: float, seconds: float, pieces: AsyncGenerator[T, None]
             finally:
                 inside = None
             yield piece
-        fix = "a smaller max_tokens; the server's limit is --answer-timeout"
-        raise errors.AnswerTooLong("the answer took too long", expected=f"at most {seconds:g} s", fix=fix)
+        raise errors.too_long(seconds)
     finally:
         timer.cancel()
         await (closing or pieces.aclose())
@@ -144,6 +144,6 @@ class Exchanges:
             await self._app(scope, receive, counted)
         except Exception as error:  # further out it would be logged with its message
             if begun:
-                errors.tell("an answer broke off", error)
+                tell("an answer broke off", error)
                 return  # the connection is closed, since the answer is not whole
             await errors.response(error)(scope, receive, counted)

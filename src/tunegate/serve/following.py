@@ -39,6 +39,8 @@ from tunegate.registry.opening import Registry
 from tunegate.registry.tables import edges
 from tunegate.serve.admission import House, standing_of, version_problems
 from tunegate.serve.catalogue import Catalogue, Entry, Served, check_name
+from tunegate.serve.once import Once
+from tunegate.serve.threads import in_thread
 
 log = logging.getLogger("tunegate.serve")
 
@@ -55,9 +57,13 @@ class _State:
 
 class Follower:
     """Keeps ``catalogue`` as the registry says. ``every``: seconds between looks, give or take a fifth, so that many
-    servers do not ask at once."""
+    servers do not ask at once. ``patience``: seconds for the registry's answer, and for each name's new version."""
 
-    def __init__(self, catalogue: Catalogue, registry: Registry, *, everything: bool = False, every: float = 2.0):
+    def __init__(
+        self, catalogue: Catalogue, registry: Registry, *, everything: bool = False, every: float = 2.0,
+        patience: float = 300.0,
+    ):  # fmt: skip
+        self._patience, self._once = patience, Once()
         self._catalogue = catalogue
         self._registry = registry
         self._everything = everything
@@ -87,11 +93,15 @@ class Follower:
     async def look(self) -> None:
         """Settle every name, if anything was written since the last look. :class:`TunegateError` if the registry cannot
         be read, or a version not be fetched; the next look tries again."""
-        event, state = await asyncio.to_thread(self._read)
+        reading = self._once("read", lambda: in_thread(self._read))
+        try:
+            event, state = await asyncio.wait_for(reading, self._patience)
+        except asyncio.TimeoutError:
+            raise TunegateError("the registry does not answer", expected=f"within {self._patience:g} s") from None
         if state is None:
             return
         entries = self._catalogue.entries().items()
-        settled = await asyncio.gather(*(self._settle(name, entry, state) for name, entry in entries))
+        settled = await asyncio.gather(*(self._in_time(name, entry, state) for name, entry in entries))
         if self._everything:
             await self._add_production(state)
         if failed := [problem for error in settled if error for problem in error.problems]:
@@ -113,6 +123,14 @@ class Follower:
         for version in state.by_id.values():
             state.by_name.setdefault(version.name, []).append(version)
         return event, state
+
+    async def _in_time(self, name: str, entry: Entry, state: _State) -> TunegateError | None:
+        """A version that does not come keeps no other name waiting for ever."""
+        try:
+            return await asyncio.wait_for(self._settle(name, entry, state), self._patience)
+        except asyncio.TimeoutError:
+            what = "what the registry says of this name could not be followed"
+            return TunegateError(what, where=name, expected=f"within {self._patience:g} s")
 
     async def _settle(self, name: str, entry: Entry, state: _State) -> TunegateError | None:
         """Bring one name up to date. What failed and may work at the next look is returned."""
@@ -147,7 +165,7 @@ class Follower:
         ]  # fmt: skip
         if not found:
             return
-        for version, outcome in zip(found, await asyncio.to_thread(self._enrolments, found), strict=True):
+        for version, outcome in zip(found, await in_thread(lambda: self._enrolments(found)), strict=True):
             if isinstance(outcome, InputError):
                 self._say(version.name, f"{version.ref} is not served: {outcome}")
                 continue

@@ -17,8 +17,9 @@ import hmac
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Stamp = tuple[int, int, int]
 
+_OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_PORT = re.compile(r":[0-9]*\Z")
 _OPEN = ("/", "/health")
 _OPEN_BELOW = "/page/"
 _LOOK = 1.0  # seconds between looks at the file
@@ -175,13 +178,32 @@ class KeyGuard:
         return self._keys.find(secret.strip()) if kind.lower() == b"bearer" else None
 
 
+class HostGuard:
+    """The ASGI application ``app`` for requests to one of ``hosts``, or to a name of this machine's own. A page of
+    another site, whose name was made to mean this machine (DNS rebinding), is sent by browsers under its own name."""
+
+    def __init__(self, app: App, hosts: Sequence[str]):
+        self._app, self._hosts = app, frozenset(host.lower() for host in (*_OWN_HOSTS, *hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = next((value for name, value in scope.get("headers", ()) if name == b"host"), b"")
+        host = _PORT.sub("", asked.decode("latin-1").strip().lower())
+        if host in self._hosts or not host or host.endswith(".localhost"):
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"this server is asked as {host[:200]!r}; without keys it answers to this machine's names, and to those "
+        )
+        await _refuse(send, 403, message + "of --allow-host", "invalid_request_error", "host_not_allowed")
+
+
 def _is_open(scope: Scope) -> bool:
     path = scope["path"]
     return scope["method"] == "GET" and (path in _OPEN or path.startswith(_OPEN_BELOW))
 
 
-async def _refuse(send: Send, status: int, message: str, kind: str, code: str, header: tuple[bytes, bytes]) -> None:
+async def _refuse(send: Send, status: int, message: str, kind: str, code: str, *more: tuple[bytes, bytes]) -> None:
     body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), header]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,27 +2,22 @@
 
 Every exception has one status (``_KINDS``): 400 for what is wrong with a request, 404 for a name that is not served,
 429 for an engine that is full, 503 for one that is gone, and so on. All problems of a request are in one message, each
-in a line. What nobody foresaw is a 500 without details; the log has its kind and its places, and not its message, which
-may quote a prompt.
+in a line. What nobody foresaw is a 500 without details; the log says more (``telling``).
 """
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tunegate.errors import InputError, Problem, TunegateError
 from tunegate.serve.catalogue import AdapterNotFound, ModelRefused, UnknownModel
 from tunegate.serve.jobs import EngineFull, EngineGone
+from tunegate.serve.telling import tell
 
 if TYPE_CHECKING:
     from starlette.responses import JSONResponse
 
-log = logging.getLogger("tunegate.serve")
 SHOWN = 20  # problems
-FRAMES = 8  # of each error in the log
 
 
 class BodyTooLarge(InputError):
@@ -43,6 +38,11 @@ class NotAllowed(InputError):
 
 class AnswerTooLong(TunegateError):
     """An answer that took longer than one may."""
+
+
+def too_long(seconds: float) -> AnswerTooLong:
+    fix = "a smaller max_tokens; the server's limit is --answer-timeout"
+    return AnswerTooLong("the answer took too long", expected=f"at most {seconds:g} s", fix=fix)
 
 
 def line(problem: Problem) -> str:
@@ -94,28 +94,6 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         param = next((problem.where for problem in error.problems if problem.where), None)
         return 400, body(message, _WRONG, param=param, code="invalid_request"), {}
     return 500, body(message, _FAILED, code="failed"), {}
-
-
-def tell(what: str, error: BaseException) -> None:
-    """Log an error that nobody foresaw; with its message only where the log is at DEBUG."""
-    log.error(
-        "%s: %s", what, "; from ".join(_places(error)), exc_info=error if log.isEnabledFor(logging.DEBUG) else None
-    )
-
-
-def _places(error: BaseException) -> Iterator[str]:
-    """An error, and those it came from: ``ValueError at serve/text.py:88 in push``."""
-    seen: list[BaseException] = []
-    waiting = [error]
-    while waiting and len(seen) < FRAMES:
-        one = waiting.pop()
-        if any(one is other for other in seen):
-            continue
-        seen.append(one)
-        frames = traceback.extract_tb(one.__traceback__)[-FRAMES:]
-        places = [f"{'/'.join(f.filename.split('/')[-2:])}:{f.lineno} in {f.name}" for f in frames]
-        yield f"{type(one).__name__} at {', '.join(places) or 'no place'}"
-        waiting += [e for e in (one.__cause__ or one.__context__, *getattr(one, "exceptions", ())) if e is not None]
 
 
 def response(error: Exception) -> JSONResponse:

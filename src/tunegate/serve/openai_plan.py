@@ -35,6 +35,7 @@ from tunegate.serve.openai_requests import (
 from tunegate.serve.text import Words
 from tunegate.serve.tools import CallFormat, call_format, call_schema
 
+MOST_ECHOED = 1 << 18  # log-probabilities of prompts in one answer: some 15 MB
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may go on to the end of the context
 Form = tuple[str, str | tuple[str, ...], bool]
 
@@ -131,7 +132,17 @@ def completion_plan(asked: CompletionRequest, served: Served, facts: EngineFacts
         raise InputError(problems)
     echo = tuple(p if isinstance(p, str) else renderer.decode(p) for p in asked.prompt) if asked.echo else ()
     n = asked.n or 1
+    if asked.echo and asked.logprobs is not None:
+        _check_echoed(n * (1 + asked.logprobs) * sum(len(job.tokens) for job in jobs))
     return Plan(served, known.words(renderer), _copies(jobs, n), n, tuple(asked.stop or ()), echo=echo)
+
+
+def _check_echoed(count: int) -> None:
+    if count > MOST_ECHOED:
+        raise InputError(
+            "too many log-probabilities of prompts", where="echo with logprobs", expected=f"at most {MOST_ECHOED:,}",
+            got=f"{count:,}", fix="fewer prompts or answers in one request, or fewer logprobs",
+        )  # fmt: skip
 
 
 def tokenized(asked: TokenizeRequest, served: Served) -> list[int]:

@@ -27,6 +27,7 @@ from tunegate.data.rows import excerpt
 MOST_ANSWERS = 128  # of one request: prompts times n
 MOST_STOPS, LONGEST_STOP = 32, 500  # strings; characters
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024  # token ids of logit_bias; they go to the engine with every answer
 MOST_SEED = 2**63 - 1
 LONGEST_NAME = 512
 
@@ -81,6 +82,8 @@ def _choice(value: Any) -> Any:
 
 
 def _bias(value: dict[str, float] | None) -> dict[str, float] | None:
+    if len(value or {}) > MOST_BIASES:
+        raise ValueError(f"at most {MOST_BIASES} token ids are expected")
     if wrong := [key for key in value or {} if not re.fullmatch(r"[0-9]{1,9}", key)]:
         raise ValueError(f"token ids are expected as keys; got {excerpt(wrong[0])}")
     return value

@@ -5,7 +5,7 @@
     base      the one named, or the one that the adapters' cards name; quantized as they were trained
     names     every adapter is admitted, and all problems of all of them are told, before any weight is read
     engine    started; pinned and preloaded adapters are put into it
-    serving   until SIGTERM or SIGINT; then no new connection, and ``grace`` seconds for the answers under way
+    serving   until SIGTERM or SIGINT; then no new connection, and a while for the answers under way
 
 It writes no messages: whoever calls it is told when the engine starts, and when it is ready.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 
 from tunegate import records
 from tunegate.adapter.card import CARD, load_card, recipe_text
-from tunegate.errors import InputError, Problem, TunegateError, collecting
+from tunegate.errors import InputError, Problem, TunegateError, collecting, nearest
 from tunegate.kernels.formats import Recipe
 from tunegate.model.fingerprint import fingerprint_base
 from tunegate.model.resolve import Report, resolve_base
@@ -31,13 +32,15 @@ from tunegate.records import AdapterCard
 from tunegate.registry.entries import PRODUCTION, is_reference, list_versions, read_entity, resolve
 from tunegate.registry.opening import Registry
 from tunegate.registry.tables import versions
-from tunegate.serve import openai_errors as errors
 from tunegate.serve.admission import House
 from tunegate.serve.base import ServedBase, open_base
 from tunegate.serve.catalogue import Catalogue
+from tunegate.serve.connections import Bounds, Connections
 from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.following import Follower
+from tunegate.serve.telling import log, tell
 
+SHOWN = 10  # names, where one is wrong
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -174,10 +177,22 @@ async def fill(catalogue: Catalogue, wanted: Wanted) -> Follower | None:
                 catalogue.pin(name) if flag != "--preload" else catalogue.known(name)
             except InputError as error:
                 if name not in given:  # else its adapter was refused, which is told
-                    problems += [replace(problem, where=flag) for problem in error.problems]
+                    ways = _names_like(name, catalogue, flag != "--preload")
+                    problems += [replace(problem, where=flag, fix=ways) for problem in error.problems]
     if problems:
         raise InputError(problems)
     return follower
+
+
+def _names_like(name: str, catalogue: Catalogue, adapters_only: bool) -> str:
+    """The names that there are, or the nearest of many."""
+    names = [served.name for served in catalogue.names()][1 if adapters_only else 0 :]
+    if near := nearest(name[:200], names):
+        return near
+    if not names:
+        return "no adapter is served"
+    listed = names if len(names) <= SHOWN else difflib.get_close_matches(name[:200], names, SHOWN, 0.0)
+    return f"names that there are: {', '.join(listed)}" + (f", and {len(names) - SHOWN} more" * (len(names) > SHOWN))
 
 
 # --- serving -----------------------------------------------------------------------------------------------------
@@ -237,13 +252,18 @@ async def unless(asked: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
         await asyncio.gather(working, waiting, return_exceptions=True)
 
 
-async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Event, ready: Callable[[], None]) -> None:
-    """Serve ``app`` on ``bound`` until ``asked`` is set, then finish what is under way within ``grace`` seconds."""
+async def listen(
+    app: Any, bound: socket.socket, bounds: Bounds, asked: asyncio.Event, ready: Callable[[], None]
+) -> None:  # fmt: skip
+    """Serve ``app`` on ``bound`` until ``asked`` is set, then finish what is under way."""
     import uvicorn
 
+    connections = Connections(bounds)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none",
-        timeout_graceful_shutdown=max(1, round(grace)),
+        http=connections,  # type: ignore[arg-type]  # it is called for each connection, as a class would be
+        timeout_keep_alive=bounds.idle,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=max(1, round(bounds.grace)),
     )  # fmt: skip
     server = uvicorn.Server(config)
     asyncio.get_running_loop().set_exception_handler(_without_message)
@@ -252,7 +272,7 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
         await asked.wait()
         server.should_exit = True
 
-    watching = asyncio.ensure_future(watch())
+    watching = asyncio.gather(watch(), connections.watch())
     bound.listen(config.backlog)
     ready()
     try:
@@ -260,7 +280,8 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
         await server.serve(sockets=[bound])
     finally:
         watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
     if not server.started:
         raise TunegateError("the server did not start", fix="its log, above, says why")
 
@@ -268,13 +289,13 @@ async def listen(app: Any, bound: socket.socket, grace: float, asked: asyncio.Ev
 def _without_message(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What asyncio cannot raise anywhere. Its own handler logs messages, and these may quote a prompt."""
     if (error := context.get("exception")) is not None:
-        errors.tell(context["message"], error)
+        tell(context["message"], error)
     else:
-        errors.log.error("%s", context["message"])
+        log.error("%s", context["message"])
 
 
 async def serve(
-    engine: EngineClient, catalogue: Catalogue, wanted: Wanted, app: Any, bound: socket.socket, grace: float,
+    engine: EngineClient, catalogue: Catalogue, wanted: Wanted, app: Any, bound: socket.socket, bounds: Bounds,
     starting: Callable[[], None], ready: Callable[[Catalogue], None],
 ) -> None:  # fmt: skip
     """Run until SIGTERM or SIGINT. ``catalogue`` is filled, the engine started and stopped here; ``starting`` is called
@@ -293,7 +314,7 @@ async def serve(
     async with stopping() as asked:
         try:
             if await unless(asked, start()):
-                await listen(app, bound, grace, asked, lambda: ready(catalogue))
+                await listen(app, bound, bounds, asked, lambda: ready(catalogue))
         finally:
             for task in following:
                 task.cancel()
