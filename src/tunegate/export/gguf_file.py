@@ -151,7 +151,7 @@ def write_model(
     changed = set()
     try:
         if extra is not None:
-            writer.write_tensor_data(_Bytes(extra.numpy()))
+            _put(writer, extra.numpy())
         for source in plan.files:
             for entry, data, differs in merged_tensors(plan, source, layout.dtypes(source)):
                 if differs:
@@ -159,7 +159,7 @@ def write_model(
                 here = layout.slots[source].get(entry.name)
                 if here is not None:
                     values = to_gguf(config, layout.family, here.name, data.view(here.dtype).view(entry.shape))
-                    writer.write_tensor_data(_Bytes(_encoded(values, here)))
+                    _put(writer, _encoded(values, here))
                     del values
                 del data  # else it would be held until the next one is ready
                 progress(size_of(entry))
@@ -194,7 +194,7 @@ def write_adapter(flat: Flat, config: Any, path: Path, about: Mapping[str, str])
     _begin(writer)
     try:
         for tensor in tensors.values():
-            writer.write_tensor_data(_Bytes(tensor.numpy()))
+            _put(writer, tensor.numpy())
     finally:
         _end(writer)
     return len(flat.modules)
@@ -249,6 +249,10 @@ class _Bytes:
 
     def tofile(self, handle: IO[bytes]) -> None:
         handle.write(self.values.data)
+
+
+def _put(writer: Any, values: np.ndarray[Any, Any]) -> None:
+    writer.write_tensor_data(_Bytes(values))
 
 
 def _end(writer: Any) -> None:
