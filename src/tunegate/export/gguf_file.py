@@ -134,7 +134,7 @@ def write_model(
     import gguf
 
     plan, config = layout.plan, layout.plan.config
-    writer: Any = gguf.GGUFWriter(path, layout.family.arch)
+    writer = gguf.GGUFWriter(path, layout.family.arch)
     writer.add_type(gguf.GGUFType.MODEL)
     _describe(writer, about)
     writer.add_file_type(_FILE_TYPES[layout.out_type])
@@ -174,7 +174,7 @@ def write_adapter(flat: Flat, config: Any, path: Path, about: Mapping[str, str])
     import gguf
 
     family = family_of(config)
-    writer: Any = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(path, family.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     _describe(writer, about)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
