@@ -273,7 +273,8 @@ def test_others_are_answered_while_a_form_is_tried(monkeypatch: pytest.MonkeyPat
         def ask() -> None:
             form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": json.loads(ENDLESS)}}
             try:
-                server.client().chat.completions.create(model="tiny", messages=HELLO, response_format=form)
+                patient = server.client().with_options(timeout=100)  # seconds of the processor may be many by the clock
+                patient.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
             except openai.BadRequestError as error:
                 told.append(error.body)
 
