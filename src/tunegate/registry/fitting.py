@@ -26,7 +26,7 @@ def check_fits(registry: Registry, folder: Path, base: str) -> str:
     from tunegate.model.resolve import resolve_config
 
     reasons: list[str] = []
-    for name, revision in _places(registry, base):
+    for name, revision in _places(registry, base).items():
         try:
             model = empty_model(resolve_config(name, revision, offline=True)[0])
         except TunegateError as error:
