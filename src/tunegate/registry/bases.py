@@ -213,7 +213,7 @@ def list_bases(connection: Connection) -> list[BaseEntry]:
         names.setdefault(row.base, []).append(row.name)
     taken = dict(connection.execute(sa.select(superseded.c.old, superseded.c.new)).tuples().all())
     trained = sa.select(edges.c.parent, sa.func.count()).where(edges.c.role == "trained on").group_by(edges.c.parent)
-    adapters = dict(connection.execute(trained).tuples().all())
+    adapters: dict[str, int] = dict(connection.execute(trained).tuples().all())
     recipes = _recipes(connection)
     found = read_entities(connection, entities.c.kind == "base")
     flags = flags_among(connection, list(found))
