@@ -115,7 +115,11 @@ def _lineage(arguments: argparse.Namespace, console: Console) -> int:
             end = find_entity(connection, arguments.to)
             chain = way(connection, start.id, end.id)
             if chain is None:
-                raise TunegateError("nothing connects the two", where=f"{start.name} and {end.name}")
+                raise TunegateError(
+                    "nothing connects the two", where=f"{arguments.what} and {arguments.to}",
+                    expected="a base, data, a run or an adapter that both were made from or went into",
+                    fix="`tunegate registry lineage` of one of them shows what it hangs together with",
+                )  # fmt: skip
             groups = [("way", chain)]
             entities = entities_of(connection, start.id, chain)
         else:

@@ -77,7 +77,8 @@ def _form_problem(name: str) -> Problem | None:
         expected = f"at most {LONGEST_NAME} letters that can be printed"
         return Problem("not a name for a base", got=got, expected=expected, fix="give another name")
     if is_reference(name):  # wherever a base or a version can be named, it would be taken for that base
-        return Problem("a base's name must not read like a version or a hash", got=got, fix="give another name")
+        expected = "a name that is not NAME:NUMBER, NAME@ALIAS or six hex digits and more"
+        return Problem("a base's name must not read like a version or a hash", "", expected, got, "give another name")
     return None
 
 

@@ -30,6 +30,7 @@ LATEST = "latest"
 CLAIMS = "claims"  # the edge from an adapter without a card to the base whose name it gives
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NUMBER = re.compile("[0-9]{1,9}")
+_SHOWN = "`tunegate registry list` and `tunegate registry base list` show all"
 _SHORTEST = 6  # hex digits of a hash that may be left at
 
 
@@ -259,14 +260,14 @@ def find_entity(connection: Connection, text: str) -> Entity:
         if len(found) == 1:
             return read_entity(connection, found[0])
         what = "the beginning of several hashes" if found else "nothing in the registry has this hash"
-        raise InputError(what, where=text, got=", ".join(found), fix="write more of it" if found else "")
+        raise InputError(what, where=text, got=", ".join(found), fix="write more of it" if found else _SHOWN)
     named = connection.execute(sa.select(versions.c.name).where(versions.c.name == text)).first()
     if named is None and not is_reference(text):
         bases = sorted(connection.execute(sa.select(base_names.c.name)).scalars())
         raise InputError(
             "no such base or adapter in the registry", where=text,
             expected="a base's name, NAME:NUMBER, NAME@ALIAS or a content hash",
-            fix=nearest(text, bases) or "`tunegate registry list` and `tunegate registry base list` show all",
+            fix=nearest(text, bases) or _SHOWN,
         )  # fmt: skip
     return read_entity(connection, resolve(connection, text).adapter)
 

@@ -19,7 +19,7 @@ from tunegate import records
 from tunegate.adapter.card import CARD, FILES, MANIFEST, README, check_complete, load_card
 from tunegate.adapter.files import CONFIG, TENSORS, adapter_hash, check_alone
 from tunegate.adapter.peft_config import read_config
-from tunegate.errors import InputError, Problem, nearest
+from tunegate.errors import InputError, Problem
 from tunegate.files import hash_file, hash_json, read_json
 from tunegate.gate import verdict_of
 from tunegate.model.origin import check_origin
@@ -65,7 +65,7 @@ def read_folder(folder: Path, *, name: str | None = None, base: str | None = Non
             f"not an adapter folder: no {missing}",
             where=str(folder),
             fix="it holds a pickle, which is never read: save it again with PEFT" if pickled
-            else nearest(TENSORS, sorted(found)),
+            else "name the folder that PEFT or `tunegate run` wrote",
         )  # fmt: skip
     own = {name: (found[name], hash_file(found[name])) for name in (*FILES, MANIFEST) if name in found}
     check_alone(folder)  # after the hashes, by which every later reading is compared
