@@ -218,7 +218,7 @@ def _shingle_hashes(texts: list[str]) -> tuple[U32, I64]:
     padded = [_padded(text) for text in texts]
     lengths = np.array([len(text) for text in padded], np.int64)
     points = np.frombuffer("".join(padded).encode("utf-32-le"), np.uint32).astype(np.uint64)
-    value = np.zeros(len(points) - SHINGLE + 1, np.uint64)
+    value: npt.NDArray[np.uint64] = np.zeros(len(points) - SHINGLE + 1, np.uint64)
     for k in range(SHINGLE):
         value = value * np.uint64(0x100000001B3) + points[k : k + len(value)]
     inside = np.ones(len(value), bool)  # 5-grams that begin in one text and end in the next are dropped
@@ -261,7 +261,7 @@ def _verified(
 ) -> list[tuple[int, int, float]]:
     """Distinct candidate pairs whose exact Jaccard reaches ``threshold``, in order."""
     width = np.int64(len(right.texts))
-    likely = [np.empty(0, np.int64)]
+    likely: list[I64] = [np.empty(0, np.int64)]
     for a, b in pairs:
         estimate = np.empty(len(a))
         for start in range(0, len(a), 1 << 16):

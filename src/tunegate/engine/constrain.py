@@ -166,7 +166,7 @@ class _GrammarState:
     def allowed(self) -> np.ndarray:
         complete = self._matcher.is_accepting()
         if self._matcher.is_stopped():
-            mask = np.zeros(int(self._stops.max()) + 1, dtype=bool)
+            mask: np.ndarray = np.zeros(int(self._stops.max()) + 1, dtype=bool)
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             mask = np.unpackbits(bits, bitorder="little").astype(bool)

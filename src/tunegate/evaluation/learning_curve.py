@@ -109,7 +109,7 @@ def _fit(sizes: np.ndarray, errors: np.ndarray, exponents: np.ndarray) -> np.nda
     With x = (rows / most rows)**-b the law is a line in x; its non-negative least squares is the free line where both
     of its numbers are non-negative, else the better of a constant and a line through the origin.
     """
-    best = np.full(len(errors), np.inf)
+    best: np.ndarray = np.full(len(errors), np.inf)
     found = np.zeros((len(errors), 3))
     most = sizes.max()
     for b in exponents:

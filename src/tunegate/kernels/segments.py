@@ -208,7 +208,8 @@ def _lay_out_twin(
     data: np.ndarray[Any, np.dtype[np.uint8]], memory: Tensor, parts: np.ndarray[Any, np.dtype[np.int64]]
 ) -> tuple[float, float]:
     largest = [0.0, 0.0]
-    for begin, to, rows, columns, transposed in parts.tolist():
+    lines: Any = parts.tolist()
+    for begin, to, rows, columns, transposed in lines:
         values = torch.from_numpy(data[begin : begin + 4 * rows * columns].copy()).view(torch.float32)
         values = values.view(rows, columns)
         memory[to : to + rows * columns] = (values.t() if transposed else values).reshape(-1)

@@ -221,8 +221,8 @@ class Adapters:
                 return
             try:
                 self._place(adapter, read)
-            except TunegateError as error:
-                self._refuse(adapter, error)
+            except Exception as error:
+                self._refuse(adapter, _told(error, adapter.folder))
                 return
             if adapter.proof is None:
                 self._ready(adapter)
