@@ -67,18 +67,19 @@ def open_registry(
             raise _no_store(database)
         database.create(upgrade=upgrade)
     elif not database.check():
-        raise InputError("there is no registry yet", where=database.shown, fix=_MAKE)
+        raise InputError("there is no registry yet", where=database.shown, fix=_MAKE if folder else _MAKE_WITH_STORE)
     return Registry(database, Store(_settled_store(database, folder, store)), who or whoami())
 
 
 _MAKE = "`tunegate registry init` or `tunegate registry add` makes one"
+_MAKE_WITH_STORE = "tunegate registry init --registry URL --store s3://BUCKET/PREFIX (or a shared folder)"
 
 
 def _no_store(database: Database) -> InputError:
     return InputError(
         "a registry on PostgreSQL needs a place for its bytes",
         where=database.shown,
-        fix="tunegate registry init --registry URL --store s3://BUCKET/PREFIX (or a shared folder)",
+        fix=_MAKE_WITH_STORE,
     )
 
 
