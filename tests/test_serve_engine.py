@@ -213,14 +213,15 @@ def test_a_load_waits_for_no_pass(base: Path, adapters: list[Path]) -> None:
     """The engine's loop stands still, and the adapter is there."""
     sent: dict[int, list[Any]] = {}
     woken = threading.Event()
-    options = EngineOptions(str(base), threads=1, cache_bytes=1 << 22)
+    options = EngineOptions(str(base), threads=1, cache_bytes=1 << 22, most_rows=1, most_waiting=0)
     core = EngineCore(options, lambda number, found: sent.setdefault(number, []).append(found), woken.set)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     core.adapters.identify(adapters[0], told.put)
     key = told.get(timeout=60)
     assert key == adapter_hash(adapters[0])
     core.submit(0, job(prompts(2)[1], key), adapters[0])  # waits for it from now on
-    assert not core.scheduler.busy
+    core.submit(1, job(prompts(2)[1]))  # there is room for one: who waits counts
+    assert not core.scheduler.busy and isinstance(sent.pop(1)[0], EngineFull)
     core.adapters.load(key, adapters[0], False, told.put)
     assert told.get(timeout=60).key == key and woken.wait(60)
     assert core.stats()["adapters"] == 1 and core.stats()["steps"] == 0 and core.busy and not sent

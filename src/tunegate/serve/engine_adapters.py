@@ -173,6 +173,12 @@ class Adapters:
         return bool(self._come or self._to_prove)
 
     @property
+    def waiting(self) -> int:
+        """Jobs that wait for adapters, or whose wait is just over."""
+        with self._lock:
+            return sum(len(a.waiting) for a in self._known.values()) + len(self._come)
+
+    @property
     def reading(self) -> bool:
         """Whether adapters are being read."""
         with self._lock:
@@ -329,7 +335,7 @@ class Adapters:
     def stats(self) -> dict[str, int]:
         with self._lock:
             return {
-                "waiting": sum(len(a.waiting) for a in self._known.values()) + len(self._come),
+                "waiting": self.waiting,
                 "adapters": sum(a.held for a in self._known.values()),
                 "adapter_bytes": self._bytes,
                 "merged": sum(a.merged is not None for a in self._known.values()),

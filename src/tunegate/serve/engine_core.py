@@ -168,8 +168,9 @@ class EngineCore:
                 "the prompt is longer than what can be read", expected=f"at most {most} tokens",
                 got=f"{len(job.tokens)}",
             )  # fmt: skip
-        if len(self._jobs) + self.forms.waiting >= self.options.most_rows + self.options.most_waiting:
-            raise EngineFull("too many answers are waiting", got=f"{len(self._jobs)}", fix="send it again later")
+        under_way = len(self._jobs) + self.forms.waiting + self.adapters.waiting
+        if under_way >= self.options.most_rows + self.options.most_waiting:
+            raise EngineFull("too many answers are waiting", got=f"{under_way}", fix="send it again later")
 
     def _start(self, number: int, job: Job, adapter: Adapter | None) -> None:
         """``adapter`` is in use, and is not if this fails."""
