@@ -34,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch is loaded. Its default is to spin at barriers, which with one busy neighbour on the
     # machine makes training many times slower; a bounded spin costs nothing measurable on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    # Other libraries' warnings and bars have no place between ours; errors still come through. They read this when they
-    # are loaded: to call them here would load them for every command.
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    _quiet_libraries()
     console = Console(json_only=arguments.json)
     previous = signal.signal(signal.SIGINT, console.on_interrupt)
     try:
@@ -79,3 +76,13 @@ def _explain(error: BaseException, command: str) -> tuple[list[Problem], int]:
     first = (str(error).splitlines() or [""])[0]
     fix = "this is a defect of tunegate; --debug shows where it happened"
     return [Problem(f"unexpected {type(error).__name__}: {first}", fix=fix)], 1
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' warnings and bars have no place between ours; errors still come through. They read the
+    environment when they are loaded, which not every command has to do."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if logging := sys.modules.get("transformers.utils.logging"):  # whoever called us has loaded it
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
