@@ -343,6 +343,30 @@ def test_passes_go_on_while_a_form_is_compiled(base: Path, monkeypatch: pytest.M
     assert core.stats()["pages_used"] == core.stats()["waiting"] == 0
 
 
+def test_a_form_that_is_asked_for_again_while_it_is_compiled(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that went away and came back, before the form that it first asked for was there."""
+    compiled, built, woken = threading.Event(), [], threading.Event()
+
+    def build(form: Any, *rest: Any) -> Any:
+        built.append(form)
+        assert compiled.wait(60)
+        return build_constraint(form, *rest)
+
+    sent: dict[int, list[Any]] = {}
+    monkeypatch.setattr("tunegate.serve.engine_forms.build_constraint", build)
+    options = EngineOptions(str(base), threads=1, cache_bytes=1 << 22)
+    core = EngineCore(options, lambda number, found: sent.setdefault(number, []).append(found), woken.set)
+    words = job(prompts(2)[1], form=("choices", ("red", "blue"), False), stop_ids=(2,))
+    core.submit(0, words)
+    core.cancel(0)
+    core.submit(1, words)
+    compiled.set()
+    core.forms._compiler.submit(lambda: None).result(60)  # whatever was to be compiled is
+    while core.busy:
+        core.step()
+    assert len(built) == 1 and set(sent) == {1} and sent[1][-1].finish == "stop"
+
+
 NUMBERS = st.sampled_from([0.0, 5e-324, 1e-300, 1e-30, 1e-7, 0.5, 1.0])
 
 

@@ -56,10 +56,10 @@ class Forms:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        waiting = self._parked.setdefault(key, [])
-        waiting.append(Parked(number, job, folder))
-        if len(waiting) == 1:
+        if key not in self._parked:
+            self._parked[key] = []  # until it is compiled, whoever is left to wait
             self._compiler.submit(self._compile, key)
+        self._parked[key].append(Parked(number, job, folder))
         return None
 
     def cancel(self, number: int) -> None:
