@@ -31,10 +31,11 @@ _MOST_VIEWS = 1024  # of one call to the system (IOV_MAX)
 _THREADS_FROM = 1 << 20  # bytes: below this, handing work to other threads costs more than it saves
 
 
-def flush_folder(folder: Path) -> None:
+def flush_path(path: Path) -> None:
+    """Have the bytes of a file, or the names in a folder, on the disk."""
     if os.name == "nt":  # Windows cannot open a folder for fsync; the rename itself is journalled
         return
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -102,7 +103,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
                 os.fsync(handle.fileno())
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-            flush_folder(path.parent)
+            flush_path(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

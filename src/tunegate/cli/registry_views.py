@@ -70,7 +70,7 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
         found = list_versions(connection, versions.c.adapter == entity.id)
         events, flags = history(connection, entity.id), flags_of(connection, entity.id)
     if found:
-        _showtold(found[0], entity, console)
+        _show_version(found[0], entity, console)
     else:
         console.text(f"[bold]{entity.kind}[/]   {escape(entity.name)}  {entity.id}")
         for flag in flags:
@@ -84,7 +84,7 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _showtold(version: Version, entity: Entity, console: Console) -> None:
+def _show_version(version: Version, entity: Entity, console: Console) -> None:
     card = entity.body.get("card")
     console.text(f"[bold]{escape(version.ref)}[/]  {version.adapter}")
     console.text(f"state     {standing(version)}")

@@ -25,7 +25,7 @@ from tunegate.files import (
     TEMPORARY_PREFIX,
     atomic_path,
     explain_os_error,
-    flush_folder,
+    flush_path,
     hash_file,
     read_json,
     write_json,
@@ -69,7 +69,7 @@ def save_checkpoint(
             if target.exists():
                 shutil.rmtree(target)
             building.rename(target)
-            flush_folder(folder)
+            flush_path(folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise

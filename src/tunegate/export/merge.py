@@ -20,7 +20,7 @@ from typing import Any
 from tunegate.errors import TunegateError
 from tunegate.export.plan import Plan
 from tunegate.export.stream import check_changed, merged_tensors
-from tunegate.files import explain_os_error, flush_folder, hash_file, read_json, write_bytes, write_json, write_text
+from tunegate.files import explain_os_error, flush_path, hash_file, read_json, write_bytes, write_json, write_text
 from tunegate.model.origin import MERGE
 from tunegate.model.shards import ShardWriter, size_of
 from tunegate.model.weights import INDEX_FILE
@@ -70,18 +70,25 @@ def write_merged(plan: Plan, progress: Callable[[int], None] = lambda _: None, t
 
 def _known(plan: Plan) -> dict[str, Any]:
     """What an earlier attempt finished; nothing if it was another merge or a shard is damaged."""
-    path = plan.partial / PROGRESS
-    fresh: dict[str, Any] = {"key": plan.key, "shards": {}}
+    shards: dict[str, Any] = {}
     try:
-        found = read_json(path)
-        if found["key"] != plan.key:
-            raise ValueError("another merge")
-        shards = {n: s for n, s in found["shards"].items() if hash_file(plan.partial / Path(n).name) == s["hash"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        noted = _noted(plan)
+        shards = {n: s for n, s in noted.items() if hash_file(plan.partial / Path(n).name) == s["hash"]}
+    except (OSError, KeyError, TypeError):
+        noted = {}
+    if not noted:
         for leftover in plan.partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        return fresh
     return {"key": plan.key, "shards": shards}
+
+
+def _noted(plan: Plan) -> dict[str, Any]:
+    """The shards that an earlier attempt at this very merge noted as finished, by name."""
+    try:
+        found = read_json(plan.partial / PROGRESS)
+        return dict(found["shards"]) if found["key"] == plan.key else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _write_shard(plan: Plan, source: Path, target: Path, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -122,17 +129,13 @@ def finish(plan: Plan, report: Mapping[str, Any]) -> Path:
         write_json(plan.partial / MERGE, dict(report))
         (plan.partial / PROGRESS).unlink(missing_ok=True)
         plan.partial.rename(plan.out)
-        flush_folder(plan.out.absolute().parent)
+        flush_path(plan.out.absolute().parent)
     return plan.out
 
 
 def keep_finished(plan: Plan) -> int:
     """Remove what a merge that was cut off left half-written; returns how many shards are kept for the next time."""
-    try:
-        found = read_json(plan.partial / PROGRESS)
-        kept = set(found["shards"]) if found["key"] == plan.key else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = set()
+    kept = _noted(plan)
     if not kept:
         discard(plan)
         return 0

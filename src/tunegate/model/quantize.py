@@ -252,10 +252,10 @@ def write_quantized(
             if problems:
                 raise InputError(problems)
             _write_beside(plan, index, name)
-            files.flush_folder(partial)
+            files.flush_path(partial)
             plan.out.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(plan.out)
-            files.flush_folder(plan.out.parent)
+            files.flush_path(plan.out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

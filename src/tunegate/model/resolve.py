@@ -26,7 +26,7 @@ Report = Callable[[str], None]
 
 ALLOW = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 IGNORE = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("tekken.json",))
 
 
@@ -84,7 +84,7 @@ def resolve_config(
     """
     if not name.strip():
         raise InputError("no base is named", where="base", expected="a folder, a hub id or a packaged name")
-    if name in packaged.NAMES or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+    if name in packaged.NAMES or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
         base = _find(name, revision, offline, False, report)
         if not (base.path / "config.json").is_file():
             raise InputError(_config_problems(base.path, False, report))
@@ -109,7 +109,7 @@ def _find(name: str, revision: str | None, offline: bool, trust_remote_code: boo
     folder = Path(name).expanduser()
     is_path = name.startswith((".", "/", "~", "\\"))
     is_packaged = name in packaged.NAMES
-    if not is_packaged and not is_path and not folder.exists() and _HUB_ID.fullmatch(name):
+    if not is_packaged and not is_path and not folder.exists() and HUB_ID.fullmatch(name):
         return _from_hub(name, revision, offline, trust_remote_code, report)
     if revision is not None:
         raise InputError(

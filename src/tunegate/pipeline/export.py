@@ -10,7 +10,6 @@ It exports one adapter: several are merged first.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from tunegate.adapter.files import adapter_hash, checked_state, module_paths
 from tunegate.errors import InputError, Problem, TunegateError, nearest
 from tunegate.export.gguf_file import OUT_TYPES
-from tunegate.files import explain_os_error, flush_folder, growing, hash_file, partial_of, write_json
+from tunegate.files import explain_os_error, flush_path, growing, hash_file, partial_of, write_json
 from tunegate.model.loading import empty_model
 from tunegate.pipeline import proof
 from tunegate.pipeline.adapted import Source, check_folders, find_source, read_adapter
@@ -165,8 +164,7 @@ def _publish(job: Job, report: dict[str, Any]) -> None:
     report["files"] = {p.name: hash_file(p) for p in files}
     with explain_os_error(job.request.out):
         for path in files:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+            flush_path(path)
         write_json(job.folder / REPORT, report)
         job.folder.rename(job.request.out)
-        flush_folder(job.request.out.absolute().parent)
+        flush_path(job.request.out.absolute().parent)

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from tunegate.errors import InputError, TunegateError
-from tunegate.files import TEMPORARY_PREFIX, explain_os_error, flush_folder, hash_file, home, write_json
+from tunegate.files import TEMPORARY_PREFIX, explain_os_error, flush_path, hash_file, home, write_json
 from tunegate.registry.bases import check_base
 from tunegate.registry.entries import Version, is_reference, read_entity, refuse_flagged, resolve, shown
 from tunegate.registry.intake import EVIDENCE
@@ -47,7 +47,7 @@ def pull(registry: Registry, reference: str, out: Path, *, evidence: bool = Fals
             write_json(partial / PROVENANCE, provenance(registry, version) | noted)
             partial.chmod(0o755)
             _publish(partial, out)
-            flush_folder(out.parent)
+            flush_path(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -23,7 +23,8 @@ from tunegate.errors import InputError, TunegateError
 
 PART = 64 << 20  # bytes
 _HASH = re.compile(r"b3:[0-9a-f]{64}")
-_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
+STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # extras, and the modules that they bring
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}  # by scheme
 
 
 def is_hash(value: Any) -> bool:

@@ -33,7 +33,7 @@ from pydantic import TypeAdapter
 
 from tunegate.errors import InputError
 from tunegate.evaluation.measures import Source, save_measures
-from tunegate.files import explain_os_error, flush_folder, hash_file, hash_json, read_json, write_json, write_jsonl
+from tunegate.files import explain_os_error, flush_path, hash_file, hash_json, read_json, write_json, write_jsonl
 from tunegate.report.selection import Item
 
 FOLDER, ITEMS, LOG, LABELS = "review", "items.json", "log.jsonl", "labels.jsonl"
@@ -238,7 +238,7 @@ class Review:
             handle.flush()
             os.fsync(handle.fileno())
         if not size:
-            flush_folder(path.parent)
+            flush_path(path.parent)
 
     # --- what comes out -------------------------------------------------------------------------------------------
 

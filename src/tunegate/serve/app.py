@@ -36,7 +36,7 @@ from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.exchange import ClientGone, Exchanges, Limits, read_body, unless_gone, until
 from tunegate.serve.form_checks import FormChecks
 from tunegate.serve.guard import Caller, KeyGuard, Keys, caller_of
-from tunegate.serve.jobs import EngineGone
+from tunegate.serve.jobs import EngineFacts, EngineGone
 from tunegate.serve.metrics import Metrics
 from tunegate.serve.openai_answers import Shape
 from tunegate.serve.openai_bodies import read_request
@@ -46,6 +46,7 @@ from tunegate.serve.openai_streams import Answer, Numbered, answers
 SMALL_BODY = 32 * 1024  # bytes; larger ones are read off the event loop
 Result = TypeVar("Result")
 Body = TypeVar("Body", bound=requests.Strict)
+Asked = TypeVar("Asked", bound=requests.Sampling)
 PAGES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "page/playground.css": ("playground.css", "text/css; charset=utf-8"),
@@ -80,22 +81,21 @@ class Front:
         """A chat's next message."""
         began = time.monotonic()
         asked = await self._read(request, requests.ChatRequest)
-        facts = self.engine.facts
-        planned = self._planned(request, asked, lambda served: chat_plan(asked, served, facts, self._known))
+        planned = self._planned(request, asked, chat_plan)
         return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
     async def complete(self, request: Request) -> Response:
         """What follows a text, or a list of token ids."""
         began = time.monotonic()
         asked = await self._read(request, requests.CompletionRequest)
-        planned = self._planned(
-            request, asked, lambda served: completion_plan(asked, served, self.engine.facts, self._known)
-        )
+        planned = self._planned(request, asked, completion_plan)
         return await self._answer(request, await self._in_time(request, planned, began), asked, began)
 
-    async def _planned(self, request: Request, asked: requests.Sampling, make: Callable[[Served], Plan]) -> Plan:
+    async def _planned(
+        self, request: Request, asked: Asked, make: Callable[[Asked, Served, EngineFacts, Known], Plan]
+    ) -> Plan:
         served = await self._resolve(request, asked.model)
-        plan = await self._on_thread(lambda: make(served))
+        plan = await self._on_thread(lambda: make(asked, served, self.engine.facts, self._known))
         await self._check_form(plan.jobs[0])
         return plan
 

@@ -235,9 +235,8 @@ class Catalogue:
         folder = entry.folder
         if folder is None:
             return True
-        return bool(
-            await self._once(("look", name, folder), lambda: in_thread(lambda: stamp_of(folder))) != entry.stamp
-        )
+        stamp = await self._once(("look", name, folder), lambda: in_thread(lambda: stamp_of(folder)))
+        return bool(stamp != entry.stamp)
 
     def _by_engine(self) -> Identify:
         """Have the engine hash what it reads, for weights that it is to hold next; from any thread."""

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunegate.errors import InputError
+from tunegate.serve import openai_errors as errors
 
 SPARE_FILES = 256  # beside connections: adapters, the registry, logs
 _CODES = {408: ("Request Timeout", "head_timeout"), 431: ("Request Header Fields Too Large", "head_too_large"),
           503: ("Service Unavailable", "too_many_connections")}  # fmt: skip
-
-
 _UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
 
@@ -118,7 +117,7 @@ class Connection:
     def _refuse(self, status: int, message: str, header: bytes = b"") -> None:
         phrase, code = _CODES[status]
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+        body = json.dumps(errors.body(message, kind, code=code)).encode()
         head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self._transport.write(head.encode() + header + b"Connection: close\r\n\r\n" + body)
         self._transport.close()

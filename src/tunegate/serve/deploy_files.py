@@ -24,6 +24,7 @@ import yaml
 
 from tunegate import __version__
 from tunegate.errors import InputError
+from tunegate.registry.store import STORES
 from tunegate.serve.deploy import KEY, KEY_NAME, PORT, REGISTRY, TARGETS, Deployment, Server, Source, serve_command
 
 USER = 10_001
@@ -31,7 +32,6 @@ GRACE = 45  # seconds: --grace's 30, and the engine's end
 START = 600  # seconds: a base is fetched, hashed and loaded
 CACHE, REGISTRY_PLACE, KEYS_PLACE = "/var/cache/tunegate", "/registry", "/keys"
 _DROPPED = ("nvidia-", "cuda-", "triton")  # of torch's CUDA builds; the image takes the CPU build
-_STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # extras and their modules
 _SECRETS = {KEY: KEY_NAME, REGISTRY: REGISTRY.lower()}  # as Kubernetes names them
 Files = dict[str, str]
 
@@ -198,7 +198,7 @@ def _extras(deployment: Deployment) -> tuple[str, ...]:
     if deployment.registry is None:
         return ("serve",)
     database = ("registry-postgres",) if deployment.registry.startswith("postgres") else ()
-    return ("serve", *database, *(extra for extra, module in _STORES.items() if find_spec(module)))
+    return ("serve", *database, *(extra for extra, module in STORES.items() if find_spec(module)))
 
 
 def pinned(root: str = "tunegate", extras: Iterable[str] = ("serve",)) -> list[str]:

@@ -183,9 +183,7 @@ class EngineCore:
         self.scheduler.add(row)
         self._jobs[number], self._rows[row] = _Running(row, job, adapter, scores), number
 
-    def _row(
-        self, job: Job, adapter: Adapter | None, state: RowState | None
-    ) -> tuple[Row, PromptScores | None]:  # fmt: skip
+    def _row(self, job: Job, adapter: Adapter | None, state: RowState | None) -> tuple[Row, PromptScores | None]:
         room = max(1, min(job.max_new_tokens, self.facts.context - len(job.tokens)))
         scores = None if job.prompt_logprobs is None else PromptScores(job.tokens, job.prompt_logprobs)
         row = Row(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tunegate.errors import InputError
+from tunegate.serve import openai_errors as errors
 from tunegate.serve.keys import Key, hash_of, read_keys
 
 log = logging.getLogger("tunegate.serve")
@@ -191,10 +192,9 @@ class HostGuard:
         if host in self._hosts or not host or host.endswith(".localhost"):
             await self._app(scope, receive, send)
             return
-        message = (
-            f"this server is asked as {host[:200]!r}; without keys it answers to this machine's names, and to those "
-        )
-        await _refuse(send, 403, message + "of --allow-host", "invalid_request_error", "host_not_allowed")
+        message = f"this server is asked as {host[:200]!r}; without keys it answers to this machine's names, and to "
+        message += "those of --allow-host"
+        await _refuse(send, 403, message, "invalid_request_error", "host_not_allowed")
 
 
 def _is_open(scope: Scope) -> bool:
@@ -203,7 +203,7 @@ def _is_open(scope: Scope) -> bool:
 
 
 async def _refuse(send: Send, status: int, message: str, kind: str, code: str, *more: tuple[bytes, bytes]) -> None:
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    body = json.dumps(errors.body(message, kind, code=code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

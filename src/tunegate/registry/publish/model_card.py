@@ -7,19 +7,18 @@ came from the Hub, because the Hub takes nothing but its own ids there (huggingf
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from tunegate.model.resolve import HUB_ID
 from tunegate.registry.publish.published import Published
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FAMILIES = {"regression": "the base's abilities", "safety": "the base's refusals"}
 
 
 def model_card(item: Published, repo: str) -> str:
     """Markdown with the Hub's front matter."""
     version, base, card = item.version, item.provenance["base"], item.card
-    on_hub = (card is None or card["base"].get("source") == "hub") and bool(_HUB_ID.fullmatch(str(base["name"])))
+    on_hub = (card is None or card["base"].get("source") == "hub") and bool(HUB_ID.fullmatch(str(base["name"])))
     front = {"library_name": "peft", **({"base_model": base["name"]} if on_hub else {}), "tags": ["lora", "tunegate"]}
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     parts = [f"---\n{head}\n---", f"# {version.ref}", f"State: **{version.standing}**.", _base(base)]
