@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tiny import tiny_base
 from tunegate.errors import InputError, TunegateError
+from tunegate.files import nearest_folder
 from tunegate.model.resolve import check_folder, resolve_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -66,6 +67,13 @@ def test_unknown_names_suggest_packaged_names_and_folders(folder, monkeypatch):
         resolve_base(str(folder.parent / "modle"))
     assert f"did you mean {str(folder)!r}?" in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_folders_are_suggested_and_files_are_not(tmp_path):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapter.log").write_text("")
+    assert nearest_folder(tmp_path / "adapter") == f"did you mean {str(tmp_path / 'adapters')!r}?"
+    assert nearest_folder(tmp_path / "no" / "such" / "place") == nearest_folder(Path("\0")) == ""
 
 
 def test_a_revision_needs_a_hub_id(folder):

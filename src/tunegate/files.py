@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from blake3 import blake3
 
-from tunegate.errors import InputError, TunegateError
+from tunegate.errors import InputError, TunegateError, nearest
 
 TEMPORARY_PREFIX = ".tmp-"
 _PIECE = 16 << 20  # bytes read at a time for a hash
@@ -286,6 +286,15 @@ def links_out(folder: Path) -> list[Path]:
     real = folder.resolve()
     inside = real.parents[1] if real.parent.name == "snapshots" and (real.parents[1] / "blobs").is_dir() else real
     return sorted(p for p in folder.rglob("*") if p.is_symlink() and not p.resolve().is_relative_to(inside))
+
+
+def nearest_folder(missing: Path) -> str:
+    """The folders beside one that is not there whose names are near; empty if none is."""
+    try:
+        beside = sorted(str(missing.parent / p.name) for p in missing.parent.iterdir() if p.is_dir())
+    except (OSError, ValueError):  # also what no file can be called
+        return ""
+    return nearest(str(missing), beside)
 
 
 def home() -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunegate.errors import InputError, Problem, TunegateError, collecting, nearest
+from tunegate.files import nearest_folder
 from tunegate.model import packaged
 from tunegate.model.weights import inspect_weights, load_object
 
@@ -144,11 +145,7 @@ def _find(name: str, revision: str | None, offline: bool, trust_remote_code: boo
 def _near(name: str) -> str:
     """The nearest packaged names and the nearest folders beside the missing one; empty if none is near."""
     folder = Path(name).expanduser()
-    try:
-        beside = [str(folder.parent / p.name) for p in folder.parent.iterdir() if p.is_dir()]
-    except OSError:
-        beside = []
-    hints = [nearest(folder.name.lower(), packaged.NAMES), nearest(str(folder), sorted(beside))]
+    hints = [nearest(folder.name.lower(), packaged.NAMES), nearest_folder(folder)]
     return " or ".join(filter(None, hints))
 
 

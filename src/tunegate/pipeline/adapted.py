@@ -26,7 +26,7 @@ from tunegate.export import parity
 from tunegate.export.deltas import Dense, merged_rows
 from tunegate.export.parity import InRunner, Questions, Reading
 from tunegate.export.plan import Plan
-from tunegate.files import links_out
+from tunegate.files import links_out, nearest_folder
 from tunegate.kernels.formats import Recipe
 from tunegate.kernels.nf4 import dequantize, quantize
 from tunegate.model.fingerprint import fingerprint_base, hash_weights
@@ -70,7 +70,9 @@ class Source:
 def check_folders(adapters: Sequence[Path]) -> None:
     """:class:`InputError` for adapter folders that are not there, or that a link leads out of."""
     fix = "name the folder with adapter_model.safetensors, or a version in the registry: NAME@ALIAS"
-    problems = [Problem("no such adapter folder", str(f), fix=fix) for f in adapters if not f.is_dir()]
+    problems = [
+        Problem("no such adapter folder", str(f), fix=nearest_folder(f) or fix) for f in adapters if not f.is_dir()
+    ]
     problems += [
         Problem("a link leads out of the folder", str(link), fix="copy the file itself into the folder")
         for adapter in adapters

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tunegate.data.render import Renderer
 from tunegate.errors import InputError, Problem, nearest
+from tunegate.files import nearest_folder
 from tunegate.registry.entries import Version, is_reference, resolve
 from tunegate.registry.pulling import materialize
 from tunegate.serve.admission import Admitted, House, Identify, Stamp, admit, identify_here, stamp_of
@@ -349,8 +350,7 @@ def _anywhere(source: str) -> Path | None:
         return folder.resolve()
     if is_reference(source):
         return None
-    beside = sorted(str(path) for path in folder.parent.iterdir()) if _is_folder(folder.parent) else []
-    fix = nearest(str(folder), beside) or "give an adapter's folder, or NAME@ALIAS of a registry"
+    fix = nearest_folder(folder) or "give an adapter's folder, or NAME@ALIAS of a registry"
     raise AdapterNotFound("no such adapter folder", where=source[:200], fix=fix)
 
 
