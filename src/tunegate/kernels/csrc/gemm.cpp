@@ -289,14 +289,24 @@ inline void small_columns(const Tile& tile, int64_t n0, float* buffer, float* c)
   const GemmProduct& p = *job.product;
   memset(c, 0, size_t(up(p.m, W) * R) * 4);
   small_blocks(job, [&](const GemmTerm& term, int64_t k0, int64_t kc, const float* x, bool first) {
+    Ahead ahead(term, n0, R, k0);
+    if (term.w_type == kBf16 && p.m <= NR && n0 + R <= p.n) {
+      const bf16* w = (const bf16*)term.w + n0 * term.w_stride + k0;
+      if (p.m <= W)
+        small_micro<R, 1>(w, term.w_stride, ahead, x + k0 * W, kc, c, first);
+      else
+        small_micro<R < ONE ? R : 1, 2>(w, term.w_stride, ahead, x + k0 * NR, kc, c, first);
+      return;
+    }
     SmallRows rows = small_rows(term, p.n, n0, R, k0, kc, buffer);
     for (int64_t panel = 0; panel < small_panels(p.m); panel++) {
       int64_t m0 = panel * NR;
       const float* own = x + m0 * term.k;
       if (small_width(p.m, panel) == W)
-        small_block<R, 1>(rows, own + k0 * W, kc, c + m0 * R, first);
+        small_block<R, 1>(rows, ahead, own + k0 * W, kc, c + m0 * R, first);
       else
-        small_block<R < ONE ? R : 1, 2>(rows, own + k0 * NR, kc, c + m0 * R, first);  // ONE rows come with W lanes
+        small_block<R < ONE ? R : 1, 2>(rows, ahead, own + k0 * NR, kc, c + m0 * R, first);  // ONE rows come with W lanes
+      ahead = {};
     }
   });
   for (int64_t m = 0; m < p.m; m++) {

@@ -15,6 +15,8 @@ constexpr int64_t SMALL_ROWS = 64;
 constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
 constexpr int64_t FEWEST = 3;     // with so few rows of x, most of its lanes would be empty
 constexpr int LINES = 16;         // rows of w then: four independent sums, which hides their latency
+constexpr int LINE = 64;          // bytes that memory gives at a time
+constexpr int FETCHED = 16;       // k between two looks ahead
 constexpr int ONE = 2 * MR, TWO = MR;  // rows of w against one and two vectors of x: as many accumulators as MR by NR
 
 inline bool is_small(const GemmProduct& p, bool bf16_units) {
@@ -50,20 +52,53 @@ inline void pack_small_x(const GemmTerm& t, int64_t m0, int64_t rows, int64_t wi
   }
 }
 
-// c[r][lane] (= or +=) sum over k of w[r][k] x[k][lane] for R rows of w and V vectors of x.
-template <int R, int V>
-inline __attribute__((always_inline)) void small_micro(const float* w, int64_t w_stride, const float* x, int64_t kc,
-                                                       float* c, bool first) {
+inline vfloat splat_low(const float* at) { return splat(*at); }
+// Of bf16 a value and its neighbour are broadcast as one float, a load without a shuffle, and the neighbour shifted out:
+// not for a matrix's last value.
+inline vfloat splat_low(const bf16* at) {
+  float pair;
+  memcpy(&pair, at, 4);
+  return (vfloat)((vuint)splat(pair) << 16);
+}
+
+// What memory has to bring while some rows of w are multiplied: as much of the rows after them as this block of k is of
+// theirs. It may lie past the last row: nothing is read. A machine's own prefetching does not keep up, the reads of one
+// row are too short for it.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t half_bytes = 0;  // a k
+
+  Ahead() = default;
+  Ahead(const GemmTerm& t, int64_t n0, int64_t rows, int64_t k0) {
+    half_bytes = rows * (t.w_type == kFp32 ? 8 : t.w_type == kBf16 ? 4 : t.w_type == kInt8 ? 2 : 1);
+    at = (const char*)t.w + (n0 + rows) * t.w_stride * (half_bytes / rows) / 2 + k0 * half_bytes / 2;
+  }
+  void fetch(int64_t k) const {  // before k .. k + FETCHED
+    for (int64_t i = k * half_bytes / 2; i < (k + FETCHED) * half_bytes / 2; i += LINE) __builtin_prefetch(at + i);
+  }
+};
+
+// c[r][lane] (= or +=) sum over k of w[r][k] x[k][lane] for R rows of w and V vectors of x; rows of bf16 are widened in
+// registers.
+template <int R, int V, typename T>
+inline __attribute__((always_inline)) void small_micro(const T* w, int64_t w_stride, const Ahead& ahead, const float* x,
+                                                       int64_t kc, float* c, bool first) {
   vfloat acc[R][V] = {};
-  for (int64_t k = 0; k < kc; k++) {
+  auto add = [&](int64_t k, auto&& widen) __attribute__((always_inline)) {
     vfloat right[V];
     for (int v = 0; v < V; v++) right[v] = load(x + (k * V + v) * W);
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++) {
-      vfloat left = splat(w[r * w_stride + k]);
+      vfloat left = widen(w + r * w_stride + k);
       for (int v = 0; v < V; v++) acc[r][v] += left * right[v];
     }
+  };
+  constexpr int64_t LAST = sizeof(T) == 2;  // see splat_low
+  for (int64_t k = 0; k < kc - LAST;) {
+    ahead.fetch(k);
+    for (int64_t end = min_of(k + FETCHED, kc - LAST); k < end; k++) add(k, [](const T* at) { return splat_low(at); });
   }
+  if (LAST) add(kc - 1, [](const T* at) { return splat(to_float(*at)); });
 #pragma GCC unroll 32
   for (int r = 0; r < R; r++)
     for (int v = 0; v < V; v++) {
@@ -94,11 +129,11 @@ inline SmallRows small_rows(const GemmTerm& t, int64_t n, int64_t n0, int64_t co
 }
 
 template <int R, int V>
-inline void small_block(const SmallRows& w, const float* x, int64_t kc, float* c, bool first) {
+inline void small_block(const SmallRows& w, const Ahead& ahead, const float* x, int64_t kc, float* c, bool first) {
   if (w.stride == KC)
-    small_micro<R, V>(w.data, KC, x, kc, c, first);
+    small_micro<R, V>(w.data, KC, ahead, x, kc, c, first);
   else
-    small_micro<R, V>(w.data, w.stride, x, kc, c, first);
+    small_micro<R, V>(w.data, w.stride, ahead, x, kc, c, first);
 }
 
 // Columns of four rows: 4 of fp32, 8 of bf16, each a quad of the rows' values.
@@ -119,11 +154,12 @@ inline void columns_of(const bf16* const* rows, int64_t k, quad* to) {
 
 // c[r][LINES] (= or +=) sum over k of x[k][r] w[line][k] for R rows of x, W to a k.
 template <int R, typename T>
-inline void fewest_micro(const T* const* rows, const float* x, int64_t kc, float* c, bool first) {
+inline void fewest_micro(const T* const* rows, const Ahead& ahead, const float* x, int64_t kc, float* c, bool first) {
   constexpr int STEP_K = 16 / sizeof(T);
   quad acc[LINES / 4][R] = {};
   int64_t k = 0;
-  for (; k + STEP_K <= kc; k += STEP_K)
+  for (; k + STEP_K <= kc; k += STEP_K) {
+    if (k % FETCHED == 0) ahead.fetch(k);
 #pragma GCC unroll 4
     for (int g = 0; g < LINES / 4; g++) {
       quad columns[STEP_K];
@@ -132,6 +168,7 @@ inline void fewest_micro(const T* const* rows, const float* x, int64_t kc, float
       for (int i = 0; i < STEP_K; i++)
         for (int r = 0; r < R; r++) acc[g][r] += columns[i] * (x[(k + i) * W + r] - quad{});
     }
+  }
   for (; k < kc; k++)
     for (int g = 0; g < LINES / 4; g++) {
       quad column;
@@ -277,10 +314,11 @@ inline void fewest_bytes(const GemmTerm& t, const int64_t* numbers, int64_t k0, 
 template <int R>
 inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, const float* x,
                          float* buffer, float* c, bool first) {
+  const Ahead ahead(t, n0, LINES, k0);
   if (t.w_type == kBf16) {
     const bf16* rows[LINES];
     for (int i = 0; i < LINES; i++) rows[i] = (const bf16*)t.w + min_of(n0 + i, n - 1) * t.w_stride + k0;
-    return fewest_micro<R>(rows, x, kc, c, first);
+    return fewest_micro<R>(rows, ahead, x, kc, c, first);
   }
   if (t.w_type == kInt8 || (t.w_type == kFourBits && t.w_stride % 64 == 0 && t.block_shift >= 6)) {
     int64_t lines[LINES];
@@ -290,7 +328,7 @@ inline void fewest_block(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, i
   }
   const float* rows[LINES];
   for (int i = 0; i < LINES; i++) rows[i] = read_row(t, min_of(n0 + i, n - 1), k0, kc, buffer + i * KC);
-  fewest_micro<R>(rows, x, kc, c, first);
+  fewest_micro<R>(rows, ahead, x, kc, c, first);
 }
 
 }  // namespace
