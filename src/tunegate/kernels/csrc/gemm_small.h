@@ -11,7 +11,7 @@
 namespace tunegate::TUNEGATE_LEVEL {
 namespace {
 
-constexpr int64_t SMALL_ROWS = 64;
+constexpr int64_t SMALL_ROWS = 256;
 constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
 constexpr int64_t FEWEST = 3;     // with so few rows of x, most of its lanes would be empty
 constexpr int LINES = 16;         // rows of w then: four independent sums, which hides their latency
@@ -136,49 +136,33 @@ inline void small_block(const SmallRows& w, const Ahead& ahead, const float* x, 
     small_micro<R, V>(w.data, w.stride, ahead, x, kc, c, first);
 }
 
-// Columns of four rows: 4 of fp32, 8 of bf16, each a quad of the rows' values.
-inline void columns_of(const float* const* rows, int64_t k, quad* to) {
-  for (int i = 0; i < 4; i++) to[i] = load4(rows[i] + k);
-  transpose4(to[0], to[1], to[2], to[3]);
-}
-inline void columns_of(const bf16* const* rows, int64_t k, quad* to) {
-  quad pairs[4];
-  for (int i = 0; i < 4; i++) memcpy(&pairs[i], rows[i] + k, 16);
-  transpose4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  for (int i = 0; i < 4; i++) {
-    quad_bits bits = (quad_bits)pairs[i];
-    to[2 * i] = (quad)(bits << 16);
-    to[2 * i + 1] = (quad)(bits & 0xffff0000u);
-  }
-}
-
 // c[r][LINES] (= or +=) sum over k of x[k][r] w[line][k] for R rows of x, W to a k.
 template <int R, typename T>
 inline void fewest_micro(const T* const* rows, const Ahead& ahead, const float* x, int64_t kc, float* c, bool first) {
   constexpr int STEP_K = 16 / sizeof(T);
-  quad acc[LINES / 4][R] = {};
+  vfloat acc[LINES / W][R] = {};
   int64_t k = 0;
   for (; k + STEP_K <= kc; k += STEP_K) {
     if (k % FETCHED == 0) ahead.fetch(k);
 #pragma GCC unroll 4
-    for (int g = 0; g < LINES / 4; g++) {
-      quad columns[STEP_K];
-      columns_of(rows + 4 * g, k, columns);
+    for (int g = 0; g < LINES / W; g++) {
+      vfloat columns[STEP_K];
+      columns_of(rows + g * W, k, columns);
 #pragma GCC unroll 8
       for (int i = 0; i < STEP_K; i++)
-        for (int r = 0; r < R; r++) acc[g][r] += columns[i] * (x[(k + i) * W + r] - quad{});
+        for (int r = 0; r < R; r++) acc[g][r] += columns[i] * splat(x[(k + i) * W + r]);
     }
   }
   for (; k < kc; k++)
-    for (int g = 0; g < LINES / 4; g++) {
-      quad column;
-      for (int i = 0; i < 4; i++) column[i] = to_float(rows[4 * g + i][k]);
-      for (int r = 0; r < R; r++) acc[g][r] += column * (x[k * W + r] - quad{});
+    for (int g = 0; g < LINES / W; g++) {
+      float column[W];
+      for (int i = 0; i < W; i++) column[i] = to_float(rows[g * W + i][k]);
+      for (int r = 0; r < R; r++) acc[g][r] += load(column) * splat(x[k * W + r]);
     }
   for (int r = 0; r < R; r++)
-    for (int g = 0; g < LINES / 4; g++) {
-      float* to = c + r * LINES + 4 * g;
-      store4(to, first ? acc[g][r] : load4(to) + acc[g][r]);
+    for (int g = 0; g < LINES / W; g++) {
+      float* to = c + r * LINES + g * W;
+      store(to, first ? acc[g][r] : load(to) + acc[g][r]);
     }
 }
 
@@ -238,27 +222,14 @@ inline void fewest_codes(const GemmTerm& t, const int64_t* numbers, int64_t k0, 
 
 // Sixteen bytes of each of W lines from `at` on, as four words a line: words[j] has bytes 4j .. 4j + 3, one line a lane.
 inline void words_of(const int8_t* const* lines, int64_t at, vuint* words) {
-  quad parts[W / 4][4];
-  for (int p = 0; p < W / 4; p++) {
-    for (int i = 0; i < 4; i++) memcpy(&parts[p][i], lines[4 * p + i] + at, 16);
-    transpose4(parts[p][0], parts[p][1], parts[p][2], parts[p][3]);
+  vfloat parts[4];
+  for (int i = 0; i < 4; i++) {
+    quad own[W / 4];
+    for (int p = 0; p < W / 4; p++) memcpy(&own[p], lines[4 * p + i] + at, 16);
+    parts[i] = join(own);
   }
-  for (int j = 0; j < 4; j++) {
-#if TUNEGATE_WIDTH == 4
-    words[j] = (vuint)parts[0][j];
-#else
-    vfloat joined;
-#if TUNEGATE_WIDTH == 8
-    joined = __builtin_shufflevector(parts[0][j], parts[1][j], 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-    typedef float eight __attribute__((vector_size(32)));
-    eight low = __builtin_shufflevector(parts[0][j], parts[1][j], 0, 1, 2, 3, 4, 5, 6, 7);
-    eight high = __builtin_shufflevector(parts[2][j], parts[3][j], 0, 1, 2, 3, 4, 5, 6, 7);
-    joined = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#endif
-    words[j] = (vuint)joined;
-#endif
-  }
+  transpose4(parts[0], parts[1], parts[2], parts[3]);
+  for (int j = 0; j < 4; j++) words[j] = (vuint)parts[j];
 }
 
 // acc[r] += code * scale / 127 * x[r] over the first `count` bytes of a word, the lowest first.

@@ -153,26 +153,59 @@ inline const float* read_row(const GemmTerm& t, int64_t row, int64_t column, int
   return buffer;
 }
 
+// 16 bytes of each of W rows from k on as columns: to[i] has every row's value at k + i.
+inline void columns_of(const float* const* rows, int64_t k, vfloat* to) {
+  for (int i = 0; i < 4; i++) {
+    quad parts[W / 4];
+    for (int p = 0; p < W / 4; p++) parts[p] = load4(rows[4 * p + i] + k);
+    to[i] = join(parts);
+  }
+  transpose4(to[0], to[1], to[2], to[3]);
+}
+inline void columns_of(const bf16* const* rows, int64_t k, vfloat* to) {
+  vfloat pairs[4];  // of neighbours
+  for (int i = 0; i < 4; i++) {
+    quad parts[W / 4];
+    for (int p = 0; p < W / 4; p++) memcpy(&parts[p], rows[4 * p + i] + k, 16);
+    pairs[i] = join(parts);
+  }
+  transpose4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  for (int i = 0; i < 4; i++) {
+    to[2 * i] = (vfloat)((vuint)pairs[i] << 16);
+    to[2 * i + 1] = (vfloat)((vuint)pairs[i] & 0xffff0000u);
+  }
+}
+
+// `count` values of each of NR rows, to a panel.
+template <typename T>
+inline void pack_columns(const T* const* rows, int64_t count, float* to) {
+  constexpr int STEP_K = 16 / sizeof(T);
+  int64_t k = 0;
+  for (; k + STEP_K <= count; k += STEP_K)
+    for (int r = 0; r < NR; r += W) {
+      vfloat columns[STEP_K];
+      columns_of(rows + r, k, columns);
+      for (int i = 0; i < STEP_K; i++) store(to + (k + i) * NR + r, columns[i]);
+    }
+  for (; k < count; k++)
+    for (int r = 0; r < NR; r++) to[k * NR + r] = to_float(rows[r][k]);
+}
+
 // (n, k) weights: NR rows from `n0` (those past n are zeros), k0 .. k0 + kc, to a panel.
 inline void pack_panel_nk(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, int64_t kc, float* to) {
   alignas(64) float buffer[NR][CHUNK];
   alignas(64) static const float zeros[CHUNK] = {};
+  if (t.w_type == kBf16 && n0 + NR <= n) {
+    const bf16* rows[NR];
+    for (int r = 0; r < NR; r++) rows[r] = (const bf16*)t.w + (n0 + r) * t.w_stride + k0;
+    return pack_columns(rows, kc, to);
+  }
   for (int64_t c = 0; c < kc; c += CHUNK) {
     int64_t width = min_of(CHUNK, kc - c);
     const float* rows[NR];
     for (int r = 0; r < NR; r++)
       rows[r] = n0 + r < n ? read_row(t, n0 + r, k0 + c, width, buffer[r]) : zeros;
-    float* out = to + c * NR;
-    int64_t k = 0;
-    for (; k + 4 <= width; k += 4)
-      for (int r = 0; r < NR; r += 4) {
-        quad a = load4(rows[r] + k), b = load4(rows[r + 1] + k), d = load4(rows[r + 2] + k), e = load4(rows[r + 3] + k);
-        transpose4(a, b, d, e);
-        store4(out + k * NR + r, a), store4(out + (k + 1) * NR + r, b);
-        store4(out + (k + 2) * NR + r, d), store4(out + (k + 3) * NR + r, e);
-      }
-    for (; k < width; k++)
-      for (int r = 0; r < NR; r++) out[k * NR + r] = rows[r][k];
+    pack_columns(rows, width, to + c * NR);
   }
 }
 

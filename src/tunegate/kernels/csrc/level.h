@@ -135,6 +135,34 @@ inline void transpose4(quad& a, quad& b, quad& c, quad& d) {
   d = __builtin_shufflevector(high_ab, high_cd, 2, 3, 6, 7);
 }
 
+// W / 4 quads as one vector, and the transposes of four vectors' quads, each apart.
+#if TUNEGATE_WIDTH == 4
+inline vfloat join(const quad* parts) { return parts[0]; }
+#else
+#if TUNEGATE_WIDTH == 8
+#define TUNEGATE_QUADS(a, b, i, j, k, l) \
+  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+inline vfloat join(const quad* parts) { return __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7); }
+#else
+#define TUNEGATE_QUADS(a, b, i, j, k, l)                                                                           \
+  __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                          k + 12, l + 12)
+inline vfloat join(const quad* parts) {
+  typedef float eight __attribute__((vector_size(32)));
+  eight low = __builtin_shufflevector(parts[0], parts[1], 0, 1, 2, 3, 4, 5, 6, 7);
+  eight high = __builtin_shufflevector(parts[2], parts[3], 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#endif
+inline void transpose4(vfloat& a, vfloat& b, vfloat& c, vfloat& d) {
+  vfloat low_ab = TUNEGATE_QUADS(a, b, 0, W, 1, W + 1), low_cd = TUNEGATE_QUADS(c, d, 0, W, 1, W + 1);
+  vfloat high_ab = TUNEGATE_QUADS(a, b, 2, W + 2, 3, W + 3), high_cd = TUNEGATE_QUADS(c, d, 2, W + 2, 3, W + 3);
+  a = TUNEGATE_QUADS(low_ab, low_cd, 0, 1, W, W + 1), b = TUNEGATE_QUADS(low_ab, low_cd, 2, 3, W + 2, W + 3);
+  c = TUNEGATE_QUADS(high_ab, high_cd, 0, 1, W, W + 1), d = TUNEGATE_QUADS(high_ab, high_cd, 2, 3, W + 2, W + 3);
+}
+#undef TUNEGATE_QUADS
+#endif
+
 // e^x = p 2^n for x in [-87.4, 88.8]: p in [0.7, 1.5] is returned.
 // Range reduction x = n ln2 + r with a two-part ln2 (Cody & Waite), then the minimax polynomial of degree 6 on
 // |r| <= ln2 / 2, its own error 4e-9.
