@@ -352,6 +352,10 @@ inline void small_task(const Job& job, int64_t index) {
       fewest_columns<2>(tile, n0, buffer, c);
     else if (p.m == 3)
       fewest_columns<3>(tile, n0, buffer, c);
+    else if (p.m == 4)
+      fewest_columns<4>(tile, n0, buffer, c);
+    else if (p.m == 5)
+      fewest_columns<5>(tile, n0, buffer, c);
     else if (p.m <= W)
       small_columns<ONE>(tile, n0, buffer, c);
     else

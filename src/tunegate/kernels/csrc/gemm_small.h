@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t SMALL_ROWS = 256;
 constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
-constexpr int64_t FEWEST = 3;     // with so few rows of x, most of its lanes would be empty
+constexpr int64_t FEWEST = 5;    // with so few rows of x, most of its lanes would be empty
 constexpr int LINES = 16;         // rows of w then: four independent sums, which hides their latency
 constexpr int LINE = 64;          // bytes that memory gives at a time
 constexpr int FETCHED = 16;       // k between two looks ahead
