@@ -25,6 +25,11 @@ inline float* low_rank(const SegmentsCall& c, int target, int64_t row) {
   return c.work + (target * c.rows + row) * c.most_rank;
 }
 
+// Asks memory for what lies there.
+inline void fetch(const void* from, const void* to) {
+  for (const char* at = (const char*)from; at < (const char*)to; at += 64) __builtin_prefetch(at);
+}
+
 // sums[j][r] += a[j] . x[r] over k, a multiple of W, for four rows of A and ROWS of x.
 template <int ROWS, typename T>
 inline void dots(const T* const* a, const float* x, int64_t x_stride, int64_t k, vfloat (*sums)[kRows]) {
@@ -83,28 +88,40 @@ inline void finish(const SegmentsCall& c, const Block& b, int64_t row, int64_t j
   put(t.out, c.type, row * t.stride + j, out, n);
 }
 
-template <int ROWS, typename T>
-inline void some_ups(const SegmentsCall& c, const Block& b, int64_t row, int64_t j0, int64_t end) {
+// V vectors of columns from j on, of which the last may be cut at n: eight sums hide their latency.
+template <int ROWS, int V, typename T>
+inline void some_ups(const SegmentsCall& c, const Block& b, int64_t row, int64_t j, int64_t n) {
   int64_t columns = c.target[b.target].n, rank = b.factors->rank;
-  const T* up = (const T*)b.factors->b;
-  for (int64_t j = j0; j < end; j += W) {
-    int64_t n = min_of(W, columns - j);
-    vfloat sums[ROWS] = {};
-    for (int64_t r = 0; r < rank; r++) {
-      vfloat values = n == W ? load(up + r * columns + j) : load_part(up + r * columns + j, n);
-      for (int i = 0; i < ROWS; i++) sums[i] += splat(low_rank(c, b.target, row + i)[r]) * values;
-    }
-    for (int i = 0; i < ROWS; i++) finish(c, b, row + i, j, sums[i], n);
+  const T* up = (const T*)b.factors->b + j;
+  const float* low[ROWS];
+  for (int i = 0; i < ROWS; i++) low[i] = low_rank(c, b.target, row + i);
+  vfloat sums[ROWS][V] = {};
+  for (int64_t r = 0; r < rank; r++, up += columns) {
+    vfloat values[V];
+    for (int v = 0; v < V; v++) values[v] = n == V * W ? load(up + v * W) : load_part(up, n);
+    for (int i = 0; i < ROWS; i++)
+      for (int v = 0; v < V; v++) sums[i][v] += splat(low[i][r]) * values[v];
   }
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < V; v++) finish(c, b, row + i, j + v * W, sums[i][v], n == V * W ? W : n);
+}
+
+template <int ROWS, typename T>
+inline void rows_ups(const SegmentsCall& c, const Block& b, int64_t row, int64_t j, int64_t end) {
+  constexpr int V = 8 / ROWS;
+  for (; j + V * W <= end; j += V * W) some_ups<ROWS, V, T>(c, b, row, j, V * W);
+  for (; j < end; j += W) some_ups<ROWS, 1, T>(c, b, row, j, min_of(W, end - j));
 }
 
 // Columns j0 .. of the block's outputs.
 template <typename T>
 inline void ups(const SegmentsCall& c, const Block& b, int64_t j0) {
-  int64_t end = min_of(j0 + kColumns, c.target[b.target].n), row = b.begin;
-  for (; row + 4 <= b.end; row += 4) some_ups<4, T>(c, b, row, j0, end);
-  for (; row + 2 <= b.end; row += 2) some_ups<2, T>(c, b, row, j0, end);
-  for (; row < b.end; row++) some_ups<1, T>(c, b, row, j0, end);
+  int64_t columns = c.target[b.target].n, end = min_of(j0 + kColumns, columns), row = b.begin;
+  const T* up = (const T*)b.factors->b;
+  for (int64_t r = 0; r < b.factors->rank; r++) fetch(up + r * columns + j0, up + r * columns + end);
+  for (; row + 4 <= b.end; row += 4) rows_ups<4, T>(c, b, row, j0, end);
+  for (; row + 2 <= b.end; row += 2) rows_ups<2, T>(c, b, row, j0, end);
+  for (; row < b.end; row++) rows_ups<1, T>(c, b, row, j0, end);
 }
 
 // Tasks of all blocks: size(block) of them each.
