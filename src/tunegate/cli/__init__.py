@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:2] == ["serve", "advise"]:  # another name of it; a base in a folder `advise` is ./advise
         words[0] = "deploy"
     arguments = make_parser().parse_args(words)
+    if arguments.unnamed:
+        arguments.unnamed()
     # Read by OpenMP when torch is loaded. Its default is to spin at barriers, which with one busy neighbour on the
     # machine makes training many times slower; a bounded spin costs nothing measurable on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -1,9 +1,27 @@
-"""Types of arguments that several commands take. ``quantize.size`` reads sizes in bytes."""
+"""What several commands take: types of arguments, and the task. ``quantize.size`` reads sizes in bytes."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
+
+from tunegate.config import Config
+
+
+def task_of(arguments: argparse.Namespace) -> Config:
+    """The task that a command names, with its overrides; :class:`InputError` with everything wrong in the file."""
+    from tunegate.pipeline.reading import load_task
+
+    return load_task(arguments.task, arguments.overrides)
+
+
+def actions_of(parser: argparse.ArgumentParser, dest: str, metavar: str) -> Any:
+    """A place for the actions of ``parser``. Where none is typed, the error names them all: ``main`` calls ``unnamed``,
+    which the actions themselves, having the common arguments as a parent, set to None."""
+    actions = parser.add_subparsers(dest=dest, metavar=metavar)
+    parser.set_defaults(unnamed=lambda: parser.error(f"which {metavar}? One of: {', '.join(actions.choices)}"))
+    return actions
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -59,7 +59,7 @@ class Console:
         finally:
             self.training = False
         if not self.json_only and not self.err.is_terminal and not training:
-            self.err.print(escape(f"{label}: {total} done"))
+            self.err.print(escape(f"{label}: {total:,} done"))
 
     # --- interruption ------------------------------------------------------------------------------------------
 
