@@ -241,6 +241,22 @@ def test_a_missing_action_is_answered_with_all_actions(words: list[str], named: 
     assert f"One of: {named}" in said.err
 
 
+@pytest.mark.parametrize(
+    ("words", "by", "told"),
+    [
+        (["advise", "t.yaml", "--curve-minuts", "3"], "tunegate advise: error", "'--curve-minutes'"),
+        (["eval", "t.yaml", "--plain-bass=1"], "tunegate eval: error", "'--plain-base'"),
+        (["registry", "base", "list", "--registri", "x"], "registry base list: error", "'--registry'"),
+        (["--json", "show", "t.yaml"], "tunegate show: error", "--json stands after the command"),
+        (["show", "a", "b"], "tunegate show: error", "unrecognized arguments: b\n"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_its_command(words: list[str], by: str, told: str) -> None:
+    said = call(*words)
+    assert (said.code, said.out) == (2, "")
+    assert by in said.err and told in said.err
+
+
 def test_a_base_with_nan_weights(task: Path) -> None:
     not_finite(task.parent)
     said_well(call("run", task), 1, "NaN or infinite logits")

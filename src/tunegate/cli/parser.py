@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = actions_of(parser, "command", "COMMAND")
 
     common = argparse.ArgumentParser(add_help=False)
-    common.set_defaults(unnamed=None)
+    common.set_defaults(actions=None)
     common.add_argument("--json", action="store_true", help="print one JSON object, no tables or progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     task = argparse.ArgumentParser(add_help=False, parents=[common])

@@ -153,7 +153,7 @@ def _request_problems(out: Path, recipe: Recipe, shard_bytes: int) -> list[Probl
         formats = " or ".join(bnb_files.STORED_FORMATS)
         problems.append(Problem(f"{recipe.format} has no file format", "format", formats, recipe.format))
     if shard_bytes < 1_000_000:
-        problems.append(Problem("the shards are too small", "max-shard-size", "at least 1MB", f"{shard_bytes} bytes"))
+        problems.append(Problem("the shards are too small", "--max-shard-size", "at least 1MB", f"{shard_bytes} bytes"))
     return problems
 
 
