@@ -278,6 +278,11 @@ def test_what_is_left_of_a_faulty_task(tmp_path: Path) -> None:
     assert error.rest.task.judge is None
 
 
+def test_lists_that_an_alias_shares_are_cut_apart(tmp_path: Path) -> None:
+    error = faulty(tmp_path, "base: b\ntask: m\ndata: {train: &a [1, a.jsonl], valid: *a, test: *a}\n")
+    assert error.rest.task.data.train == error.rest.task.data.test == ("a.jsonl",)
+
+
 @pytest.mark.parametrize("text", ["base: 7\ndata: 8\ntask: 9\ntrain: 5\ngate: {rules: task >}\n", "a: b\n"])
 def test_something_is_left_of_any_mapping(tmp_path: Path, text: str) -> None:
     assert faulty(tmp_path, text).rest.task.base.name == STAND_IN

@@ -11,7 +11,6 @@ It does not open data, bases or the network.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -258,17 +257,24 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 def _without_faults(values: dict[str, Any], error: ValidationError) -> tuple[Task, set[str]]:
     """The task without the keys, or entries of a list, that ``error`` names, and the sections that they are in. A
     section that is wrong without them goes as a whole."""
-    values = {key: copy.deepcopy(value) for key, value in values.items() if key in Task.model_fields}
+    values = {
+        key: dict(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key in Task.model_fields
+    }
     places = {item["loc"] for item in error.errors(include_url=False)}
-    cuts = {(*place[:2], place[2] if len(place) > 2 and isinstance(place[2], int) else -1) for place in places}
-    for section, *inner in sorted(cuts, key=lambda cut: cut[-1], reverse=True):  # the last entries of a list first
+    cuts = {
+        (place[2] if len(place) > 2 and isinstance(place[2], int) else -1, str(place[0]), "".join(map(str, place[1:2])))
+        for place in places
+    }
+    for entry, section, key in sorted(cuts, reverse=True):  # the last entries of a list first
         held = values.get(section)
-        if len(inner) == 1 or not isinstance(held, dict):  # the section, or a key outside of sections
+        if not key or not isinstance(held, dict):  # the section, or a key outside of sections
             values.pop(section, None)
-        elif inner[1] >= 0 and isinstance(held.get(inner[0]), list):
-            del held[inner[0]][inner[1]]
+        elif entry >= 0 and isinstance(held.get(key), list):
+            held[key] = [*held[key][:entry], *held[key][entry + 1 :]]
         else:
-            held.pop(inner[0], None)
+            held.pop(key, None)
     sections = {str(place[0]) for place in places}
     try:
         return Task.model_validate(freeze(values)), sections
