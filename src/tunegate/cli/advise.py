@@ -106,7 +106,7 @@ def _print_curve(trained: Trained, console: Console) -> None:
     curve = trained.curve
     rows = [[f"{n:,}", f"{value:.4f}", ""] for n, value in zip(curve.rows, curve.scores, strict=True)]
     full = max(curve.rows)
-    for name, e in curve.predicted.items():
+    for name, e in () if curve.flat else curve.predicted.items():
         rows.append([f"{int(name[:-1]) * full:,}", f"{e.value:.4f} [dim]{e.low:.3f}-{e.high:.3f}[/]", "predicted"])
     console.table(["rows", "score", ""], rows, title=f"after {trained.steps} steps")
 
