@@ -58,7 +58,7 @@ class Curve:
     def flat(self) -> bool:
         """Every size scores alike in every draw, such as 0 on each item: the prediction's interval has no width, which
         is no knowledge."""
-        return self.doubling.low == self.doubling.high == 0.0
+        return all(e.high - e.low < 1e-9 for e in (self.doubling, *self.predicted.values()))
 
     @property
     def more_rows_help(self) -> bool:
