@@ -155,6 +155,23 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         ),
         ("task.metric", "a.jsonl", "./no"),
     ),
+    "the task file and what it names": (
+        both(
+            line("metric: accuracy", "metric: acuracy\n  raport: chrf"),
+            line("rows.jsonl", "rowz.jsonl"),
+            line("rank: 8", "rnk: 8"),
+            line("min_test_items: 5", "min_test_items: 5\n  rules: [task.blue > 1]"),
+        ),
+        ("'task.raport'", "'train.rnk'", "task.metric", "'rows.jsonl'", "task.blue", "'task.bleu'"),
+    ),
+    "a wrong section and a missing file": (
+        line("train: rows.jsonl", "trian: x\n  train: rowz.jsonl\n  test: none.jsonl"),
+        ("'data.trian'", "rowz.jsonl: no such file", "none.jsonl: no such file"),
+    ),
+    "no task and no judge": (
+        both(line("base: base\n", ""), line("min_test_items: 5", "rules: [judge.mean > 4]"), line("rows.j", "r.j")),
+        ("'base' is missing", "no judge is named", "r.jsonl: no such file"),
+    ),
     # the base
     "no such base": (line("base: base", "base: ./bas"), ("'./bas'", "no such base")),
     "truncated base": (
@@ -206,6 +223,38 @@ def test_wrong_use(arguments: list[str]) -> None:
     said = call(*arguments)
     assert (said.code, said.out) == (2, "")
     assert "usage: tunegate" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "init, check, plan"),
+        (["registry"], "init, add, list"),
+        (["registry", "base"], "list, add, supersede"),
+        (["deploy"], "merged, multi, separate, advise"),
+        (["keys"], "add, list, remove"),
+    ],
+)
+def test_a_missing_action_is_answered_with_all_actions(words: list[str], named: str) -> None:
+    said = call(*words)
+    assert (said.code, said.out) == (2, "")
+    assert f"One of: {named}" in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "by", "told"),
+    [
+        (["advise", "t.yaml", "--curve-minuts", "3"], "tunegate advise: error", "'--curve-minutes'"),
+        (["eval", "t.yaml", "--plain-bass=1"], "tunegate eval: error", "'--plain-base'"),
+        (["registry", "base", "list", "--registri", "x"], "registry base list: error", "'--registry'"),
+        (["--json", "show", "t.yaml"], "tunegate show: error", "--json stands after the command"),
+        (["show", "a", "b"], "tunegate show: error", "unrecognized arguments: b\n"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_its_command(words: list[str], by: str, told: str) -> None:
+    said = call(*words)
+    assert (said.code, said.out) == (2, "")
+    assert by in said.err and told in said.err
 
 
 def test_a_base_with_nan_weights(task: Path) -> None:
@@ -339,7 +388,7 @@ def test_an_output_that_is_a_file(task: Path, output: str) -> None:
 def test_an_adapter_folder_that_is_none(task: Path) -> None:
     said_well(call("eval", task, "--adapter", task.parent / "nowhere"), 2, "no such adapter folder", "nowhere")
     said_well(call("eval", task, "--adapter", task.parent), 2, "no manifest")
-    said_well(call("eval", task), 2, "no finished adapter yet", "tunegate run")
+    said_well(call("eval", task), 2, "no finished adapter of this task", "tunegate run")
 
 
 def test_a_pickled_adapter_is_not_read(task: Path) -> None:

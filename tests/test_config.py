@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tunegate import config as config_module
 from tunegate import yaml_file
-from tunegate.config import Config, Task, default_lr, freeze, load_config
+from tunegate.config import STAND_IN, Config, FaultyTask, Task, default_lr, freeze, load_config
+from tunegate.config_problems import _ELSEWHERE
 from tunegate.errors import InputError, Problem
 
 MINIMAL = "base: tiny\ndata: rows.jsonl\ntask: exact_match\n"
@@ -247,6 +248,56 @@ def test_keys_that_are_not_text(tmp_path: Path) -> None:
         assert len(found) == 1
     (problem,) = problems(tmp_path, MINIMAL + "[a, b]: x\n")
     assert "unhashable" in problem.what
+
+
+def faulty(folder: Path, text: str) -> FaultyTask:
+    with pytest.raises(FaultyTask) as error:
+        load(folder, text)
+    return error.value
+
+
+def test_problems_stand_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "\n" * 90 + MINIMAL + "train:\n  rnk: 1\n  epochs: -1\n  alpah: 2\ngate: {min_score: x}\n"
+    found = problems(tmp_path, text, "train.seed=x")
+    assert [p.where for p in found] == [*(f"task.yaml:{n}" for n in (95, 96, 97, 98)), "--set train.seed"]
+
+
+def test_what_is_left_of_a_faulty_task(tmp_path: Path) -> None:
+    """Only the faulty keys and entries of lists go; a required section that cannot do without them is a stand-in."""
+    rules = "gate:\n  min_scroe: 1\n  confidence: 0.9\n  rules: [task >= 0.5, task >=, 'nonsense', task.items >= 3]\n"
+    error = faulty(tmp_path, MINIMAL + "trian: {}\ntrain: {rank: 4, epochs: -1, rnk: 3}\n" + rules)
+    assert error.sections == {"trian", "train", "gate"}
+    left = error.rest.task
+    assert (left.train.rank, left.train.epochs, left.gate.confidence) == (4, 3.0, 0.9)
+    assert [rule.rule for rule in left.gate.rules] == ["task >= 0.5", "task.items >= 3"]
+    assert left.task.metric == "exact_match" and left.data.train == ("rows.jsonl",)
+
+    error = faulty(tmp_path, "data: {valid: v.jsonl}\ntask: {metric: 3, report: chrf}\njudge: {model: m}\n5: x\n")
+    assert error.sections >= {"base", "data", "task", "judge"}
+    assert error.rest.task.base.name == STAND_IN and error.rest.task.data.train == (STAND_IN,)
+    assert error.rest.task.judge is None
+
+
+def test_lists_that_an_alias_shares_are_cut_apart(tmp_path: Path) -> None:
+    error = faulty(tmp_path, "base: b\ntask: m\ndata: {train: &a [1, a.jsonl], valid: *a, test: *a}\n")
+    assert error.rest.task.data.train == error.rest.task.data.test == ("a.jsonl",)
+
+
+@pytest.mark.parametrize("text", ["base: 7\ndata: 8\ntask: 9\ntrain: 5\ngate: {rules: task >}\n", "a: b\n"])
+def test_something_is_left_of_any_mapping(tmp_path: Path, text: str) -> None:
+    assert faulty(tmp_path, text).rest.task.base.name == STAND_IN
+
+
+def test_names_of_other_tools_lead_to_ours(tmp_path: Path) -> None:
+    found = {p.what: p.fix for p in problems(tmp_path, MINIMAL + "train: {learning_rate: 1e-4, r: 8}\ndatasets: x\n")}
+    assert found["unknown key 'train.learning_rate'"] == "here it is `train.lr`"
+    assert found["unknown key 'train.r'"] == "here it is `train.rank`"
+    assert found["unknown key 'datasets'"] == "here it is `data`"
+    for theirs, ours in _ELSEWHERE.items():
+        section, _, key = ours.partition(":")[0].partition(".")
+        field = Task.model_fields[section]
+        assert not key or key in field.annotation.model_fields, ours  # type: ignore[union-attr]
+        assert theirs not in Task.model_fields and theirs not in Task.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------

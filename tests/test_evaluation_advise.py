@@ -225,3 +225,13 @@ def test_the_kind_of_a_task(given: dict[str, Any], kind: str, says: str) -> None
     labels = task.pop("labels", None)
     found = guessed(task.pop("rows", None), labels, task.pop("name", "t"), task.pop("flagged", 0.0), **task)
     assert found[0] == kind and says in found[1]
+
+
+def test_a_curve_without_spread_predicts_nothing() -> None:
+    """All items wrong at every size: an interval from drawing them again has no width, and is not shown."""
+    shown = {}
+    for doubling in ((0.0, 0.0, 0.0), (0.0, -0.01, 0.01)):
+        advice = recommend(evidence(option("as_is", 0.1), trained=trained(0.0, (-0.2, 0.1), doubling)))
+        shown[doubling] = " ".join(advice.reasons)
+    assert "twice the rows" not in shown[0.0, 0.0, 0.0] and "tells nothing about more rows" in shown[0.0, 0.0, 0.0]
+    assert "twice the rows" in shown[0.0, -0.01, 0.01]

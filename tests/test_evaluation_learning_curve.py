@@ -60,6 +60,7 @@ def test_a_rising_curve_promises_more_and_a_flat_one_nothing() -> None:
     assert rising.predicted["4x"].value > rising.predicted["2x"].value > rising.scores[-1] - 0.02
     flat = fit_curve(ROWS, items([0.7, 0.7, 0.7, 0.7], 400, 0))
     assert not flat.more_rows_help and flat.doubling.value == pytest.approx(0.0, abs=1e-3)
+    assert not flat.flat and fit_curve(ROWS, np.zeros((4, 11))).flat and fit_curve(ROWS, np.ones((4, 11))).flat
     falling = fit_curve(ROWS, items([0.8, 0.7, 0.6, 0.5], 400, 0))
     assert not falling.more_rows_help
 

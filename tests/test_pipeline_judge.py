@@ -152,7 +152,7 @@ def test_scores_follow_the_stored_answers(finished: Path) -> None:
 
 def test_the_judged_items_do_not_depend_on_the_answers(finished: Path) -> None:
     from tunegate.config import load_config
-    from tunegate.pipeline.prepare import load_data
+    from tunegate.pipeline.reading import load_data
 
     tests = load_data(load_config(finished)).splits.test
     wanted = sorted(tests, key=lambda e: (position(e, "order"), e.content_hash))[:ITEMS]

@@ -263,6 +263,7 @@ def test_gate_needs_a_tested_run_with_this_policy(copy: Path) -> None:
     said = call("gate", copy, "--set", "gate.min_score=0.1")
     assert said.code == 2
     assert "a policy counts only for runs that began with it" in said.err
+    assert f"the newest run, {runs(copy)[0].name}, has gate.min_score=null (here 0.1)\n" in said.err
     assert len(runs(copy)) == 1
 
 

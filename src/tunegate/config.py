@@ -15,6 +15,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ from tunegate.yaml_file import Parsed, parse, read_text
 
 # what a task is made of is read from here
 __all__ = [
-    "BaseSection", "Config", "DataSection", "GateSection", "GuardSection", "JudgeSection", "PromptSection",
-    "RegressionSection", "RuleSection", "SafetySection", "Section", "Task", "TaskKind", "TaskSection", "TrainSection",
-    "default_lr", "describe_defaults", "load_config", "parse_size",
+    "BaseSection", "Config", "DataSection", "FaultyTask", "GateSection", "GuardSection", "JudgeSection",
+    "PromptSection", "RegressionSection", "RuleSection", "SafetySection", "Section", "Task", "TaskKind", "TaskSection",
+    "TrainSection", "default_lr", "describe_defaults", "load_config", "parse_size",
 ]  # fmt: skip
 
 _ENTRIES: Entries = {"task.prompts": PromptSection, "gate.rules": RuleSection}  # the lists of mappings
+STAND_IN = "-"  # what a required section of FaultyTask.rest names where it could not be kept
+_STAND_INS = {"base": {"name": STAND_IN}, "data": {"train": [STAND_IN]}, "task": {"metric": "exact_match"}}
 _SHORT = {"base": "name", "data": "train", "task": "metric"}
 _SHORT_KEYS = {section: f"{section}.{key}" for section, key in _SHORT.items()}
 _SECTIONS = [name for name, field in Task.model_fields.items() if inner_model(field.annotation) is not None]
@@ -223,19 +226,63 @@ def freeze(value: Any) -> Any:
     return tuple(freeze(inner) for inner in value) if isinstance(value, list) else value
 
 
+class FaultyTask(InputError):
+    """A task file with problems. ``rest`` is the task without what is wrong, for a look at what else is; a required
+    section that cannot do without it holds a stand-in. ``sections``: where the problems are."""
+
+    def __init__(self, problems: list[Problem], rest: Config, sections: AbstractSet[str]):
+        super().__init__(problems)
+        self.rest, self.sections = rest, sections
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path`` and ``--set`` overrides. :class:`InputError` lists every problem of the file."""
+    """Read ``path`` and ``--set`` overrides. :class:`InputError` lists every problem of the file: a
+    :class:`FaultyTask` where it could be read as a mapping."""
     path = Path(path)
     parsed = _read(path)
     problems = parsed.problems
     overridden = _apply_overrides(parsed.value, overrides, problems)
+    sections: set[str] = set()
     try:
         task = Task.model_validate(freeze(parsed.value))
     except ValidationError as error:
-        raise InputError(problems + problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)) from None
+        problems += problems_of(error, Task, _ENTRIES, path.name, parsed.lines, overridden)
+        task, sections = _without_faults(parsed.value, error)
+    config = _with_origins(task, path, parsed.lines, overridden)
     if problems:
-        raise InputError(problems)
-    return _with_origins(task, path, parsed.lines, overridden)
+        raise FaultyTask(problems, config, sections)
+    return config
+
+
+def _without_faults(values: dict[str, Any], error: ValidationError) -> tuple[Task, set[str]]:
+    """The task without the keys, or entries of a list, that ``error`` names, and the sections that they are in. A
+    section that is wrong without them goes as a whole."""
+    values = {
+        key: dict(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key in Task.model_fields
+    }
+    places = {item["loc"] for item in error.errors(include_url=False)}
+    cuts = {
+        (place[2] if len(place) > 2 and isinstance(place[2], int) else -1, str(place[0]), "".join(map(str, place[1:2])))
+        for place in places
+    }
+    for entry, section, key in sorted(cuts, reverse=True):  # the last entries of a list first
+        held = values.get(section)
+        if not key or not isinstance(held, dict):  # the section, or a key outside of sections
+            values.pop(section, None)
+        elif entry >= 0 and isinstance(held.get(key), list):
+            held[key] = [*held[key][:entry], *held[key][entry + 1 :]]
+        else:
+            held.pop(key, None)
+    sections = {str(place[0]) for place in places}
+    try:
+        return Task.model_validate(freeze(values)), sections
+    except ValidationError as left:
+        more = {str(item["loc"][0]) for item in left.errors(include_url=False)}
+    whole = {key: value for key, value in values.items() if key not in more}
+    stand_ins = {key: value for key, value in _STAND_INS.items() if key in more}
+    return Task.model_validate(freeze({**whole, **stand_ins})), sections | more
 
 
 def _with_origins(task: Task, path: Path, lines: Mapping[str, int], overridden: set[str]) -> Config:

@@ -5,6 +5,7 @@ Passwords in URLs are not shown, and :data:`Place` takes none. It reads no file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -27,6 +28,36 @@ _EXPECTED = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
     "invalid_key": "a key that is text",
+}
+
+# What PEFT, TRL and Axolotl call a setting, where that is far from the name here.
+_ELSEWHERE = {
+    **dict.fromkeys(("base_model", "model", "model_name_or_path"), "base"),
+    "load_in_4bit": "base.quantization: nf4",
+    "load_in_8bit": "base.quantization: int8",
+    **dict.fromkeys(("dataset", "datasets"), "data"),
+    **dict.fromkeys(("cutoff_len", "max_length", "max_seq_length", "sequence_len"), "data.max_tokens"),
+    "val_set_size": "data.valid_fraction",
+    "use_dora": "train.method: dora",
+    "use_rslora": "train.method: rslora",
+    **dict.fromkeys(("r", "lora_r"), "train.rank"),
+    "lora_alpha": "train.alpha",
+    "lora_dropout": "train.dropout",
+    **dict.fromkeys(("lora_target_modules", "modules"), "train.target_modules"),
+    "layers_to_transform": "train.layers",
+    **dict.fromkeys(("num_epochs", "num_train_epochs"), "train.epochs"),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), "train.tokens_per_step"),
+    **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size"), "train.tokens_per_batch"),
+    "learning_rate": "train.lr",
+    "loraplus_lr_ratio": "train.lr_plus_ratio",
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "train.schedule"),
+    "warmup_ratio": "train.warmup",
+    "optim": "train.optimizer",
+    "max_grad_norm": "train.clip",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.checkpoint_every",
+    **dict.fromkeys(("early_stopping_patience", "early_stopping"), "train.patience"),
+    "output_dir": "output",
 }
 
 
@@ -105,17 +136,21 @@ def problems_of(
     lines: Mapping[str, int],
     overridden: set[str],
 ) -> list[Problem]:
-    """Every problem that pydantic found in ``root``, one a key. ``entries``: the model of each list of mappings, by
-    its dotted key. ``overridden``: the keys that came from the command line and not from ``file``."""
+    """Every problem that pydantic found in ``root``, one a key, in the order of ``file``. ``entries``: the model of
+    each list of mappings, by its dotted key. ``overridden``: the keys that came from the command line instead."""
     found: dict[str, Problem] = {}
+    places: dict[str, float] = {}
     for item in error.errors(include_url=False):
         key, names = _walk(item["loc"], root, entries)
         kind = item["type"]
         line = lines.get(key) or lines.get(key.rpartition(".")[0])
         override = overridden_by(key, overridden) if kind != "missing" else ""
+        places[key] = math.inf if override or not line else line
         where = f"--set {override}" if override else f"{file}:{line}" if line else file
         if kind == "extra_forbidden":
-            fix = nearest(key.rpartition(".")[2], names) or f"known keys: {', '.join(names)}"
+            name = key.rpartition(".")[2]
+            here = f"here it is `{_ELSEWHERE[name]}`" if name in _ELSEWHERE else ""
+            fix = here or nearest(name, names) or f"known keys: {', '.join(names)}"
             found[key] = Problem(f"unknown key {key!r}", where, fix=fix)
         elif kind == "missing":
             help_ = "" if "." in key else "`tunegate init` writes a first task.yaml"
@@ -126,4 +161,4 @@ def problems_of(
             if key in found and expected not in found[key].expected:  # another branch of the same union
                 expected, fix = f"{found[key].expected} or {expected}", found[key].fix or fix
             found[key] = Problem(f"{key}: wrong value", where, expected=expected, got=_show(item["input"]), fix=fix)
-    return list(found.values())
+    return [found[key] for key in sorted(found, key=places.__getitem__)]

@@ -169,6 +169,12 @@ def parse(text: str, where: str, file: str) -> Parsed:
     return parsed
 
 
+def _a_folder(path: Path, where: str) -> InputError:
+    names = sorted(p.name for p in path.glob("*.y*ml"))[:5]
+    fix = f"name a file in it: {', '.join(names)}" if names else "name the task's YAML file"
+    return InputError("the task is a folder, not a file", where=where, fix=fix)
+
+
 def read_text(path: Path) -> str:
     """The UTF-8 text of ``path``, or an :class:`InputError` that says what the file is instead."""
     where = str(path)
@@ -177,14 +183,14 @@ def read_text(path: Path) -> str:
         with path.open("rb") as handle:
             data = handle.read(MAX_BYTES + 1)
     except IsADirectoryError:
-        raise InputError("the task is a folder, not a file", where=where, fix="name the YAML file in it") from None
+        raise _a_folder(path, where) from None
     except FileNotFoundError:
         names = [p.name for p in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
         near = nearest(path.name, names) or (f"this folder has {', '.join(names[:5])}" if names else "")
         raise InputError("no such file", where=where, fix=near or first) from None
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL, a file used as a folder
         if isinstance(error, PermissionError) and path.is_dir():  # Windows reports PermissionError for a folder
-            raise InputError("the task is a folder, not a file", where=where, fix="name the YAML file in it") from None
+            raise _a_folder(path, where) from None
         raise InputError(f"cannot read: {getattr(error, 'strerror', None) or error}", where=where) from None
     if len(data) > MAX_BYTES:
         raise InputError(

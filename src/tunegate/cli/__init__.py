@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from tunegate.cli.arguments import parse
 from tunegate.cli.console import Console
 from tunegate.cli.parser import make_parser
 from tunegate.errors import Problem, TunegateError
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:2] == ["serve", "advise"]:  # another name of it; a base in a folder `advise` is ./advise
         words[0] = "deploy"
-    arguments = make_parser().parse_args(words)
+    arguments = parse(make_parser(), words)
     # Read by OpenMP when torch is loaded. Its default is to spin at barriers, which with one busy neighbour on the
     # machine makes training many times slower; a bounded spin costs nothing measurable on a quiet one.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

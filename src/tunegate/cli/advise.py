@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.markup import escape
 
-from tunegate.cli.arguments import whole
+from tunegate.cli.arguments import task_of, whole
 from tunegate.cli.console import Console
-from tunegate.config import Config, TaskKind, load_config
+from tunegate.config import Config, TaskKind
 from tunegate.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _config(arguments: argparse.Namespace) -> Config:
         problems.append(Problem("--price-in and --price-out go together", "--price-in"))
     if problems:
         raise InputError(problems)
-    config = load_config(arguments.task, arguments.overrides)
+    config = task_of(arguments)
     if arguments.kind is not None:
         config = config.settle("task.kind", arguments.kind, "--kind")
     if arguments.documents is not None:
@@ -106,7 +106,7 @@ def _print_curve(trained: Trained, console: Console) -> None:
     curve = trained.curve
     rows = [[f"{n:,}", f"{value:.4f}", ""] for n, value in zip(curve.rows, curve.scores, strict=True)]
     full = max(curve.rows)
-    for name, e in curve.predicted.items():
+    for name, e in () if curve.flat else curve.predicted.items():
         rows.append([f"{int(name[:-1]) * full:,}", f"{e.value:.4f} [dim]{e.low:.3f}-{e.high:.3f}[/]", "predicted"])
     console.table(["rows", "score", ""], rows, title=f"after {trained.steps} steps")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from tunegate.cli.console import Console
-from tunegate.config import BaseSection, Config, DataSection, Task, TaskSection, load_config
+from tunegate.config import BaseSection, Config, DataSection, Task, TaskSection
 from tunegate.data.check import CheckReport, check_examples
 from tunegate.data.forms import Loaded, load_examples
 from tunegate.errors import InputError, Problem, collecting
@@ -26,8 +26,9 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     if len(arguments.inputs) > 1:
         raise InputError("check takes one task file, or data files", got=" ".join(arguments.inputs))
     from tunegate.pipeline.prepare import check_task
+    from tunegate.pipeline.reading import load_task
 
-    opened, report = check_task(load_config(first, arguments.overrides), console)
+    opened, report = check_task(load_task(first, arguments.overrides), console)
     return _tell(report, opened.data.splits.train, opened.base.renderer, arguments.show, console)
 
 

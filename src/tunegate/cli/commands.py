@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from tunegate import records
 from tunegate.cli.advise import advise
+from tunegate.cli.arguments import task_of
 from tunegate.cli.check import check
 from tunegate.cli.console import Console
 from tunegate.cli.deploy import deploy
@@ -61,7 +62,7 @@ def plan(arguments: argparse.Namespace, console: Console) -> int:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.run import run as run_pipeline
 
-    config = load_config(arguments.task, arguments.overrides)
+    config = task_of(arguments)
     outcome = run_pipeline(config, console, reopen=arguments.reopen_test, stop=console.stop)
     _print_card(outcome.card, console)
     console.text(f"adapter   {escape(str(outcome.adapter))}")
@@ -92,7 +93,7 @@ def _next_step(decision: Decision, adapter: Path) -> str:
 def train(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.run import train_only
 
-    folder, record = train_only(load_config(arguments.task, arguments.overrides), console, stop=console.stop)
+    folder, record = train_only(task_of(arguments), console, stop=console.stop)
     console.text(
         f"best step {record.best_step} of {record.steps}, score {record.best_score:.4f}, "
         f"{record.tokens_per_second:,.0f} tokens/s\nadapter   {escape(str(folder / 'adapter'))}"
@@ -113,10 +114,8 @@ def eval(arguments: argparse.Namespace, console: Console) -> int:
     )
     families = [name for name in ("regression", "safety", "judge") if getattr(arguments, name)]
     if families:
-        return tell_kept(
-            evaluate_kept(load_config(arguments.task, arguments.overrides), console, request, families), console
-        )
-    folder, record = evaluate_only(load_config(arguments.task, arguments.overrides), console, request)
+        return tell_kept(evaluate_kept(task_of(arguments), console, request, families), console)
+    folder, record = evaluate_only(task_of(arguments), console, request)
     _print_evaluations([record], console)
     console.text(f"items     {escape(str(folder.parent / record.items_path))}")
     console.result(asdict(record))
@@ -126,7 +125,7 @@ def eval(arguments: argparse.Namespace, console: Console) -> int:
 def gate(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.run import decide_again
 
-    folder, decision = decide_again(load_config(arguments.task, arguments.overrides), console)
+    folder, decision = decide_again(task_of(arguments), console)
     _print_decision(decision, console)
     console.result({"run": str(folder), "decision": asdict(decision)})
     return 0 if decision.verdict == SHIP else 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from rich.table import Table
 from tunegate.errors import TunegateError
 from tunegate.pipeline.reporter import Advance
 
+WIDTH = 120  # columns of a table in a file or pipe, which has no width
+
 
 class Console:
     """The pipeline's reporter for a terminal; with ``json_only`` it says nothing but the final object."""
@@ -27,6 +30,8 @@ class Console:
         self.json_only = json_only
         self.out = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
         self.err = rich.console.Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        if not self.out.is_terminal and "COLUMNS" not in os.environ:
+            self.out.width = WIDTH
         self.training = False
         self.stopping = False
 
@@ -59,7 +64,7 @@ class Console:
         finally:
             self.training = False
         if not self.json_only and not self.err.is_terminal and not training:
-            self.err.print(escape(f"{label}: {total} done"))
+            self.err.print(escape(f"{label}: {total:,} done"))
 
     # --- interruption ------------------------------------------------------------------------------------------
 

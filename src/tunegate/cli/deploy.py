@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from tunegate.cli.arguments import whole
+from tunegate.cli.arguments import actions_of, whole
 from tunegate.cli.console import Console
 from tunegate.cli.quantize import size
 from tunegate.errors import InputError
@@ -52,7 +52,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         description="merged: one model with its adapter in the weights. multi: many adapters on one base in one "
         "server. separate: a server for each adapter. docs/serve.md",
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    kinds = actions_of(parser, "kind", "KIND")
     for kind, text in (
         ("merged", "one model with its adapter in the weights"),
         ("multi", "many adapters on one base in one server"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from tunegate.cli.arguments import whole
+from tunegate.cli.arguments import actions_of, whole
 from tunegate.cli.console import Console
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Writes the file that `tunegate serve --keys FILE` reads, again whenever it changes. It holds a "
         "hash of each key; the key itself is shown once, when it is made. docs/serve.md",
     )
-    does = parser.add_subparsers(dest="does", required=True, metavar="WHAT")
+    does = actions_of(parser, "does", "WHAT")
     file = argparse.ArgumentParser(add_help=False)
     file.add_argument("--file", required=True, type=Path, metavar="FILE")
     add = does.add_parser("add", parents=[common, file], help="make a key, and show it this once")

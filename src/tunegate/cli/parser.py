@@ -8,7 +8,7 @@ from typing import Any
 
 import tunegate
 from tunegate.cli.advise import add_parser as add_advise
-from tunegate.cli.arguments import whole
+from tunegate.cli.arguments import actions_of, whole
 from tunegate.cli.deploy import add_parser as add_deploy
 from tunegate.cli.export import add_items, add_limits
 from tunegate.cli.export import add_parser as add_export
@@ -75,9 +75,10 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tunegate {tunegate.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = actions_of(parser, "command", "COMMAND")
 
     common = argparse.ArgumentParser(add_help=False)
+    common.set_defaults(actions=None)
     common.add_argument("--json", action="store_true", help="print one JSON object, no tables or progress")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     task = argparse.ArgumentParser(add_help=False, parents=[common])

@@ -14,9 +14,9 @@ from typing import Any
 from rich.markup import escape
 
 from tunegate.adapter.spec import AdapterSpec
+from tunegate.cli.arguments import task_of
 from tunegate.cli.console import Console
 from tunegate.cli.parser import SIZES
-from tunegate.config import load_config
 from tunegate.errors import InputError, Problem
 from tunegate.pipeline.planning import Prediction, plan_task, predict
 from tunegate.plan.devices import Device, Sheet, load_sheet, total_memory
@@ -47,7 +47,7 @@ def _of_task(arguments: argparse.Namespace, sheet: Sheet, devices: tuple[Device,
     given = [f"--{name.replace('_', '-')}" for name in (*SIZES, "base", "rows", "tokens") if getattr(arguments, name)]
     if given:
         raise InputError("the task file says this already", where=", ".join(given), fix="use --set, or flags alone")
-    config = load_config(arguments.task, arguments.overrides)
+    config = task_of(arguments)
     probed: dict[str, Any] | None = None
     if arguments.probe:
         from tunegate.pipeline.probe import probe

@@ -29,7 +29,7 @@ def quantize(arguments: argparse.Namespace, console: Console) -> int:
     try:
         recipe = Recipe.of(arguments.format, arguments.block, False if arguments.no_double_quant else None)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error), where="--block") from None
     report = Path(arguments.report) if arguments.report else None
     base = resolve_base(arguments.base, arguments.revision, report=console.line)
     skip = [name for text in arguments.skip for name in text.split(",") if name]
@@ -37,7 +37,7 @@ def quantize(arguments: argparse.Namespace, console: Console) -> int:
         base.path, Path(arguments.out), recipe, skip=skip, shard_bytes=arguments.max_shard_size
     )  # fmt: skip
     compare = FORMATS if arguments.compare else (recipe.format,) if report else ()
-    with console.progress("quantizing", plan.bytes_read()) as advance:
+    with console.progress("quantizing, bytes", plan.bytes_read()) as advance:
         done = write_quantized(plan, name=base.name, compare=compare, progress=advance)
     result = _result(done, str(recipe), list(plan.kept))
     if report is not None:

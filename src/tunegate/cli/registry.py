@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from tunegate.cli import registry_bases, registry_views
+from tunegate.cli.arguments import actions_of, task_of
 from tunegate.cli.console import Console
 from tunegate.cli.registry_views import opened, standing, told
 from tunegate.errors import TunegateError
@@ -128,11 +129,10 @@ def _push(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> int:
-    from tunegate.config import load_config
     from tunegate.gate import SHIP
     from tunegate.pipeline.importing import evaluate_import
 
-    config = load_config(arguments.task, arguments.overrides)
+    config = task_of(arguments)
     outcome = evaluate_import(opened(arguments), arguments.ref, config, console, reopen=arguments.reopen_test)
     for rule in outcome.decision.rules:
         console.text(f"rule      {rule.verdict:<12} {escape(rule.rule)}: {escape(rule.got)}")
@@ -181,7 +181,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--registry", metavar="WHERE", help="folder or database URL; default: TUNEGATE_REGISTRY, else TUNEGATE_HOME"
     )
     shared.add_argument("--by", metavar="WHO", help="default: TUNEGATE_USER, else user@host")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = actions_of(parser, "action", "ACTION")
 
     def action(name: str, text: str, *words: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = actions.add_parser(name, parents=[shared], help=text, description=text)

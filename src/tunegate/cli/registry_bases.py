@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from tunegate.cli.arguments import actions_of
 from tunegate.cli.console import Console
 from tunegate.cli.registry_views import opened, told
 from tunegate.errors import InputError
@@ -100,7 +101,7 @@ def base(arguments: argparse.Namespace, console: Console) -> int:
 def add_parser(actions: Any, shared: argparse.ArgumentParser) -> None:
     """The command's flags."""
     base = actions.add_parser("base", help="bases by fingerprint; a superseded one flags all that was made from it")
-    acts = base.add_subparsers(dest="base_action", required=True, metavar="ACTION")
+    acts = actions_of(base, "base_action", "ACTION")
     acts.add_parser("list", parents=[shared], help="bases, their names, adapters and successors")
     add = acts.add_parser("add", parents=[shared], help="enter a base, or another name for one")
     add.add_argument("base", metavar="BASE", help="packaged name, local folder or hub id")

@@ -8,8 +8,8 @@ import shlex
 from rich.markup import escape
 
 from tunegate import records
+from tunegate.cli.arguments import task_of
 from tunegate.cli.console import Console
-from tunegate.config import load_config
 from tunegate.records import SweepRecord
 
 
@@ -19,7 +19,7 @@ def sweep(arguments: argparse.Namespace, console: Console) -> int:
     from tunegate.pipeline.sweep_charts import charts
     from tunegate.pipeline.sweep_report import describe_curve, recommendation, yaml_lines
 
-    config = load_config(arguments.task, arguments.overrides)
+    config = task_of(arguments)
     request = SweepRequest(
         ranks=arguments.ranks, epochs=arguments.epochs, max_trials=arguments.max_trials, budget=arguments.budget,
         ray=arguments.ray,

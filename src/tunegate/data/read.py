@@ -54,6 +54,12 @@ def read_source(source: str, *, base_dir: Path) -> Iterator[RawRow]:
     return open_source(source, base_dir=base_dir).rows
 
 
+def check_source(source: str, *, base_dir: Path) -> None:
+    """:class:`InputError` for a file that is not there, empty or of no known kind; addresses are not looked up."""
+    if not source.startswith(DATASETS_PREFIX):
+        _kind(base_dir / Path(source).expanduser(), source)
+
+
 def open_source(source: str, *, base_dir: Path) -> OpenSource:
     """Open a file (relative to ``base_dir``) or a ``datasets:NAME[:CONFIG][#SPLIT]`` address.
 

@@ -220,10 +220,12 @@ def _by_training(evidence: Evidence, trained: Trained, best: Option, reasons: li
     curve, over = trained.curve, trained.over_best
     seen = f"{trained.steps} steps on all {evidence.rows:,} rows give {_score(trained.score)}"
     double = curve.predicted["2x"]
-    more = (
-        f"twice the rows are predicted to give {double.value:.3f} ({double.low:.3f} to {double.high:.3f}), a gain of "
-        f"{curve.doubling.value:+.3f} ({curve.doubling.low:+.3f} to {curve.doubling.high:+.3f})"
-    )
+    more = f"every share of the rows gives {trained.score.value:.3f}: the curve tells nothing about more rows"
+    if not curve.flat:
+        more = (
+            f"twice the rows are predicted to give {double.value:.3f} ({double.low:.3f} to {double.high:.3f}), a gain "
+            f"of {curve.doubling.value:+.3f} ({curve.doubling.low:+.3f} to {curve.doubling.high:+.3f})"
+        )
     if over.low > 0 or trained.score.low >= evidence.target.value:
         reasons += [f"{seen}, {_difference(over)} against {best.name}", more]
         return _advice(evidence, FINE_TUNE, best.name, reasons)

@@ -57,21 +57,35 @@ class Scorer:
         return list(dict.fromkeys([self.task.metric, *self.task.report]))
 
 
+def _is_built(name: str) -> bool:
+    return name in METRIC_NAMES or name.startswith(PYTHON_PREFIX)
+
+
+def _key_of(name: str, task: TaskSection) -> str:
+    return "task.metric" if name == task.metric else "task.report"
+
+
+def unknown_metrics(task: TaskSection) -> list[Problem]:
+    """The metrics of ``task`` that there are none of."""
+    known = [*METRIC_NAMES, LIKELIHOOD]
+    expected = f"one of {', '.join(known)}, or {PYTHON_PREFIX}module:function"
+    return [
+        Problem(f"unknown metric {name!r}", _key_of(name, task), expected, fix=nearest(name, known))
+        for name in dict.fromkeys([task.metric, *task.report])
+        if name != LIKELIHOOD and not _is_built(name)
+    ]
+
+
 def build_scorer(
     task: TaskSection, labels: Sequence[str] | None, folder: Path, confidence: float, examples: Sequence[Example]
 ) -> Scorer:
     """Metrics by name, checked against every reference of ``examples``; all problems reported together."""
-    problems: list[Problem] = []
+    problems = unknown_metrics(task)
     metrics = []
     for name in dict.fromkeys([task.metric, *task.report]):
-        if name == LIKELIHOOD:
+        if not _is_built(name):
             continue
-        key = "task.metric" if name == task.metric else "task.report"
-        if name not in METRIC_NAMES and not name.startswith(PYTHON_PREFIX):
-            known = [*METRIC_NAMES, LIKELIHOOD]
-            expected = f"one of {', '.join(known)}, or {PYTHON_PREFIX}module:function"
-            problems.append(Problem(f"unknown metric {name!r}", key, expected, fix=nearest(name, known)))
-            continue
+        key = _key_of(name, task)
         found: list[Problem] = []
         with collecting(found):
             metrics.append(

@@ -55,6 +55,12 @@ class Curve:
     doubling: Estimate
 
     @property
+    def flat(self) -> bool:
+        """Every size scores alike in every draw, such as 0 on each item: the prediction's interval has no width, which
+        is no knowledge."""
+        return all(e.high - e.low < 1e-9 for e in (self.doubling, *self.predicted.values()))
+
+    @property
     def more_rows_help(self) -> bool:
         """Twice the rows give a gain that the interval separates from none, of at least half a point."""
         return self.doubling.low > 0.0 and self.doubling.value >= 0.005

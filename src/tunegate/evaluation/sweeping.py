@@ -185,7 +185,7 @@ def _scaled(work: Sequence[float], forgetting: Sequence[float]) -> tuple[np.ndar
         raise InputError(
             "a forgetting curve cannot be fitted",
             expected=f"{FEWEST_POINTS} points at {FEWEST_PLACES} amounts of training, finite and not all zero",
-            got=f"{len(x)} and {len(y)} values at {len(np.unique(x))} amounts",
+            got=f"{len(y)} at {len(np.unique(x))} amounts",
             fix="train more ranks or epochs",
         )
     middle, size = float(np.exp(np.log(x).mean())), float(np.sqrt(y @ y))

@@ -153,7 +153,7 @@ def _request_problems(out: Path, recipe: Recipe, shard_bytes: int) -> list[Probl
         formats = " or ".join(bnb_files.STORED_FORMATS)
         problems.append(Problem(f"{recipe.format} has no file format", "format", formats, recipe.format))
     if shard_bytes < 1_000_000:
-        problems.append(Problem("the shards are too small", "max-shard-size", "at least 1MB", f"{shard_bytes} bytes"))
+        problems.append(Problem("the shards are too small", "--max-shard-size", "at least 1MB", f"{shard_bytes} bytes"))
     return problems
 
 
@@ -172,7 +172,7 @@ def _skip_problems(model: Any, endings: Sequence[str]) -> list[Problem]:
     paths = [path for path, module in model.named_modules() if type(module) is nn.Linear]
     last = sorted({path.rpartition(".")[2] for path in paths})
     return [
-        Problem("no linear layer has this name", "skip", "a layer's path or its ending", repr(e), nearest(e, last))
+        Problem("no linear layer has this name", "--skip", "a layer's path or its ending", repr(e), nearest(e, last))
         for e in endings
         if not any(path == e or path.endswith(f".{e}") for path in paths)
     ]

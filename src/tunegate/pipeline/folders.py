@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,27 @@ class Ledger:
     def of(self, test_hash: str) -> list[dict[str, Any]]:
         """Every opening of this test set, by whichever run."""
         return [e for e in self.entries() if e["test"] == test_hash]
+
+
+def newest_differs(root: Path, task: Mapping[str, Any]) -> str:
+    """In what the settings of the newest run in ``root`` are not those of ``task``, for a message that there is no run
+    of these; empty without a run."""
+    try:
+        name = str(read_json(root / "latest.json")["run"])
+        there = _flat(read_json(root / name / "run.json")["task"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    here = _flat(task)
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    told = [f"{key}={json.dumps(there.get(key))} (here {json.dumps(here.get(key))})" for key in keys]
+    return f"the newest run, {name}, has {', '.join(told) or 'other data, base or version'}"
+
+
+def _flat(task: Mapping[str, Any]) -> dict[str, Any]:
+    """``section.key`` to value. Where a task keeps its files changes no run."""
+    sections = {name: part if isinstance(part, dict) else {"": part} for name, part in task.items()}
+    pairs = {f"{name}.{key}".rstrip("."): value for name, part in sections.items() for key, value in part.items()}
+    return {key: value for key, value in pairs.items() if key not in ("name", "output", "registry")}
 
 
 def task_folder(run: Path, noted: str | None, output: str | None) -> Path | None:

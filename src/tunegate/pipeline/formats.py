@@ -245,7 +245,7 @@ def _write_gguf(job: Job) -> Vocabulary:
     window = getattr(layout.plan.config, "sliding_window", None)
     if window and not layout.family.window_period and window < layout.plan.config.max_position_embeddings:
         job.notes.append(f"the context is {window} tokens: llama.cpp knows no sliding window for this architecture")
-    with job.reporter.progress("writing", sum(p.stat().st_size for p in layout.plan.files)) as advance:
+    with job.reporter.progress("writing, bytes", sum(p.stat().st_size for p in layout.plan.files)) as advance:
         job.changed = gguf_file.write_model(layout, job.folder / MODEL, job.about, advance)
     return layout.vocabulary
 

@@ -75,7 +75,7 @@ def merge(request: MergeRequest, reporter: Reporter) -> dict[str, Any]:
 
 def _merge(request: MergeRequest, source: Source, plan: Plan, reporter: Reporter) -> dict[str, Any]:
     reference = _before(request, source, plan, reporter)
-    with reporter.progress("merging", sum(p.stat().st_size for p in plan.files)) as advance:
+    with reporter.progress("merging, bytes", sum(p.stat().st_size for p in plan.files)) as advance:
         done = streaming.write_merged(plan, advance, source.template)
     reporter.line("reading the merged model on the same prompts")
     try:

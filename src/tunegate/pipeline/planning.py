@@ -33,7 +33,8 @@ from tunegate.model.loading import choose_device, choose_dtype, eos_ids, load_to
 from tunegate.model.resolve import resolve_config
 from tunegate.pipeline.base import base_name, keeps_16_bits, quantized_already
 from tunegate.pipeline.folders import is_done
-from tunegate.pipeline.prepare import Prepared, load_data
+from tunegate.pipeline.prepare import Prepared
+from tunegate.pipeline.reading import load_data
 from tunegate.pipeline.reporter import Reporter
 from tunegate.pipeline.session import adapter_spec
 from tunegate.pipeline.steps import LOSS_ROWS

@@ -17,14 +17,10 @@ from typing import Any
 import tunegate
 from tunegate.config import Config, default_lr
 from tunegate.data.check import CheckReport, Finding, check_examples
-from tunegate.data.forms import Loaded, load_examples
-from tunegate.data.rows import parse_json
-from tunegate.data.split import Splits, in_order, split
+from tunegate.data.split import in_order
 from tunegate.data.tokens import check_tokens, render_all
 from tunegate.data.types import Example, Rendered
-from tunegate.engine.backends import check_backend
-from tunegate.engine.optimizers import check_optimizer
-from tunegate.errors import InputError, Problem, collecting, nearest
+from tunegate.errors import InputError, Problem, collecting
 from tunegate.evaluation.answering import takes_system
 from tunegate.evaluation.evaluator import Scorer, build_scorer
 from tunegate.evaluation.judge.providers import open_provider
@@ -32,33 +28,10 @@ from tunegate.evaluation.metrics import PYTHON_PREFIX
 from tunegate.evaluation.prompts import AS_IS, Prompt, candidates
 from tunegate.files import hash_file, hash_json
 from tunegate.gate import Policy
-from tunegate.gate_rules import parse_rule
-from tunegate.model.loading import choose_device
-from tunegate.model.resolve import resolve_base
-from tunegate.pipeline.base import Base, base_name, is_local, load_base
-from tunegate.pipeline.questions import (
-    Judge,
-    Regression,
-    Safety,
-    guard_of,
-    load_judge,
-    load_regression,
-    load_safety,
-    switched_on,
-)
+from tunegate.pipeline.base import Base, load_base
+from tunegate.pipeline.questions import Judge, Regression, Safety, guard_of, switched_on
+from tunegate.pipeline.reading import Data, look, questions
 from tunegate.pipeline.reporter import Reporter
-
-
-@dataclass(frozen=True)
-class Data:
-    """What the task's sources hold. ``files`` maps each source to its content hash."""
-
-    splits: Splits
-    loaded: tuple[Loaded, ...]
-
-    @property
-    def files(self) -> dict[str, str]:
-        return {name: digest for one in self.loaded for name, digest in one.files.items()}
 
 
 @dataclass(frozen=True)
@@ -144,45 +117,6 @@ def _metric_files(config: Config) -> list[str]:
     return [hash_file(path) for path in paths if path.is_file()]
 
 
-def load_data(config: Config, *, strict: bool = True) -> Data:
-    """Read and split; problems of all sources are reported together, bad rows too unless they are skipped.
-
-    Without ``strict`` bad rows are left in ``loaded`` for a report to show.
-    """
-    section = config.task.data
-    loaded: dict[str, Loaded] = {}
-    problems: list[Problem] = []
-    for name in ("train", "valid", "test"):
-        sources = getattr(section, name)
-        if sources is None:
-            continue
-        try:
-            loaded[name] = load_examples(
-                sources,
-                base_dir=config.folder,
-                form=section.form,
-                columns=section.columns,
-                system=section.system,
-                group_by=section.group_by,
-                on_bad_row=section.on_bad_row,
-            )
-            if strict:
-                loaded[name].raise_bad_rows()
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    splits = split(
-        loaded["train"].examples,
-        loaded["valid"].examples if "valid" in loaded else None,
-        loaded["test"].examples if "test" in loaded else None,
-        valid_fraction=section.valid_fraction,
-        test_fraction=section.test_fraction,
-        salt=section.split_salt,
-    )
-    return Data(splits, tuple(loaded.values()))
-
-
 def check_data(data: Data, base: Base, config: Config) -> CheckReport:
     """Everything ``check`` reports about rows: with and without their tokens."""
     section = config.task.data
@@ -218,30 +152,13 @@ class Opened:
 def open_task(config: Config, reporter: Reporter, *, strict: bool = True) -> Opened:
     """Read everything a task names. :class:`InputError` with all problems together; a base that would have to be
     fetched is left out where there are others. ``strict``: bad rows are a problem too."""
-    problems: list[Problem] = []
-    task = config.task.task
-    device, labels = "cpu", None
-    with collecting(problems):
-        device = choose_device(config.task.train.device)
-        check_backend(config.task.train, device)
-    with collecting(problems):
-        check_optimizer(config.task.train, device)
-    with collecting(problems):
-        labels = labels_of(config)
-    with collecting(problems):  # by name, before there are labels or references
-        build_scorer(task, labels or ["yes", "no"], config.folder, config.task.gate.confidence, [])
-    data = base = None
-    with collecting(problems):
-        data = load_data(config, strict=strict)
-    if problems and is_local(config):
-        with collecting(problems):
-            resolve_base(base_name(config), trust_remote_code=config.task.base.trust_remote_code)
-    if problems:
-        raise InputError(problems)
-    assert data is not None
-    base = load_base(config, reporter, device)
-    config, labels = _settle(config, data, base, labels)
-    return Opened(config, data, base, labels)
+    found = look(config, strict=strict)
+    if found.problems:
+        raise InputError(found.problems)
+    assert found.data is not None
+    base = load_base(config, reporter, found.device)
+    config, labels = _settle(config, found.data, base, found.labels)
+    return Opened(config, found.data, base, labels)
 
 
 def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]:
@@ -249,7 +166,7 @@ def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]
     opened = open_task(config, reporter, strict=False)
     report = check_data(opened.data, opened.base, opened.config)
     try:
-        judge = _questions(switched_on(opened.config))[2]
+        judge = questions(switched_on(opened.config))[2]
         if judge is not None:
             open_provider(judge.model)
     except InputError as error:
@@ -257,7 +174,7 @@ def check_task(config: Config, reporter: Reporter) -> tuple[Opened, CheckReport]
         message = f"regression, safety or the judge cannot be asked: {len(error.problems)} problems"
         report.add(Finding("error", "questions", message, len(error.problems), shown))
     try:
-        _check_judge(opened.config, _scorer(opened))
+        _scorer(opened)
     except InputError as error:
         shown = [str(problem) for problem in error.problems[:5]]
         message = f"the metric cannot be used: {len(error.problems)} problems"
@@ -277,7 +194,7 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
     problems: list[Problem] = []
     opened, regression, safety, judge = None, None, None, None
     with collecting(problems):
-        regression, safety, judge = _questions(config)
+        regression, safety, judge = questions(config)
     with collecting(problems):
         opened = open_task(config, reporter)
     if problems:
@@ -292,8 +209,6 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
             fix="name a file as `data.valid`, or raise valid_fraction above 0",
         )
     scorer = _scorer(opened)
-    _check_rules(config, scorer)
-    _check_judge(config, scorer)
     report = check_data(data, base, config)
     if not report.ok:
         raise InputError([_as_problem(f) for f in report.findings if f.level == "error"])
@@ -317,44 +232,6 @@ def prepare(config: Config, reporter: Reporter) -> Prepared:
         safety=safety,
         judge=judge,
     )
-
-
-def _questions(config: Config) -> tuple[Regression | None, Safety | None, Judge | None]:
-    """What regression, safety and the judge will ask, the problems of all together."""
-    problems: list[Problem] = []
-    regression, safety, judge = None, None, None
-    with collecting(problems):
-        regression = load_regression(config)
-    with collecting(problems):
-        safety = load_safety(config)
-    with collecting(problems):
-        judge = load_judge(config)
-    if problems:
-        raise InputError(problems)
-    return regression, safety, judge
-
-
-def _check_judge(config: Config, scorer: Scorer) -> None:
-    """A judge reads answers, and there are some."""
-    if config.task.judge is not None and not scorer.generates:
-        raise InputError(
-            "this task generates no answers to judge", where="judge", got=f"task.metric: {scorer.task.metric}",
-            fix="take the section out, or a metric that scores answers",
-        )  # fmt: skip
-
-
-def _check_rules(config: Config, scorer: Scorer) -> None:
-    """Rules about task metrics name metrics that this task has."""
-    known = ["task", "task.items", "task.stop_rate", *(f"task.{name}" for name in scorer.names)]
-    problems = [
-        Problem("this task has no such metric", f"gate.rules: {rule.rule}", ", ".join(known), parsed.metric,
-                nearest(parsed.metric, known) or "add it to task.report")
-        for rule in config.task.gate.rules
-        if (parsed := parse_rule(rule.rule)).metric.partition(".")[0] == "task"
-        and not any(parsed.matches(name) for name in known)
-    ]  # fmt: skip
-    if problems:
-        raise InputError(problems)
 
 
 def _as_problem(finding: Finding) -> Problem:
@@ -400,22 +277,3 @@ def _settle(config: Config, data: Data, base: Base, labels: list[str] | None) ->
             "task.max_new_tokens", longest + longest // 4 + 8, f"default: longest answer ({longest}) + 25 % + 8"
         )
     return config, labels
-
-
-def labels_of(config: Config) -> list[str] | None:
-    """The task's own list of labels, read if it is a file; None without one."""
-    given = config.task.task.labels
-    if given is None:
-        return None
-    if not isinstance(given, str):
-        return list(given)
-    path = config.path(given)
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "a JSON list of texts, or the labels themselves in the task file"
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError("cannot read the labels", where=f"task.labels: {path}", got=reason, fix=fix) from None
-    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-        raise InputError("not a list of labels", where=f"task.labels: {path}", expected='["label", ...]')
-    return found

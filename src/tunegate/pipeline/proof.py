@@ -37,7 +37,7 @@ from tunegate.export import parity
 from tunegate.export.parity import Limits, Parity, Questions, Reading, Subject
 from tunegate.files import hash_file, read_json
 from tunegate.pipeline.folders import task_folder
-from tunegate.pipeline.prepare import labels_of, load_data
+from tunegate.pipeline.reading import labels_of, load_data
 from tunegate.records import AdapterCard, Comparison
 from tunegate.registry.pulling import PROVENANCE
 

@@ -110,7 +110,7 @@ def answered(run: Path, config: Config) -> list[Item]:
 
 
 def _test_rows(config: Config) -> Iterable[Example]:
-    from tunegate.pipeline.prepare import load_data
+    from tunegate.pipeline.reading import load_data
 
     try:
         return load_data(config).splits.test

@@ -20,7 +20,7 @@ from tunegate.gate import Policy, foreseen
 from tunegate.pipeline import evidence, judging, kept, planning, steps
 from tunegate.pipeline.bar import settle_bar
 from tunegate.pipeline.card import MANIFEST, check_adapter, versions, write_card
-from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, now, owned, short
+from tunegate.pipeline.folders import STEP, Ledger, git_state, is_done, newest_differs, now, owned, short
 from tunegate.pipeline.prepare import Prepared, prepare
 from tunegate.pipeline.questions import JUDGE, REGRESSION, SAFETY, Judge, load_regression, load_safety, switch_on
 from tunegate.pipeline.registering import enter, open_for
@@ -209,6 +209,7 @@ def decide_again(config: Config, reporter: Reporter) -> tuple[Path, Decision]:
         raise InputError(
             "there is no tested run of this task with these settings and this gate policy",
             where=str(folder),
+            got=newest_differs(prepared.config.run_dir, prepared.config.task.model_dump(mode="json")),
             fix="`tunegate run` makes it; a policy counts only for runs that began with it",
         )
     with owned(prepared.config.run_dir):
@@ -234,7 +235,8 @@ def _adapter_of(prepared: Prepared, request: EvalRequest) -> tuple[Path, Adapter
     adapter = request.adapter or run_folder(prepared) / "adapter"
     if not (adapter / MANIFEST).exists() and request.adapter is None:
         raise InputError(
-            "this task has no finished adapter yet", where=str(adapter),
+            "there is no finished adapter of this task with these settings", where=str(adapter),
+            got=newest_differs(prepared.config.run_dir, prepared.config.task.model_dump(mode="json")),
             fix="`tunegate run` makes one; --adapter names another, --plain-base scores the base",
         )  # fmt: skip
     return adapter, check_adapter(adapter, prepared.base, allow_base_mismatch=request.allow_base_mismatch)
@@ -313,11 +315,12 @@ def evaluate_only(config: Config, reporter: Reporter, request: EvalRequest) -> t
             adapter, card = _adapter_of(prepared, request)
             digest = card.adapter["hash"]
             subject, run_id = "adapter", card.adapter["run"]
-            session.use_adapter(adapter, digest)
         items = prepared.data.splits.test if request.split == "test" else prepared.valid
         ledger = Ledger(root)
         if request.split == "test":
             ledger.open(run_id, prepared.test_hash, request.reopen)
+        if not request.plain_base:
+            session.use_adapter(adapter, digest)
         task = prepared.scorer.task.model_dump(mode="json")
         key = hash_json([prepared.base_key, task, digest, request.split, [e.content_hash for e in items]])
         folder = root / f"eval-{short(key)}"

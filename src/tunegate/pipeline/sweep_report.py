@@ -233,7 +233,7 @@ def _top(high: float | None) -> str:
 def describe_curve(record: SweepRecord) -> str:
     c = record.curve
     if c is None:
-        return f"no forgetting curve: {record.curve_reason}"
+        return record.curve_reason
     low = "below 0.01" if c["exponent_low"] is None else f"{c['exponent_low']:.2f}"
     high = "above 3" if c["exponent_high"] is None else f"{c['exponent_high']:.2f}"
     fit = "" if c["r_squared"] is None else f", R^2 {c['r_squared']:.3f}"
