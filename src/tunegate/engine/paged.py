@@ -2,8 +2,9 @@
 
 One pass computes the next token of some rows and pieces of the prompts of others, together: every product of the model
 sees all tokens at once, only attention tells them apart. A row that adds one token attends over its pages as they lie
-(``varlen.decode``). Pieces of prompts whose rows begin with the same pages share one call, in which these pages are the
-prefix that all see.
+(``varlen.decode``), and so does every token at the beginning of a row, each for itself: a pass of short prompts is one
+call, which may be recorded. Longer pieces of prompts whose rows begin with the same pages share one call, in which
+these pages are the prefix that all see.
 
 Where the native kernels do not take the tensors, a row's pages are copied together and the twin runs.
 """
@@ -33,6 +34,9 @@ class Piece:
     count: int
 
 
+SHORT = 128  # so many tokens of a row attend each for itself: whatever shares the pass, so that its bytes are the same
+
+
 @dataclass(frozen=True)
 class _Group:
     """Pieces with the same past, ``past`` own tokens in ``pages``: tokens ``begin`` to ``end`` of the pass."""
@@ -45,54 +49,71 @@ class _Group:
 
 
 class PagedPass:
-    """Attention of ``steps``, pieces of one token each, and then ``pieces``, in this order along the run. Pieces with
-    the same past have to be neighbours to share a call. ``recorded``: the same pass as recordings, begun already."""
+    """Attention of ``pieces``, one after the other along the run; those of one token are steps. Pieces with the same
+    past have to be neighbours to share a call. ``short``: tokens of a row that attend each for itself. ``recorded``:
+    the same pass as recordings, begun already, where :func:`alone` says so of every token."""
 
     def __init__(
         self,
         store: PageStore,
-        steps: Sequence[Piece],
         pieces: Sequence[Piece],
         device: torch.device,
+        short: int = 0,
         recorded: RecordedSteps | None = None,
     ):
         self.store, self.device, self.recorded = store, device, recorded
         self.fused: PassState | None = None
-        self.steps = len(steps)
-        self._steps, self._pieces = steps, pieces
+        self._pieces = pieces
+        self._cuts = [alone(piece, short - store.prefix_tokens) for piece in pieces]
         if recorded is not None:
             self._places = recorded.places
-        elif steps:
-            most = max(len(piece.pages) for piece in steps)
-            table = [[*piece.pages, *([piece.pages[0]] * (most - len(piece.pages)))] for piece in steps]
-            self._places = varlen.Places(
-                torch.tensor(table), torch.tensor([piece.past + 1 for piece in steps]), store.size
-            )
+        elif any(self._cuts):
+            pages, lengths = lonely(pieces, self._cuts)
+            most = max(len(row) for row in pages)
+            table = [[*row, *([row[0]] * (most - len(row)))] for row in pages]
+            self._places = varlen.Places(torch.tensor(table), torch.tensor(lengths), store.size)
 
     @cached_property
     def positions(self) -> Tensor:
         """Of every token of the run in its row."""
-        all_pieces, ahead = [*self._steps, *self._pieces], self.store.prefix_tokens
-        return torch.tensor([ahead + p.past + n for p in all_pieces for n in range(p.count)], dtype=torch.long)
+        ahead = self.store.prefix_tokens
+        return torch.tensor([ahead + p.past + n for p in self._pieces for n in range(p.count)], dtype=torch.long)
+
+    @cached_property
+    def _rests(self) -> list[tuple[int, Piece]]:
+        """What is left of the pieces without the tokens that attend alone, each with its first token of the run."""
+        begins = accumulate((piece.count for piece in self._pieces), initial=0)
+        parts = zip(begins, self._pieces, self._cuts, strict=False)
+        return [(b + cut, Piece(p.pages, p.past + cut, p.count - cut)) for b, p, cut in parts if cut < p.count]
+
+    @cached_property
+    def _apart(self) -> tuple[Tensor | slice, Tensor | slice]:
+        """Where along the run those that attend alone are, and the others."""
+        flags = [n < cut for p, cut in zip(self._pieces, self._cuts, strict=True) for n in range(p.count)]
+        ahead = sum(flags)
+        if all(flags[:ahead]):
+            return slice(0, ahead), slice(ahead, len(flags))
+        flag = torch.tensor(flags, device=self.device)
+        return flag.nonzero()[:, 0], (~flag).nonzero()[:, 0]
 
     @cached_property
     def _new(self) -> tuple[Tensor, Tensor]:
-        """Page and place of every token of the pieces."""
+        """Page and place of every token of the rests."""
         size = self.store.size
-        numbers = [(p.pages, p.past + n) for p in self._pieces for n in range(p.count)]
+        numbers = [(p.pages, p.past + n) for _, p in self._rests for n in range(p.count)]
         page = torch.tensor([pages[n // size] for pages, n in numbers], device=self.device)
         return page, torch.tensor([n % size for _, n in numbers], device=self.device)
 
     @cached_property
     def _groups(self) -> list[_Group]:
-        groups: list[list[Piece]] = []
-        for piece in self._pieces:
-            if groups and _shared(groups[-1][0], self.store.size) == _shared(piece, self.store.size):
-                groups[-1].append(piece)
-            else:
-                groups.append([piece])
-        begins = accumulate((sum(p.count for p in group) for group in groups), initial=self.steps)
-        return [self._group(begin, group) for begin, group in zip(begins, groups, strict=False)]
+        groups: list[list[tuple[int, Piece]]] = []
+        for begin, piece in self._rests:
+            if groups and groups[-1][-1][0] + groups[-1][-1][1].count == begin:
+                if _shared(groups[-1][0][1], self.store.size) == _shared(piece, self.store.size):
+                    groups[-1].append((begin, piece))
+                    continue
+            groups.append([(begin, piece)])
+        return [self._group(group[0][0], [piece for _, piece in group]) for group in groups]
 
     def _group(self, begin: int, group: list[Piece]) -> _Group:
         past, counts = group[0].past, tuple(piece.count for piece in group)
@@ -106,15 +127,15 @@ class PagedPass:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         options = varlen.Options(scale, window, softcap)
-        if not self._pieces:
+        if not self._rests:
             return self._decode(layer, q, k, v, options)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        if self.steps:
-            ahead = self.steps
-            out[:ahead] = self._decode(layer, q[:ahead], k[:ahead], v[:ahead], options)
+        alone, rest = self._apart
+        if any(self._cuts):
+            out[alone] = self._decode(layer, q[alone], k[alone], v[alone], options)
         keys, values = self.store.layers[layer]
         page, place = self._new
-        keys[page, :, place], values[page, :, place] = k[self.steps :], v[self.steps :]
+        keys[page, :, place], values[page, :, place] = k[rest], v[rest]
         for group in self._groups:
             own = slice(group.begin, group.end)
             before = self.store.gather(layer, group.pages, group.past)
@@ -141,6 +162,17 @@ class PagedPass:
         own = [part[table].transpose(1, 2).flatten(2, 3) for part in (keys, values)]  # (rows, heads, places, dim)
         store = DecodeStore(*self.store.prefix[layer], *own)
         return decode_attention(q, store, lengths, scale=options.scale, window=options.window, softcap=options.softcap)
+
+
+def alone(piece: Piece, short: int) -> int:
+    """How many of a piece's tokens, its first ones, attend each for itself, where the ``short`` first of a row do."""
+    return 1 if piece.count == 1 else min(max(short - piece.past, 0), piece.count)
+
+
+def lonely(pieces: Sequence[Piece], cuts: Sequence[int]) -> tuple[list[Sequence[int]], list[int]]:
+    """Of each token that attends alone: its row's pages, and the row's tokens up to it."""
+    tokens = [(piece.pages, piece.past + n + 1) for piece, cut in zip(pieces, cuts, strict=True) for n in range(cut)]
+    return [pages for pages, _ in tokens], [length for _, length in tokens]
 
 
 def _shared(piece: Piece, size: int) -> tuple[int, tuple[int, ...]]:

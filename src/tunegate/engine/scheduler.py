@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tunegate.adapter.segmented import Merged, Served
 from tunegate.engine.page_store import PageStore
-from tunegate.engine.paged import PagedPass, Piece
+from tunegate.engine.paged import SHORT, PagedPass, Piece, alone, lonely
 from tunegate.engine.paging import PagePool, page_keys
 from tunegate.engine.prompt_scores import PromptReader
 from tunegate.engine.recorded import RecordedSteps
@@ -290,18 +290,18 @@ class Scheduler:
         """The last hidden states of all tokens in the pass."""
         parts = [(row, 1) for row in steps] + list(pieces)
         merged = parts[0][0].merged
-        segments = None if merged is not None else self._segments(parts, recorded=not pieces)
-        recorded = None
-        if self._recorded is not None and not pieces:
-            recorded = self._recorded
-            recorded.begin([row.pages for row in steps], [row.computed + 1 for row in steps], segments, merged)
-        paged = PagedPass(
-            self.store,
-            [Piece(row.pages, row.computed, 1) for row in steps],
-            [Piece(row.pages, row.computed, count) for row, count in pieces],
-            self.runner.device,
-            recorded,
-        )
+        runs = [Piece(row.pages, row.computed, count) for row, count in parts]
+        short, recorded = 0, self._recorded
+        if recorded is not None:  # the kernels are there, for which alone it pays
+            short = SHORT
+            cuts = [alone(piece, short - self.store.prefix_tokens) for piece in runs]
+            tokens = sum(piece.count for piece in runs)
+            if sum(cuts) < tokens or tokens > self.most_rows:
+                recorded = None
+        segments = None if merged is not None else self._segments(parts, recorded=recorded is not None)
+        if recorded is not None:
+            recorded.begin(*lonely(runs, cuts), segments, merged)
+        paged = PagedPass(self.store, runs, self.runner.device, short, recorded)
         ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
         if self.served is None:
             return self.runner.run(ids, paged.positions, paged)

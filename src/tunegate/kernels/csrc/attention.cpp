@@ -70,6 +70,13 @@ void attention_backward(const AttentionBackward& call) {
 
 void decode_attention(const DecodeAttention& call) {
   int64_t heads = call.shape.kv_heads, parts = (call.rows + call.rows_each - 1) / call.rows_each;
+  constexpr int64_t puts = 16;  // rows that a task writes the new keys of: before all else, other rows may see them
+  if (call.new_key.data)
+    parallel((call.rows + puts - 1) / puts, [&](int64_t i) {
+      for (int64_t row = i * puts; row < min_of(call.rows, (i + 1) * puts); row++)
+        for (int64_t kv = 0; kv < heads; kv++)
+          call.shape.half ? put_new<bf16>(call, row, kv) : put_new<float>(call, row, kv);
+    });
   parallel(parts * heads, [&](int64_t i) {
     int64_t begin = i / heads * call.rows_each, end = min_of(call.rows, begin + call.rows_each);
     if (call.shape.half)

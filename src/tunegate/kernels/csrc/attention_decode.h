@@ -133,7 +133,6 @@ inline void each_run(const DecodeAttention& call, int64_t row, int64_t first, F&
 
 template <typename T>
 inline void put_new(const DecodeAttention& call, int64_t row, int64_t kv) {
-  if (!call.new_key.data) return;
   const AttentionShape& s = call.shape;
   int64_t last = call.lengths[row] - 1, page = call.pages[row * call.pages_each + last / call.page_places];
   int64_t place = last % call.page_places;
@@ -154,7 +153,6 @@ inline void own_part(const DecodeAttention& call, int64_t row, int64_t kv, int64
   View<const T> q(call.q);
   pad_rows(q.at(row, kv * group), q.head, group, s.dim, b.q);
   for (int64_t i = 0; i < group * wide; i++) b.q[i] *= factor;
-  put_new<T>(call, row, kv);
   each_run(call, row, first, [&](int64_t n, int64_t page, int64_t place, int64_t some) {
     const T* k = static_cast<const T*>(call.key) + page * call.key_page + kv * call.key_head + place * s.dim;
     if (!copies) return run_scores(b.q, k, wide, some, group, b.scores + n, b.stride);
