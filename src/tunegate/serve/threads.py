@@ -54,8 +54,8 @@ async def in_thread(work: Callable[[], T], begin: Callable[[Run], None] = _begin
 
 
 class KeptThread:
-    """``await kept(work)`` as :func:`in_thread`, in one thread that stays for the next work. While it is busy, or hangs,
-    work gets threads of its own. All calls on one event loop."""
+    """``await kept(work)`` as :func:`in_thread`, in one thread that stays for the next work. While it is busy, or
+    hangs, work gets threads of its own. All calls on one event loop."""
 
     def __init__(self) -> None:
         self._given: SimpleQueue[Run | None] = SimpleQueue()
