@@ -161,7 +161,20 @@ def render_chat(renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequ
     read = read_messages([_as_in_a_row(message) for message in messages], bad)
     if bad.found:
         raise InputError(bad.found)
-    return _prompt_ids(renderer, read, [tool.raw for tool in tools])
+    ids = _prompt_ids(renderer, read, [tool.raw for tool in tools])
+    _check_calls(renderer, read, ids)
+    return ids
+
+
+def _check_calls(renderer: Renderer, messages: Sequence[Message], ids: Sequence[int]) -> None:
+    """:class:`InputError` for calls in ``messages`` that the prompt ``ids`` says nothing of."""
+    names = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+    text = renderer.tokenizer.decode(ids) if names else ""
+    if lost := sorted({name for name in names if name not in text}):
+        raise InputError(
+            "this model's chat template leaves tool calls out, so the model would not see them", where="messages",
+            got=", ".join(lost[:5]), fix="say in a message's content what was called",
+        )  # fmt: skip
 
 
 def _as_in_a_row(message: ChatMessage) -> dict[str, Any]:

@@ -277,6 +277,8 @@ class ChatRequest(Sampling):
     tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
     # asks for nothing, or for what is done anyway
+    add_generation_prompt: Literal[True] | None = None  # vLLM's, like the next
+    continue_final_message: Literal[False] | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -331,6 +333,7 @@ class TokenizeRequest(Strict):
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
