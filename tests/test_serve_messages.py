@@ -106,6 +106,9 @@ def test_calls_without_content(server: Serving, content: dict[str, Any]) -> None
         assert status == 200 and list(server.engine.jobs[-1].tokens) == seen
     else:
         assert status == 400 and "leaves tool calls out" in found["message"] and found["param"] == "messages"
+    odd = calling(**content)
+    odd["tool_calls"][0]["function"]["name"] = 'a "name" that a template escapes'
+    assert ask(server, [USER, odd, RESULT])[0] == 200
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,9 @@ class Served:
             opened = opened_fitting(self.skeleton, folder, self._known)
             with _timed(seconds, "read"), opened as (handle, config, fitting):
                 canonical = read_canonical(handle, fitting.header, config, memory)
-            larger = canonical.data if memory is None or memory.nbytes < canonical.data.nbytes else memory
-            return Fetched(str(folder / TENSORS), fitting, canonical, larger, seconds)
+            data = canonical.data
+            kept = data if memory is None or memory.nbytes < data.nbytes <= LARGEST else memory
+            return Fetched(str(folder / TENSORS), fitting, canonical, kept, seconds)
 
         return fetch
 

@@ -235,13 +235,16 @@ class Adapters:
                 self._late += 1
                 self._disk.shutdown(wait=False)
                 self._disk = _thread("disk")
-                files.add_done_callback(lambda files: self._reader.submit(self._come_late, work, files) and None)
+                files.add_done_callback(lambda files: self._come_late(work, files))
                 raise _Late
         return files.result()
 
     def _come_late(self, work: Callable[[Future[Fetched]], None], files: Future[Fetched]) -> None:
-        self._late -= 1
-        work(files)
+        def go_on() -> None:
+            self._late -= 1
+            work(files)
+
+        self._reader.submit(go_on)
 
     def _work(self, adapter: Adapter, files: Future[Fetched] | None = None) -> None:
         """In the reader's thread: all that costs time, without the lock."""

@@ -30,6 +30,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 1024  # token ids of logit_bias; they go to the engine with every answer
 MOST_SEED = 2**63 - 1
 LONGEST_NAME = 512
+FUNCTION_NAME = re.compile(r"^[a-zA-Z0-9_.-]{1,128}$")
 
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -193,7 +194,7 @@ class ChatMessage(Verbatim):
 
 
 class Function(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME.pattern)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
