@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,11 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"pip install 'tunegate\[trl\]'"):
         check_backend(section(backend="trl"), "cpu")
     check_backend(section(), "cpu")
+    for version, says in (((3, 10, 13), "with Python 3.11 or newer, pip"), ((3, 11, 0), "fix: pip")):
+        monkeypatch.setattr(sys, "version_info", version)
+        with pytest.raises(InputError) as told:
+            check_backend(section(backend="trl"), "cpu")
+        assert says in str(told.value), str(told.value)
 
 
 def test_unsloth_needs_cuda_and_does_no_dora() -> None:

@@ -16,6 +16,7 @@ from test_export_merge import KINDS, peft_adapter
 from tiny import tiny_base
 from tunegate.adapter.files import adapter_hash
 from tunegate.export import llama_cpp
+from tunegate.export.plan import plan_merge
 from tunegate.export.readers import installed
 from tunegate.files import hash_file, read_json
 from tunegate.model.fingerprint import hash_weights
@@ -111,6 +112,20 @@ def test_dora_for_vllm_says_what_it_was_merged_from(tiny_llama: Path, tmp_path: 
     assert export(adapter, "vllm", tmp_path / "out", "--base", tiny_llama).code == 0
     found = origin_of(tmp_path / "out", hash_weights(tmp_path / "out"))
     assert found is not None and found["adapters"][0]["hash"] == adapter_hash(adapter)
+
+
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_a_merge_is_planned_once(to: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+
+    def plan(*given: object, **named: object) -> object:
+        planned.append(named["checkpoint"])
+        return plan_merge(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tunegate.pipeline.formats.plan_merge", plan)
+    adapter = peft_adapter(tiny_llama, tmp_path / "adapter", use_dora=True)
+    assert export(adapter, to, tmp_path / "out", "--base", tiny_llama).code == 0
+    assert planned == [to == "vllm"]
 
 
 def test_the_check_for_vllm_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:

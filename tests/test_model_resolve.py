@@ -74,6 +74,7 @@ def test_folders_are_suggested_and_files_are_not(tmp_path):
     (tmp_path / "adapter.log").write_text("")
     assert nearest_folder(tmp_path / "adapter") == f"did you mean {str(tmp_path / 'adapters')!r}?"
     assert nearest_folder(tmp_path / "no" / "such" / "place") == nearest_folder(Path("\0")) == ""
+    assert nearest_folder(tmp_path / "x") == ""  # that they share a long path makes two names no more alike
 
 
 def test_a_revision_needs_a_hub_id(folder):

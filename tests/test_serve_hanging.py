@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -28,7 +29,7 @@ from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.following import Follower
 from tunegate.serve.form_checks import LONGEST, FormChecks
 from tunegate.serve.jobs import Job
-from tunegate.serve.threads import in_thread
+from tunegate.serve.threads import KeptThread, in_thread
 
 openai = pytest.importorskip("openai")
 exchange = pytest.importorskip("tunegate.serve.exchange", exc_type=ImportError)
@@ -136,6 +137,37 @@ def test_the_end_does_not_wait_for_a_thread() -> None:
     began = time.monotonic()
     assert asyncio.run(work()) == "right" and time.monotonic() - began < 60
     never.set()
+
+
+def test_a_kept_thread_is_used_again_and_one_that_hangs_keeps_nobody() -> None:
+    never = threading.Event()
+
+    async def work() -> None:
+        kept = KeptThread()
+        first = await kept(threading.current_thread)
+        assert await kept(threading.current_thread) is first
+        with pytest.raises(ValueError, match="wrong"):
+            await kept(lambda: int("wrong"))
+        hung = asyncio.ensure_future(kept(lambda: never.wait() and threading.current_thread()))
+        await asyncio.sleep(0)
+        others = await asyncio.gather(*(kept(threading.current_thread) for _ in range(3)))
+        assert first not in others
+        never.set()
+        assert await hung is first and await kept(threading.current_thread) is first
+        left = asyncio.ensure_future(kept(threading.current_thread))
+        await asyncio.sleep(0)
+        left.cancel()  # whoever leaves
+        for _ in range(1000):
+            if await kept(threading.current_thread) is first:
+                break
+        else:
+            raise AssertionError("the kept thread is not used any more")
+        del kept, left
+        gc.collect()  # an error and the frames that it went through know each other
+        first.join(20)
+        assert not first.is_alive()
+
+    asyncio.run(work())
 
 
 def test_a_version_that_does_not_come_keeps_no_other_from_being_followed(

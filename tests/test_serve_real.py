@@ -121,6 +121,11 @@ def test_what_is_served_is_what_was_trained(base: ServedBase, adapters: list[Pat
             model="a1", messages=QUESTION, temperature=0, max_tokens=NEW, response_format=form
         )
         assert json.loads(held.choices[0].message.content) in ("yes", "no")
+        long = [{"role": "user", "content": "Where is my order? " * 20}]
+        asked = {"model": "a0", "messages": long, "temperature": 0, "max_tokens": 4}
+        alone, many = (openai.chat.completions.create(**asked, n=n) for n in (1, 128))
+        assert [c.message.content for c in many.choices] == [alone.choices[0].message.content] * 128
+        assert many.usage.prompt_tokens == alone.usage.prompt_tokens > 100
         metrics = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode()
         assert "tunegate" in metrics
         _kill_the_engine(process, address)

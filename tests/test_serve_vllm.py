@@ -29,7 +29,7 @@ from tunegate.adapter.spec import AdapterSpec
 from tunegate.errors import InputError, TunegateError
 from tunegate.model.loading import empty_model, load_model
 from tunegate.serve import vllm
-from tunegate.serve.child import Pace
+from tunegate.serve.child import Child, Pace
 from tunegate.serve.jobs import EngineFull, EngineGone, Job, Picking, Tokens
 from tunegate.serve.vllm import VllmOptions
 from tunegate.serve.vllm_engine import VllmEngine, metric, read_stream, request_body
@@ -431,6 +431,27 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PARENT, str(mark)], timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     asyncio.run(until(lambda: gone(int(mark.read_text()))))
+
+
+def test_a_child_whose_end_is_known_is_not_up(tmp_path: Path) -> None:
+    async def ready() -> bool:
+        return True
+
+    async def work() -> None:
+        child = Child([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path / "log", ready, FAST)
+        await child.start()
+        first = child.pid
+        assert child.up and first is not None
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while child.pid == first:  # and then at once, before the watcher's turn
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0)
+        assert child.pid is None and not child.up
+        await until(lambda: child.up and child.pid not in (None, first))
+        await child.stop()
+
+    asyncio.run(work())
 
 
 def test_a_start_that_fails_says_why(options: VllmOptions, monkeypatch: pytest.MonkeyPatch) -> None:

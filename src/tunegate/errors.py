@@ -13,6 +13,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 SHOWN_AT_MOST = 20
 LINES_AT_MOST = 24  # with the lines before it, an error fits on one screen
@@ -93,9 +94,11 @@ def collecting(problems: list[Problem]) -> Iterator[None]:
         problems += error.problems
 
 
-def nearest(name: str, known: Sequence[str], n: int = 3) -> str:
-    """``did you mean 'a' or 'b'?`` for the names in ``known`` nearest to ``name``; empty if none is near."""
+def nearest(name: str, known: Sequence[str], n: int = 3, folder: Path | None = None) -> str:
+    """``did you mean 'a' or 'b'?`` for the names in ``known`` nearest to ``name``; empty if none is near. ``folder``:
+    where they are, and said to be."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
-    return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    shown = [repr(c if folder is None else str(folder / c)) for c in close]
+    return f"did you mean {' or '.join(shown)}?" if close else ""

@@ -291,10 +291,10 @@ def links_out(folder: Path) -> list[Path]:
 def nearest_folder(missing: Path) -> str:
     """The folders beside one that is not there whose names are near; empty if none is."""
     try:
-        beside = sorted(str(missing.parent / p.name) for p in missing.parent.iterdir() if p.is_dir())
+        beside = sorted(p.name for p in missing.parent.iterdir() if p.is_dir())
     except (OSError, ValueError):  # also what no file can be called
         return ""
-    return nearest(str(missing), beside)
+    return nearest(missing.name, beside, folder=missing.parent)
 
 
 def home() -> Path:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,18 @@ class Merged:
     @property
     def nbytes(self) -> int:
         return sum(layer.weight.nbytes for layer in self.layers.values())  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """An adapter's bytes, in ``memory`` that the next one's may take, and what its files' header and config say.
+    ``seconds`` of each stage."""
+
+    where: str
+    fitting: Fitting
+    canonical: Canonical
+    memory: Bytes
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -156,14 +168,31 @@ class Served:
         """The adapter in a PEFT folder, read once: what is hashed is what the factors are made of.
         :class:`InputError` with everything that is wrong. From one thread at a time; the next call writes over the
         bytes of the last one's."""
+        return self.laid_out(self.fetching(folder)())
+
+    def fetching(self, folder: Path) -> Callable[[], Fetched]:
+        """All of :meth:`identify` that touches a disk, for any thread: however long it takes, it does not disturb what
+        is done here meanwhile."""
         if self._hashing is not None:
             wait([self._hashing])
-        seconds: dict[str, float] = {}
-        where = str(folder / TENSORS)
-        with _timed(seconds, "read"), opened_fitting(self.skeleton, folder, self._known) as (handle, config, fitting):
-            canonical = read_canonical(handle, fitting.header, config, self._bytes)
-        if (0 if self._bytes is None else self._bytes.nbytes) < canonical.data.nbytes <= LARGEST:
-            self._bytes = canonical.data
+        memory, self._bytes = self._bytes, None
+
+        def fetch() -> Fetched:
+            seconds: dict[str, float] = {}
+            opened = opened_fitting(self.skeleton, folder, self._known)
+            with _timed(seconds, "read"), opened as (handle, config, fitting):
+                canonical = read_canonical(handle, fitting.header, config, memory)
+            data = canonical.data
+            kept = data if memory is None or memory.nbytes < data.nbytes <= LARGEST else memory
+            return Fetched(str(folder / TENSORS), fitting, canonical, kept, seconds)
+
+        return fetch
+
+    def laid_out(self, fetched: Fetched) -> Identified:
+        """The rest of :meth:`identify`."""
+        fitting, canonical, seconds, where = fetched.fitting, fetched.canonical, fetched.seconds, fetched.where
+        if (0 if self._bytes is None else self._bytes.nbytes) < fetched.memory.nbytes <= LARGEST:
+            self._bytes = fetched.memory
         self._hashing = self._hasher.submit(_hash, canonical, seconds)
         with _timed(seconds, "layout"):
             factors, a, b = self._factors(fitting, canonical)

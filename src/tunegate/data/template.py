@@ -96,10 +96,10 @@ class ChatTemplate:
         except Exception as error:  # the template is the base's program: it may fail in any way
             roles = " ".join(str(m.get("role")) for m in messages[:8]) or "no message"
             raise InputError(
-                "the chat template refuses this row",
+                "the chat template refuses these messages",
                 expected="messages that the base's template can render",
                 got=f"{type(error).__name__}: {error} (roles: {roles})"[:300],
-                fix="change the rows, or choose another template (base.template)",
+                fix="change the messages, or choose another template (base.template)",
             ) from error
         return texts[0], [(start, end) for start, end in found[0]] if found else []
 

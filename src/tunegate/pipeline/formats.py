@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,12 @@ class Job:
     notes: list[str] = field(default_factory=list)
     changed: int = 0
 
-    def merge_plan(self, checkpoint: bool) -> Plan:
-        """The merge that a format of the whole model streams. ``checkpoint``: into files like the base's."""
+    @cached_property
+    def merge_plan(self) -> Plan:
+        """The merge that a format of the whole model streams: in vLLM's into files like the base's."""
         request = self.request
         recipe = self.source.recipe if request.onto == "trained" else None
+        checkpoint = request.to == "vllm"
         return plan_merge(
             self.source.folder, (request.adapter,), request.out, ONE, recipe=recipe, checkpoint=checkpoint
         )
@@ -154,8 +157,8 @@ def _write_vllm(job: Job) -> None:
         job.notes.append(finding.what if finding.level == "note" else f"{finding.level}: {finding.what}")
     if read_spec(job.request.adapter).use_dora:
         job.notes.append("vLLM takes no DoRA: this is the merged model, served without an adapter")
-        job.model, plan = None, job.merge_plan(checkpoint=True)
-        job.changed = merging.write_merged(plan, template=job.source.template).changed
+        job.model = None
+        job.changed = merging.write_merged(job.merge_plan, template=job.source.template).changed
         (job.folder / merging.PROGRESS).unlink(missing_ok=True)
         write_json(job.folder / MERGE, made_from(job.source, [job.request.adapter], [1.0], job.folder))
         return
@@ -167,7 +170,7 @@ def _write_vllm(job: Job) -> None:
 def _check_vllm(job: Job) -> None:
     """:class:`InputError` for what vLLM would not take after all that can be converted is; a merged model it takes."""
     if read_spec(job.request.adapter).use_dora:
-        job.merge_plan(checkpoint=True)  # :class:`InputError` if that cannot be
+        _ = job.merge_plan  # :class:`InputError` if that cannot be
         return
     spec, state = vllm.as_peft(vllm.plain(_flat(job)))
     job.notes.clear()
@@ -229,9 +232,8 @@ def _on_mlx_files(job: Job) -> Subject:
 
 
 def _layout(job: Job) -> gguf_file.Layout:
-    plan = job.merge_plan(checkpoint=False)
-    words = vocabulary(job.source.renderer, plan.config.vocab_size, str(job.source.folder))
-    return gguf_file.lay_out(plan, words, job.request.outtype)
+    words = vocabulary(job.source.renderer, job.merge_plan.config.vocab_size, str(job.source.folder))
+    return gguf_file.lay_out(job.merge_plan, words, job.request.outtype)
 
 
 def _check_gguf(job: Job) -> None:

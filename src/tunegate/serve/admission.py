@@ -119,6 +119,8 @@ def admit(
         with collecting(problems):
             problems += house.base.golden_problems(card)
     key = _key(folder, card, hashed, problems) if fits else ""  # tensors that fit are of the base's size
+    if stamp_of(folder) != stamp:  # one thing was checked here, another there
+        raise InputError("the adapter's files changed while they were checked", where=str(folder), fix="load it again")
     if problems:
         raise InputError(list(dict.fromkeys(map(_with_way_out, problems))))
     id = version.adapter if version else None

@@ -31,7 +31,7 @@ from tunegate.serve.engine_client import EngineClient
 from tunegate.serve.held import Held
 from tunegate.serve.jobs import MERGED
 from tunegate.serve.once import Locks, Once
-from tunegate.serve.threads import in_thread
+from tunegate.serve.threads import KeptThread, in_thread
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._@:-]*"
 _NAME = re.compile(rf"(?=.{{1,200}}\Z){_PART}(/{_PART})*")
@@ -107,6 +107,7 @@ class Catalogue:
         self._held = Held(engine)
         self._entries: dict[str, Entry] = {}
         self._once, self._changing = Once(), Locks()
+        self._look = KeptThread()
         base, renderer = house.base, house.base.renderer()
         root, fingerprint = str(base.resolved.path), base.at_hand.fingerprint.total
         self._base = Served(base.name, None, renderer, fingerprint, BASE, root, None, base.created)
@@ -236,7 +237,7 @@ class Catalogue:
         folder = entry.folder
         if folder is None:
             return True
-        stamp = await self._once(("look", name, folder), lambda: in_thread(lambda: stamp_of(folder)))
+        stamp = await self._once(("look", name, folder), lambda: self._look(lambda: stamp_of(folder)))
         return bool(stamp != entry.stamp)
 
     def _by_engine(self) -> Identify:

@@ -43,7 +43,7 @@ USUAL = Pace()
 
 
 class Child:
-    """All calls on one event loop. ``up`` is whether it answers; ``starts`` counts its processes."""
+    """All calls on one event loop. ``starts`` counts its processes."""
 
     def __init__(
         self,
@@ -57,13 +57,18 @@ class Child:
         self._log, self._ready, self._pace = log, ready, pace
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self.up = False
+        self._up = False
         self.starts = 0
         self.last_error = ""
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process and self._process.returncode is None else None
+
+    @property
+    def up(self) -> bool:
+        """Whether it answers. Not from the moment on at which its end is known, before anybody has seen to it."""
+        return self._up and self.pid is not None
 
     async def start(self) -> None:
         """Start it and wait until it is up; from then on it is watched."""
@@ -101,7 +106,7 @@ class Child:
         except BaseException:
             await self._end()
             raise
-        self.up = True
+        self._up = True
 
     async def _watch(self) -> None:
         pause = self._pace.first
@@ -122,7 +127,7 @@ class Child:
 
     async def _end(self) -> None:
         """The whole group: SIGTERM, then SIGKILL for whatever is left after the grace."""
-        self.up = False
+        self._up = False
         process = self._process
         if process is None:
             return

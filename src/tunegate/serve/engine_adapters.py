@@ -1,10 +1,13 @@
 """The adapters of an engine: by key, in a fixed number of bytes, loaded beside the passes.
 
-A thread of its own reads, checks, hashes and lays out what an adapter's files hold, and measures that it changes what
-the base says (``engine.effect``). What it does takes cores from a pass, and waits for none: an adapter is in its slot,
-and whoever asked is told, whatever the engine's loop does meanwhile. After :meth:`Adapters.identify` everything is done
+A thread of its own checks, hashes and lays out what an adapter's files hold, and measures that it changes what the base
+says (``engine.effect``). What it does takes cores from a pass, and waits for none: an adapter is in its slot, and
+whoever asked is told, whatever the engine's loop does meanwhile. After :meth:`Adapters.identify` everything is done
 ahead for the :meth:`Adapters.load` that mostly follows. One for merged weights is also proven by rows of the loop's
 (``lane``).
+
+The files are read by a second thread. One whose disk does not answer is left behind: others are read by another, and
+what comes late after all goes on from there.
 
 Least recently used ones are pushed out first; one that rows use, or that is pinned, stays. A job whose adapter is not
 in memory waits here; ``wake`` is called when the loop may begin it, which it learns by :meth:`Adapters.come`.
@@ -19,13 +22,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from tunegate.adapter.segmented import Identified, Merged, Served
+from tunegate.adapter.segmented import Fetched, Identified, Merged, Served
 from tunegate.engine.effect import Effect
 from tunegate.errors import InputError, TunegateError
 from tunegate.export.parity import Limits
@@ -34,6 +38,12 @@ from tunegate.serve.jobs import MERGED, EngineFull, Job, Loaded
 from tunegate.serve.lane import Proof, Read
 
 Tell = Callable[[Loaded | TunegateError], None]
+PATIENCE = 3.0  # seconds for an adapter's files; then others are read beside it
+MOST_LATE = 8  # reads that hang; the next one holds up the others
+
+
+class _Late(Exception):
+    """The files of an adapter are still being read."""
 
 
 @dataclass(eq=False)
@@ -85,8 +95,9 @@ class Adapters:
         self._come: list[Come] = []
         self._to_prove: list[Adapter] = []
         self._lock = threading.RLock()
-        self._reader = ThreadPoolExecutor(1, "adapters", initializer=torch.set_num_threads, initargs=(1,))
-        self._ahead: tuple[Identified, float] | None = None  # the reader's alone
+        self._reader, self._disk = _thread("adapters"), _thread("disk")
+        self._late = 0  # like the next, the reader's alone
+        self._ahead: tuple[Identified, float] | None = None
 
     # --- what is asked from outside ------------------------------------------------------------------------------
 
@@ -109,10 +120,12 @@ class Adapters:
             error = key.exception()
             tell(key.result() if error is None else _told(error, folder))
 
-        def work() -> None:
+        def work(files: Future[Fetched] | None = None) -> None:
             self._ahead = None
             try:
-                found = self.served.identify(folder)
+                found = self.served.laid_out(self._fetched(folder, work) if files is None else files.result())
+            except _Late:
+                return
             except Exception as error:
                 tell(_told(error, folder))
                 return
@@ -213,10 +226,32 @@ class Adapters:
             adapter.begun, adapter.reading = time.monotonic(), True
             self._reader.submit(self._work, adapter)
 
-    def _work(self, adapter: Adapter) -> None:
+    def _fetched(self, folder: Path, work: Callable[[Future[Fetched]], None]) -> Fetched:
+        """What the files in ``folder`` hold. :class:`_Late`: ``work`` will be done when that is known."""
+        files = self._disk.submit(self.served.fetching(folder))
+        if self._late < MOST_LATE:
+            wait([files], PATIENCE)
+            if not files.done():
+                self._late += 1
+                self._disk.shutdown(wait=False)
+                self._disk = _thread("disk")
+                files.add_done_callback(lambda files: self._come_late(work, files))
+                raise _Late
+        return files.result()
+
+    def _come_late(self, work: Callable[[Future[Fetched]], None], files: Future[Fetched]) -> None:
+        def go_on() -> None:
+            self._late -= 1
+            work(files)
+
+        self._reader.submit(go_on)
+
+    def _work(self, adapter: Adapter, files: Future[Fetched] | None = None) -> None:
         """In the reader's thread: all that costs time, without the lock."""
         try:
-            read = self._measured(adapter)
+            read = self._measured(adapter, files)
+        except _Late:
+            return
         except Exception as error:  # a file that changed under us, a full memory: this adapter's fault alone
             with self._lock:
                 self._refuse(adapter, _told(error, adapter.folder))
@@ -237,11 +272,13 @@ class Adapters:
                 self._wake()
         self.served.spares.refill()
 
-    def _measured(self, adapter: Adapter) -> Read:
-        """The adapter, which changes what the base says."""
+    def _measured(self, adapter: Adapter, files: Future[Fetched] | None) -> Read:
+        """The adapter, which changes what the base says. ``files``: where they came late."""
         (found, moved), self._ahead = self._ahead or (None, None), None
-        if found is None or found.key != adapter.key.removesuffix(MERGED):
-            found, moved = self.served.identify(adapter.folder), None
+        if files is not None:
+            found, moved = self.served.laid_out(files.result()), None
+        elif found is None or found.key != adapter.key.removesuffix(MERGED):
+            found, moved = self.served.laid_out(self._fetched(adapter.folder, partial(self._work, adapter))), None
         read = lane.read(self.served, found, adapter.folder, adapter.key, self._vocabulary)
         if moved is None or read.merged is not None:
             moved = self._effect_of(found, read.merged)
@@ -341,6 +378,10 @@ class Adapters:
                 "merged": sum(a.merged is not None for a in self._known.values()),
                 "merged_bytes": sum(a.bytes for a in self._held() if a.merged is not None),
             }
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _told(error: BaseException, folder: Path) -> TunegateError:

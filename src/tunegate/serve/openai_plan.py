@@ -24,6 +24,7 @@ from tunegate.errors import InputError, Problem, TunegateError, collecting
 from tunegate.serve.catalogue import Served
 from tunegate.serve.jobs import EngineFacts, Job, Picking
 from tunegate.serve.openai_requests import (
+    FUNCTION_NAME,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -161,7 +162,23 @@ def render_chat(renderer: Renderer, messages: Sequence[ChatMessage], tools: Sequ
     read = read_messages([_as_in_a_row(message) for message in messages], bad)
     if bad.found:
         raise InputError(bad.found)
-    return _prompt_ids(renderer, read, [tool.raw for tool in tools])
+    given = [tool.raw for tool in tools]
+    ids = _prompt_ids(renderer, read, given)
+    _check_calls(renderer, read, given)
+    return ids
+
+
+def _check_calls(renderer: Renderer, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
+    """:class:`InputError` for calls in ``messages`` that the prompt says nothing of. Names that a template may have to
+    escape are not looked for."""
+    found = [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+    names = sorted({name for name in found if FUNCTION_NAME.fullmatch(name)})
+    text = renderer.rendered(messages, prompt=True, tools=tools) if names else ""
+    if lost := [name for name in names if name not in text]:
+        raise InputError(
+            "this model's chat template leaves tool calls out, so the model would not see them", where="messages",
+            got=", ".join(lost[:5]), fix="say in a message's content what was called",
+        )  # fmt: skip
 
 
 def _as_in_a_row(message: ChatMessage) -> dict[str, Any]:

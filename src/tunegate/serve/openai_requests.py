@@ -30,6 +30,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 1024  # token ids of logit_bias; they go to the engine with every answer
 MOST_SEED = 2**63 - 1
 LONGEST_NAME = 512
+FUNCTION_NAME = re.compile(r"^[a-zA-Z0-9_.-]{1,128}$")
 
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -193,7 +194,7 @@ class ChatMessage(Verbatim):
 
 
 class Function(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME.pattern)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -277,6 +278,8 @@ class ChatRequest(Sampling):
     tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
     # asks for nothing, or for what is done anyway
+    add_generation_prompt: Literal[True] | None = None  # vLLM's, like the next
+    continue_final_message: Literal[False] | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
@@ -331,6 +334,7 @@ class TokenizeRequest(Strict):
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,7 @@ from tunegate.engine.train import Hooks, TrainResult
 from tunegate.errors import InputError, Problem
 
 NEEDS = {"native": (), "trl": ("trl", "peft", "datasets"), "unsloth": ("unsloth", "trl", "peft")}
+OLDEST = (3, 11)  # Python for TRL
 
 
 class Backend(Protocol):
@@ -47,12 +49,13 @@ def check_backend(settings: TrainSection, device: str) -> None:
     problems = []
     missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
     if missing:
+        newer = "" if sys.version_info >= OLDEST else f"with Python {'.'.join(map(str, OLDEST))} or newer, "
         problems.append(
             Problem(
                 f"the {name} backend needs a package that is not installed",
                 "train.backend",
                 got=f"no {', '.join(missing)}",
-                fix=f"pip install 'tunegate[{name}]', or set `backend: native`",
+                fix=f"{newer}pip install 'tunegate[{name}]', or set `backend: native`",
             )
         )
     if name == "unsloth" and not device.startswith("cuda"):
