@@ -71,10 +71,11 @@ def test_every_family_answers_as_alone(tmp_path: Path, family: str) -> None:
     _, runner = loaded(tiny_base(tmp_path, family, **extra))
     asked = prompts()
     wanted = alone(runner, asked)
-    scheduler = Scheduler(runner, 200, page_tokens=4, most_rows=5, step_tokens=11)
-    assert answers(scheduler, [row(p) for p in asked]) == wanted
-    assert answers(scheduler, [row(p) for p in asked]) == wanted  # recorded and cached by now
-    assert scheduler.counters.cached_tokens > 0
+    for short in (128, 6, 0):  # tokens that attend each for itself: all, the first ones, none but steps
+        scheduler = Scheduler(runner, 200, page_tokens=4, most_rows=5, step_tokens=11, short=short)
+        assert answers(scheduler, [row(p) for p in asked]) == wanted
+        assert answers(scheduler, [row(p) for p in asked]) == wanted  # recorded and cached by now
+        assert scheduler.counters.cached_tokens > 0
 
 
 @settings(max_examples=15, deadline=None)
@@ -84,10 +85,12 @@ def test_every_family_answers_as_alone(tmp_path: Path, family: str) -> None:
     most=st.integers(1, 9),
     step=st.integers(1, 70),
     shared=st.integers(0, 20),
+    short=st.integers(0, 40),
 )
-def test_any_room_gives_the_same_answers(tiny_runner, pages, size, most, step, shared) -> None:
+def test_any_room_gives_the_same_answers(tiny_runner, pages, size, most, step, shared, short) -> None:
     asked = prompts(9, seed=shared, shared=shared)
-    scheduler = Scheduler(tiny_runner, max(pages, 60 // size + 1), page_tokens=size, most_rows=most, step_tokens=step)
+    room = {"page_tokens": size, "most_rows": most, "step_tokens": step, "short": short}
+    scheduler = Scheduler(tiny_runner, max(pages, 60 // size + 1), **room)
     assert answers(scheduler, [row(p) for p in asked]) == alone(tiny_runner, asked)
 
 
@@ -118,6 +121,19 @@ def test_a_known_beginning_is_not_computed_again_and_never_anothers(tiny_runner:
     assert first.cached == other.cached == 0
     assert same.cached == (len(prompt) - 1) // 4 * 4
     assert same.answer == first.answer == other.answer
+
+
+@compiled
+def test_of_a_page_that_parts_within_the_beginning_is_copied(tiny_runner: Runner) -> None:
+    scheduler = Scheduler(tiny_runner, 100, page_tokens=8)
+    shared, first, second = prompts(3, shared=19)[0][:19], list(range(50, 60)), list(range(80, 90))
+    answers(scheduler, [row(shared + first)])
+    rows = [row(shared + second), row(shared[:9] + second), row(shared + second, salt=b"another adapter")]
+    assert answers(scheduler, rows) == alone(tiny_runner, [list(r.tokens[: r.prompt]) for r in rows])
+    assert [r.cached for r in rows] == [19, 9, 0]
+    again = row(shared + first)
+    assert answers(scheduler, [again]) == alone(tiny_runner, [shared + first])  # what was copied from is as it was
+    assert again.cached == 28  # all but the last token
 
 
 def test_a_cancelled_row_is_gone(tiny_runner: Runner) -> None:
@@ -340,8 +356,17 @@ def test_pages_are_never_lost_or_shared_by_mistake(work: list[tuple[int, list[in
         while len(pages) < len(keys) and (page := pool.take()) is not None:
             assert all(page not in held for held, _ in holds) and page not in pages
             contents[page] = tuple(tokens[: 2 * (len(pages) + 1)])
+            ahead = keys[len(pages) - 1] if pages else b"salt"
+            own = tokens[2 * len(pages) : 2 * len(pages) + 2]
             pages.append(page)
-            pool.remember(page, keys[len(pages) - 1])
+            pool.remember(page, keys[len(pages) - 1], ahead, own)
+        near = pool.nearest(keys[0] if pages else b"salt", looked := tokens[2 * bool(pages) :])
+        if near is not None:
+            page, count = near
+            start = 2 * bool(pages)
+            assert contents[page][:start] == tuple(tokens[:start]) and count > 0
+            assert contents[page][start : start + count] == tuple(looked[:count])
+            pool.release([page])
         holds.append((pages, tokens))
         held = {page for pages, _ in holds for page in pages}
         assert pool.used == len(held) and pool.available == 9 - len(held)

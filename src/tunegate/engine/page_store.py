@@ -49,6 +49,12 @@ class PageStore:
 
         self.layers = {n: (paged(key), paged(value)) for n, (key, value) in kept.items()}
 
+    def copy(self, from_page: int, to_page: int, tokens: int) -> None:
+        """The first ``tokens`` places of a page to another one, in every layer."""
+        for parts in self.layers.values():
+            for part in parts:
+                part[to_page, :, :tokens] = part[from_page, :, :tokens]
+
     def gather(self, layer: int, pages: Tensor, tokens: int) -> Parts:
         """The prefix and the first ``tokens`` own keys and values of a row with these pages, (tokens, kv heads,
         dim)."""

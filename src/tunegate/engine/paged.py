@@ -34,9 +34,6 @@ class Piece:
     count: int
 
 
-SHORT = 128  # so many tokens of a row attend each for itself: whatever shares the pass, so that its bytes are the same
-
-
 @dataclass(frozen=True)
 class _Group:
     """Pieces with the same past, ``past`` own tokens in ``pages``: tokens ``begin`` to ``end`` of the pass."""
@@ -49,26 +46,25 @@ class _Group:
 
 
 class PagedPass:
-    """Attention of ``pieces``, one after the other along the run; those of one token are steps. Pieces with the same
-    past have to be neighbours to share a call. ``short``: tokens of a row that attend each for itself. ``recorded``:
-    the same pass as recordings, begun already, where :func:`alone` says so of every token."""
+    """Attention of ``pieces``, one after the other along the run. The first ``cuts`` tokens of each attend each for
+    itself (see :func:`alone`); pieces with the same past have to be neighbours to share a call for the others.
+    ``recorded``: the same pass as recordings, begun already, where all attend alone."""
 
     def __init__(
         self,
         store: PageStore,
         pieces: Sequence[Piece],
+        cuts: Sequence[int],
         device: torch.device,
-        short: int = 0,
         recorded: RecordedSteps | None = None,
     ):
         self.store, self.device, self.recorded = store, device, recorded
         self.fused: PassState | None = None
-        self._pieces = pieces
-        self._cuts = [alone(piece, short - store.prefix_tokens) for piece in pieces]
+        self._pieces, self._cuts = pieces, cuts
         if recorded is not None:
             self._places = recorded.places
-        elif any(self._cuts):
-            pages, lengths = lonely(pieces, self._cuts)
+        elif any(cuts):
+            pages, lengths = lonely(pieces, cuts)
             most = max(len(row) for row in pages)
             table = [[*row, *([row[0]] * (most - len(row)))] for row in pages]
             self._places = varlen.Places(torch.tensor(table), torch.tensor(lengths), store.size)

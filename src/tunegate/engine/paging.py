@@ -2,8 +2,9 @@
 
 A page holds ``size`` consecutive tokens of one row. A full page is known by what it holds: its own tokens, those of all
 pages before it, and a salt (the adapter that computed it); a new row that begins with the same tokens holds the same
-pages and does not compute them (the hash chains of vLLM's prefix cache). Pages that nobody holds keep their contents
-until they are needed, the longest unused first.
+pages and does not compute them (the hash chains of vLLM's prefix cache). Where it parts from another row within a page,
+that page's beginning can be copied. Pages that nobody holds keep their contents until they are needed, the longest
+unused first.
 
 It moves no tensors: pages are numbers.
 """
@@ -14,6 +15,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 
 
 def page_keys(tokens: Sequence[int], size: int, salt: bytes, *, after: Sequence[bytes] = ()) -> list[bytes]:
@@ -26,6 +28,14 @@ def page_keys(tokens: Sequence[int], size: int, salt: bytes, *, after: Sequence[
     return keys
 
 
+_LOOKS = 8  # known pages that follow the same pages, of which the nearest is looked for: the last ones
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class PagePool:
     """``pages`` pages of ``size`` tokens."""
 
@@ -35,6 +45,8 @@ class PagePool:
         self._holders = [0] * pages
         self._by_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._tokens: dict[int, tuple[bytes, Sequence[int]]] = {}  # of known pages, and the key before
+        self._after: dict[bytes, dict[int, None]] = {}  # known pages by the key before, the oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages that nobody holds, the longest unused first
 
     @property
@@ -54,6 +66,10 @@ class PagePool:
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
             del self._by_key[self._key_of.pop(page)]
+            before, _ = self._tokens.pop(page)
+            del self._after[before][page]
+            if not self._after[before]:
+                del self._after[before]
         else:
             return None
         self._holders[page] = 1
@@ -66,16 +82,34 @@ class PagePool:
             page = self._by_key.get(key)
             if page is None:
                 break
-            self._holders[page] += 1
-            self._idle.pop(page, None)
+            self._hold(page)
             found.append(page)
         return found
 
-    def remember(self, page: int, key: bytes) -> None:
-        """``page``, which the caller holds, is full and holds what ``key`` says."""
+    def nearest(self, before: bytes, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """A page that comes after the key ``before`` and begins with the first of ``tokens``, held by the caller from
+        now on, and how many."""
+        best = None
+        for page in islice(reversed(self._after.get(before, {})), _LOOKS):
+            count = _common(self._tokens[page][1], tokens)
+            if count > (best[1] if best else 0):
+                best = page, count
+        if best is not None:
+            self._hold(best[0])
+        return best
+
+    def _hold(self, page: int) -> None:
+        self._holders[page] += 1
+        self._idle.pop(page, None)
+
+    def remember(self, page: int, key: bytes, before: bytes, tokens: Sequence[int]) -> None:
+        """``page``, which the caller holds, is full and holds what ``key`` says: ``tokens`` after what ``before``
+        says, a key or the salt."""
         if key not in self._by_key and page not in self._key_of:
             self._by_key[key] = page
             self._key_of[page] = key
+            self._tokens[page] = before, tokens
+            self._after.setdefault(before, {})[page] = None
 
     def release(self, pages: Sequence[int]) -> None:
         """The caller holds them no more."""
@@ -93,3 +127,5 @@ class PagePool:
         self._idle.clear()
         self._by_key.clear()
         self._key_of.clear()
+        self._tokens.clear()
+        self._after.clear()

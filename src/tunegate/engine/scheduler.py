@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tunegate.adapter.segmented import Merged, Served
 from tunegate.engine.page_store import PageStore
-from tunegate.engine.paged import SHORT, PagedPass, Piece, alone, lonely
+from tunegate.engine.paged import PagedPass, Piece, alone, lonely
 from tunegate.engine.paging import PagePool, page_keys
 from tunegate.engine.prompt_scores import PromptReader
 from tunegate.engine.recorded import RecordedSteps
@@ -37,6 +37,7 @@ from tunegate.kernels.segments import Segment, Segments
 
 PAGE_TOKENS = 16
 STEP_TOKENS = 256
+SHORT = 128  # beyond it, keys read once for many tokens outweigh the overhead of a call of their own
 
 
 @dataclass(eq=False)
@@ -106,6 +107,9 @@ class Scheduler:
 
     ``prefix``: tokens that come before those of every row. They are computed once, here, with the model as it is, and
     kept apart from the pages; a row's ``tokens`` do not count them, and it must not grow long.
+
+    ``short``: so many tokens of a row attend each for itself. Which ones do depends on nothing else, so that a token's
+    keys are the same bytes whatever shares its pass.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class Scheduler:
         most_rows: int = 64,
         step_tokens: int = STEP_TOKENS,
         prefix: Sequence[int] = (),
+        short: int = SHORT,
     ):
         if runner.path != "packed":
             raise InputError(
@@ -134,7 +139,9 @@ class Scheduler:
         self.running: list[Row] = []
         self.counters = Counters()
         self._recorded: RecordedSteps | None = None
-        if runner.fused is not None:
+        self._short = 0
+        if runner.fused is not None:  # the kernels are there, for which alone it pays
+            self._short = short
             most_pages = -(-self.room(1, 2**31) // page_tokens)
             self._recorded = RecordedSteps(self.store, most_rows, most_pages)
             self._numbers = torch.zeros(1 + 3 * most_rows, dtype=torch.long)
@@ -222,6 +229,8 @@ class Scheduler:
             self.waiting.popleft()
             row.pages = self.pool.find(usable)
             row.computed = len(row.pages) * self.pool.size
+            if row.reader is None:
+                self._copy_beginning(row)
             if row.begun is None:
                 row.begun, row.cached = time.monotonic(), row.computed
                 self.counters.cached_tokens += row.computed
@@ -229,6 +238,24 @@ class Scheduler:
             row.turn = self._turn
             self.running.append(row)
             tokens[row.kind] += row.left
+
+    def _copy_beginning(self, row: Row) -> None:
+        """What the row's next page has in common with one that is known, where its tokens attend each for itself:
+        others would no longer share a call with rows that begin with the same pages."""
+        size = self.pool.size
+        tokens = row.tokens[row.computed : min(row.computed + size, len(row.tokens) - 1)]
+        if self.store.prefix_tokens + len(row.tokens) > self._short:
+            return
+        found = self.pool.nearest(row.keys[len(row.pages) - 1] if row.pages else self._salt(row), tokens)
+        if found is None:
+            return
+        known, count = found
+        own = self.pool.take()
+        if own is not None:
+            self.store.copy(known, own, count)
+            row.pages.append(own)
+            row.computed += count
+        self.pool.release([known])
 
     def _salt(self, row: Row) -> bytes:
         return row.salt + (b"long" if row.long else b"")
@@ -291,17 +318,13 @@ class Scheduler:
         parts = [(row, 1) for row in steps] + list(pieces)
         merged = parts[0][0].merged
         runs = [Piece(row.pages, row.computed, count) for row, count in parts]
-        short, recorded = 0, self._recorded
-        if recorded is not None:  # the kernels are there, for which alone it pays
-            short = SHORT
-            cuts = [alone(piece, short - self.store.prefix_tokens) for piece in runs]
-            tokens = sum(piece.count for piece in runs)
-            if sum(cuts) < tokens or tokens > self.most_rows:
-                recorded = None
+        cuts = [alone(piece, self._short - self.store.prefix_tokens) for piece in runs]
+        tokens = sum(piece.count for piece in runs)
+        recorded = self._recorded if sum(cuts) == tokens <= self.most_rows else None
         segments = None if merged is not None else self._segments(parts, recorded=recorded is not None)
         if recorded is not None:
             recorded.begin(*lonely(runs, cuts), segments, merged)
-        paged = PagedPass(self.store, runs, self.runner.device, short, recorded)
+        paged = PagedPass(self.store, runs, cuts, self.runner.device, recorded)
         ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
         if self.served is None:
             return self.runner.run(ids, paged.positions, paged)
@@ -327,8 +350,12 @@ class Scheduler:
         full = row.computed // self.pool.size
         if full > len(row.keys):
             row.keys = page_keys(row.tokens[: row.computed], self.pool.size, self._salt(row), after=row.keys)
-        for number in range(before // self.pool.size, full):
-            self.pool.remember(row.pages[number], row.keys[number])
+        size = self.pool.size
+        for number in range(before // size, full):
+            ahead = row.keys[number - 1] if number else self._salt(row)
+            self.pool.remember(
+                row.pages[number], row.keys[number], ahead, row.tokens[number * size : (number + 1) * size]
+            )
 
     def _took(self, row: Row, chosen: Chosen | TunegateError) -> Event:
         if isinstance(chosen, TunegateError):
