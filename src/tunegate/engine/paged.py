@@ -103,12 +103,13 @@ class PagedPass:
     @cached_property
     def _groups(self) -> list[_Group]:
         groups: list[list[tuple[int, Piece]]] = []
+        end, size = -1, self.store.size
         for begin, piece in self._rests:
-            if groups and groups[-1][-1][0] + groups[-1][-1][1].count == begin:
-                if _shared(groups[-1][0][1], self.store.size) == _shared(piece, self.store.size):
-                    groups[-1].append((begin, piece))
-                    continue
-            groups.append([(begin, piece)])
+            if begin == end and _shared(groups[-1][0][1], size) == _shared(piece, size):
+                groups[-1].append((begin, piece))
+            else:
+                groups.append([(begin, piece)])
+            end = begin + piece.count
         return [self._group(group[0][0], [piece for _, piece in group]) for group in groups]
 
     def _group(self, begin: int, group: list[Piece]) -> _Group:

@@ -37,6 +37,7 @@ from tunegate.kernels.segments import Segment, Segments
 
 PAGE_TOKENS = 16
 STEP_TOKENS = 256
+_EVEN = 8  # lanes that the kernels fill in any case
 SHORT = 128  # beyond it, keys read once for many tokens outweigh the overhead of a call of their own
 
 
@@ -314,22 +315,29 @@ class Scheduler:
     # --- the pass -------------------------------------------------------------------------------------------------
 
     def _run(self, steps: Sequence[Row], pieces: Sequence[tuple[Row, int]]) -> Tensor:
-        """The last hidden states of all tokens in the pass."""
+        """The last hidden states of all tokens in the pass, and perhaps some more."""
         parts = [(row, 1) for row in steps] + list(pieces)
         merged = parts[0][0].merged
         runs = [Piece(row.pages, row.computed, count) for row, count in parts]
         cuts = [alone(piece, self._short - self.store.prefix_tokens) for piece in runs]
         tokens = sum(piece.count for piece in runs)
+        ids = [t for row, count in parts for t in row.tokens[row.computed : row.computed + count]]
         recorded = self._recorded if sum(cuts) == tokens <= self.most_rows else None
+        if recorded is not None and pieces:  # few sizes, so that most passes find a recording of theirs
+            again = min(-tokens % _EVEN, self.most_rows - tokens)
+            last = runs[-1]  # its last token comes again, and computes and writes the same bytes
+            runs += [Piece(last.pages, last.past + last.count - 1, 1)] * again
+            parts += [(parts[-1][0], 1)] * again
+            ids += ids[-1:] * again
+            cuts += [1] * again
         segments = None if merged is not None else self._segments(parts, recorded=recorded is not None)
         if recorded is not None:
             recorded.begin(*lonely(runs, cuts), segments, merged)
         paged = PagedPass(self.store, runs, cuts, self.runner.device, recorded)
-        ids = torch.tensor([t for row, count in parts for t in row.tokens[row.computed : row.computed + count]])
         if self.served is None:
-            return self.runner.run(ids, paged.positions, paged)
+            return self.runner.run(torch.tensor(ids), paged.positions, paged)
         with self.served.using(segments, len(ids), merged):
-            return self.runner.run(ids, paged.positions, paged)
+            return self.runner.run(torch.tensor(ids), paged.positions, paged)
 
     def _segments(self, parts: Iterable[tuple[Row, int]], *, recorded: bool) -> Segments | None:
         """The pass's adapters, where a recording looks for them if it is ``recorded``."""
