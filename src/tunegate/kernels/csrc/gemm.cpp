@@ -59,7 +59,7 @@ inline void plan_blocks(Job& job) {
 }
 
 // Columns that a small product computes at a time.
-inline int64_t small_step(int64_t m) { return m <= FEWEST ? LINES : m <= W ? ONE : TWO; }
+inline int64_t small_step(int64_t m) { return m > W ? TWO : m > FEWEST ? ONE : LINES; }
 
 inline void plan_tiles(Job& job, int64_t wanted_tiles) {
   int64_t m = job.product->m, units = pieces(job.columns, PACK);
@@ -346,7 +346,11 @@ inline void small_task(const Job& job, int64_t index) {
   tile.c = (float*)scratch((floats + sums + max_of(ONE, LINES) * KC) * 4, 1);
   float *c = tile.c + floats, *buffer = c + sums;
   for (int64_t n0 = tile.n0; n0 < tile.n0 + tile.columns; n0 += small_step(p.m)) {
-    if (p.m == 1)
+    if (p.m > W)
+      small_columns<TWO>(tile, n0, buffer, c);
+    else if (p.m > FEWEST)
+      small_columns<ONE>(tile, n0, buffer, c);
+    else if (p.m == 1)
       fewest_columns<1>(tile, n0, buffer, c);
     else if (p.m == 2)
       fewest_columns<2>(tile, n0, buffer, c);
@@ -354,12 +358,8 @@ inline void small_task(const Job& job, int64_t index) {
       fewest_columns<3>(tile, n0, buffer, c);
     else if (p.m == 4)
       fewest_columns<4>(tile, n0, buffer, c);
-    else if (p.m == 5)
-      fewest_columns<5>(tile, n0, buffer, c);
-    else if (p.m <= W)
-      small_columns<ONE>(tile, n0, buffer, c);
     else
-      small_columns<TWO>(tile, n0, buffer, c);
+      fewest_columns<5>(tile, n0, buffer, c);
   }
   if (p.out_type == kBf16)
     epilogue<bf16>(tile);
