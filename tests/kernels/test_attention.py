@@ -317,6 +317,30 @@ def test_keys_in_scattered_pages_are_those_of_a_row(
 
 
 @needs_native
+@pytest.mark.parametrize("tokens", [2, 17, 40])
+def test_new_tokens_of_one_row_see_each_other(tokens: int) -> None:
+    """A piece of a prompt, a token a row on the same pages, is causal attention over it and what was there."""
+    g = torch.Generator().manual_seed(tokens)
+    heads, kv_heads, dim, size, past = 6, 2, 16, 8, 5
+    pages = torch.tensor([[3, 1, 5, 0, 2, 6]])
+    key, value = (torch.randn(7, kv_heads, size, dim, generator=g) for _ in range(2))
+    query = torch.randn(tokens, heads, dim, generator=g)
+    new = (torch.randn(tokens, kv_heads, dim, generator=g), torch.randn(tokens, kv_heads, dim, generator=g))
+    k, v = (
+        torch.cat([part[pages[0]].transpose(0, 1).flatten(1, 2)[:, :past], own.transpose(0, 1)], dim=1)
+        for part, own in zip((key, value), new, strict=True)
+    )
+    seen = torch.ones(tokens, past + tokens).tril(past).bool()
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1), *(x.repeat_interleave(heads // kv_heads, 0) for x in (k, v)), attn_mask=seen
+    ).transpose(0, 1)
+    places = varlen.Places(pages.repeat(tokens, 1), past + 1 + torch.arange(tokens), size)
+    out, nothing = torch.empty_like(query), (key.new_empty(0, kv_heads, dim), key.new_empty(0, kv_heads, dim))
+    varlen.decode(query, nothing, (key, value), places, varlen.Options(dim**-0.5), out=out, new=new)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
 def test_places_that_do_not_exist_are_refused() -> None:
     table, counts = torch.tensor([[0, 1]]), torch.tensor([5])
     for wrong in (

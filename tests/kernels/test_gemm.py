@@ -251,7 +251,7 @@ def test_lora_linear_and_its_gradients(shape: tuple[int, int], dtype: torch.dtyp
 def test_a_rows_bytes_do_not_depend_on_how_many_share_its_product(kind: str, n: int, k: int) -> None:
     """A few rows, some rows and many rows take different kernels; each output is the same sum in the same order."""
     g = torch.Generator().manual_seed(n)
-    x, h, low = torch.randn(130, k, generator=g), torch.randn(130, 6, generator=g), torch.randn(n, 6, generator=g)
+    x, h, low = torch.randn(260, k, generator=g), torch.randn(260, 6, generator=g), torch.randn(n, 6, generator=g)
     plain = torch.randn(n, k, generator=g)
     weight = {"fp32": plain, "bf16": plain.to(BF16)}.get(kind)
     w = quantized(n, k, kind, g) if weight is None else weight
@@ -261,6 +261,6 @@ def test_a_rows_bytes_do_not_depend_on_how_many_share_its_product(kind: str, n: 
         multiply(Product(out, [Term(x[:rows], w), Term(h[:rows], low)], alpha=0.5))
         return out
 
-    whole = product(130)
-    for rows in (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 97):
+    whole = product(260)
+    for rows in (1, 2, 3, 4, 5, 6, 8, 9, 15, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 97, 255, 256, 257):
         assert torch.equal(product(rows), whole[:rows]), rows

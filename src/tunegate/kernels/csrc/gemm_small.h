@@ -1,10 +1,11 @@
-// Products of few rows (decoding): every weight is read once, row by row as it lies, against all rows of x at a time.
+// Products of few rows (decoding, short prompts): every weight is read once, row by row as it lies, against all rows of x
+// at a time, while memory brings the rows after them.
 //
-// x is packed in panels of up to NR rows, k by k, so that it fills the vector lanes; some rows of w are widened into a
-// buffer of the first-level cache (bf16 and codes; fp32 is read in place) and broadcast. For the fewest rows it is
-// w that fills the lanes: four rows at a time are transposed in registers, bf16 by pairs. Every output is one sum over k
-// in order, cut into the same blocks as in the products of many rows: a row's result is the same bytes whatever shares
-// its product. Only (n, k) weights.
+// x is packed in panels of up to NR rows, k by k, so that it fills the vector lanes; some rows of w are broadcast: fp32
+// in place, bf16 widened in registers for one panel, anything else and more panels from a buffer of the first-level
+// cache. For the fewest rows it is w that fills the lanes: W rows at a time are transposed in registers, bf16 by pairs.
+// Every output is one sum over k in order, cut into the same blocks as in the products of many rows: a row's result is
+// the same bytes whatever shares its product. Only (n, k) weights.
 #pragma once
 #include "gemm_fp32.h"
 
@@ -13,8 +14,8 @@ namespace {
 
 constexpr int64_t SMALL_ROWS = 256;
 constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
-constexpr int64_t FEWEST = 5;    // with so few rows of x, most of its lanes would be empty
-constexpr int LINES = 16;         // rows of w then: four independent sums, which hides their latency
+constexpr int64_t FEWEST = 5;     // with so few rows of x, most of its lanes would be empty
+constexpr int LINES = 16;         // rows of w then
 constexpr int LINE = 64;          // bytes that memory gives at a time
 constexpr int FETCHED = 16;       // k between two looks ahead
 constexpr int ONE = 2 * MR, TWO = MR;  // rows of w against one and two vectors of x: as many accumulators as MR by NR
