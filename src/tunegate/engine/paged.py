@@ -127,9 +127,9 @@ class PagedPass:
         if not self._rests:
             return self._decode(layer, q, k, v, options)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        alone, rest = self._apart
+        lone, rest = self._apart
         if any(self._cuts):
-            out[alone] = self._decode(layer, q[alone], k[alone], v[alone], options)
+            out[lone] = self._decode(layer, q[lone], k[lone], v[lone], options)
         keys, values = self.store.layers[layer]
         page, place = self._new
         keys[page, :, place], values[page, :, place] = k[rest], v[rest]
