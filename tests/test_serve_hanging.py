@@ -29,7 +29,7 @@ from tunegate.serve.catalogue import Catalogue
 from tunegate.serve.following import Follower
 from tunegate.serve.form_checks import LONGEST, FormChecks
 from tunegate.serve.jobs import Job
-from tunegate.serve.threads import KeptThread, in_thread
+from tunegate.serve.threads import KeptThread, in_thread, in_time
 
 openai = pytest.importorskip("openai")
 exchange = pytest.importorskip("tunegate.serve.exchange", exc_type=ImportError)
@@ -317,3 +317,42 @@ def test_others_are_answered_while_a_form_is_tried(monkeypatch: pytest.MonkeyPat
             made = server.client().chat.completions.create(model="tiny", messages=HELLO)
             answered += made.choices[0].message.content == "well"
         assert answered > 3 and "to compile" in told[0]["message"] and len(server.engine.jobs) == answered
+
+
+def test_a_cancellation_is_not_lost_to_work_that_is_just_done() -> None:
+    """asyncio.wait_for answers with the work's result there, before Python 3.12."""
+
+    async def cancelled() -> bool:
+        inner: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def work() -> int:
+            return await inner
+
+        waiting = asyncio.ensure_future(in_time(work(), 5))
+        for _ in range(2):  # it waits
+            await asyncio.sleep(0)
+        inner.set_result(1)
+        await asyncio.sleep(0)  # the work is done, and the waiting does not know yet
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return waiting.cancelled()
+
+    assert asyncio.run(cancelled())
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    ended = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def late() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await in_time(work(), 0.01)
+        await asyncio.sleep(0)
+
+    asyncio.run(late())
+    assert ended == [True]

@@ -40,7 +40,7 @@ from tunegate.registry.tables import edges
 from tunegate.serve.admission import House, standing_of, version_problems
 from tunegate.serve.catalogue import Catalogue, Entry, Served, check_name
 from tunegate.serve.once import Once
-from tunegate.serve.threads import in_thread
+from tunegate.serve.threads import in_thread, in_time
 
 log = logging.getLogger("tunegate.serve")
 
@@ -95,7 +95,7 @@ class Follower:
         be read, or a version not be fetched; the next look tries again."""
         reading = self._once("read", lambda: in_thread(self._read))
         try:
-            event, state = await asyncio.wait_for(reading, self._patience)
+            event, state = await in_time(reading, self._patience)
         except asyncio.TimeoutError:
             raise TunegateError("the registry does not answer", expected=f"within {self._patience:g} s") from None
         if state is None:
@@ -127,7 +127,7 @@ class Follower:
     async def _in_time(self, name: str, entry: Entry, state: _State) -> TunegateError | None:
         """A version that does not come keeps no other name waiting for ever."""
         try:
-            return await asyncio.wait_for(self._settle(name, entry, state), self._patience)
+            return await in_time(self._settle(name, entry, state), self._patience)
         except asyncio.TimeoutError:
             what = "what the registry says of this name could not be followed"
             return TunegateError(what, where=name, expected=f"within {self._patience:g} s")

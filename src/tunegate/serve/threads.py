@@ -14,10 +14,10 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Run = Callable[[], None]
@@ -51,6 +51,19 @@ async def in_thread(work: Callable[[], T], begin: Callable[[Run], None] = _begin
 
     begin(run)
     return await waiting
+
+
+async def in_time(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """What ``work`` returns or raises; ``asyncio.TimeoutError`` and its end if it takes longer. ``asyncio.wait_for``
+    loses a cancellation that comes just as the work is done (before Python 3.12), and what loops over it never ends."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if task.done():
+            return task.result()
+    finally:
+        task.cancel()
+    raise asyncio.TimeoutError
 
 
 class KeptThread:
