@@ -62,3 +62,9 @@ class PageStore:
             return self.prefix[layer]
         own = (part[pages].transpose(1, 2).flatten(0, 1)[:tokens] for part in self.layers[layer])
         return tuple(torch.cat(parts) for parts in zip(self.prefix[layer], own, strict=True))  # type: ignore[return-value]
+
+
+def page_table(pages: Sequence[Sequence[int]]) -> Tensor:
+    """(rows, most pages) int64: each row's pages, and its first one where it has fewer."""
+    most = max(len(row) for row in pages)
+    return torch.tensor([[*row, *([row[0]] * (most - len(row)))] for row in pages])

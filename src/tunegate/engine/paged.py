@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tunegate.engine.fused import PassState
-from tunegate.engine.page_store import PageStore
+from tunegate.engine.page_store import PageStore, page_table
 from tunegate.engine.recorded import RecordedSteps
 from tunegate.kernels import DecodeStore, Layout, Plan, attention, decode_attention, varlen
 
@@ -65,9 +65,7 @@ class PagedPass:
             self._places = recorded.places
         elif any(cuts):
             pages, lengths = lonely(pieces, cuts)
-            most = max(len(row) for row in pages)
-            table = [[*row, *([row[0]] * (most - len(row)))] for row in pages]
-            self._places = varlen.Places(torch.tensor(table), torch.tensor(lengths), store.size)
+            self._places = varlen.Places(page_table(pages), torch.tensor(lengths), store.size)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -44,8 +44,7 @@ class PagePool:
         self._free = deque(range(pages))
         self._holders = [0] * pages
         self._by_key: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
-        self._tokens: dict[int, tuple[bytes, Sequence[int]]] = {}  # of known pages, and the key before
+        self._known: dict[int, tuple[bytes, bytes, Sequence[int]]] = {}  # the key, the one before, its own tokens
         self._after: dict[bytes, dict[int, None]] = {}  # known pages by the key before, the oldest first
         self._idle: OrderedDict[int, None] = OrderedDict()  # known pages that nobody holds, the longest unused first
 
@@ -65,9 +64,8 @@ class PagePool:
             page = self._free.popleft()
         elif self._idle:
             page, _ = self._idle.popitem(last=False)
-            del self._by_key[self._key_of.pop(page)]
-            before, _ = self._tokens.pop(page)
-            del self._after[before][page]
+            key, before, _ = self._known.pop(page)
+            del self._by_key[key], self._after[before][page]
             if not self._after[before]:
                 del self._after[before]
         else:
@@ -91,7 +89,7 @@ class PagePool:
         now on, and how many."""
         best = None
         for page in islice(reversed(self._after.get(before, {})), _LOOKS):
-            count = _common(self._tokens[page][1], tokens)
+            count = _common(self._known[page][2], tokens)
             if count > (best[1] if best else 0):
                 best = page, count
         if best is not None:
@@ -105,10 +103,9 @@ class PagePool:
     def remember(self, page: int, key: bytes, before: bytes, tokens: Sequence[int]) -> None:
         """``page``, which the caller holds, is full and holds what ``key`` says: ``tokens`` after what ``before``
         says, a key or the salt."""
-        if key not in self._by_key and page not in self._key_of:
+        if key not in self._by_key and page not in self._known:
             self._by_key[key] = page
-            self._key_of[page] = key
-            self._tokens[page] = before, tokens
+            self._known[page] = key, before, tokens
             self._after.setdefault(before, {})[page] = None
 
     def release(self, pages: Sequence[int]) -> None:
@@ -116,7 +113,7 @@ class PagePool:
         for page in reversed(pages):  # the end of a row is of less use than its beginning
             self._holders[page] -= 1
             if self._holders[page] == 0:
-                if page in self._key_of:
+                if page in self._known:
                     self._idle[page] = None
                 else:
                     self._free.append(page)
@@ -126,6 +123,5 @@ class PagePool:
         self._free.extend(self._idle)
         self._idle.clear()
         self._by_key.clear()
-        self._key_of.clear()
-        self._tokens.clear()
+        self._known.clear()
         self._after.clear()

@@ -1,6 +1,6 @@
-"""Passes in which each row adds one token, recorded layer by layer and replayed.
+"""Passes whose tokens attend each for itself, steps of rows and short prompts, recorded layer by layer and replayed.
 
-At a few rows a layer's kernels take less time than the Python around them. Once so many rows were seen a few times, a
+At a few tokens a layer's kernels take less time than the Python around them. Once so many were seen a few times, a
 pass records each fused layer's calls; later ones fill in what has changed (hidden states, positions, pages, adapters),
 all in memory that stays where it is, and replay. A recording is proven before it is used: its scratch memory is
 overwritten, it is run once more, and the result has to be the same bytes. A layer that cannot be recorded keeps its
@@ -24,7 +24,7 @@ from tunegate.adapter.segmented import Merged
 from tunegate.engine import fused_layer
 from tunegate.engine.fused_layer import Context
 from tunegate.engine.fused_shape import Shape
-from tunegate.engine.page_store import PageStore
+from tunegate.engine.page_store import PageStore, page_table
 from tunegate.engine.workspace import Workspace
 from tunegate.kernels import varlen
 from tunegate.kernels.recording import Recording, recording
@@ -62,12 +62,12 @@ class RecordedSteps:
     def begin(
         self, pages: Sequence[Sequence[int]], lengths: Sequence[int], segments: Segments | None, merged: Merged | None
     ) -> None:
-        """The next pass: every row's pages, its tokens with the new one, and the adapters (with the memory of their
-        numbers, which stays the same) or the merged weights."""
+        """The next pass: of every token the pages and length of its row up to it, and the adapters (with the memory of
+        their numbers, which stays the same) or the merged weights."""
         self.rows = len(pages)
         table = self.table[: self.rows * self.most_pages].view(self.rows, self.most_pages)
-        most = max(len(row) for row in pages)
-        table[:, :most] = torch.tensor([[*row, *([row[0]] * (most - len(row)))] for row in pages])
+        filled = page_table(pages)
+        table[:, : filled.shape[1]] = filled
         self.lengths[: self.rows] = torch.tensor(lengths)
         self.places = varlen.Places(table, self.lengths[: self.rows], self.store.size)
         self.segments = segments

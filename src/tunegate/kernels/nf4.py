@@ -78,7 +78,7 @@ def quantize(weight: Tensor, recipe: Recipe = Recipe()) -> QuantizedWeight:  # n
         codes, absmax = int8.codes_of(dense if dense.dtype in native.KERNEL_DTYPES else dense.float())
     else:
         codes, absmax = _codes_of(dense.view(-1), recipe)
-    if absmax.numel() and not math.isfinite(float(absmax.max())):  # which a NaN is; isfinite would take memory
+    if absmax.numel() and not math.isfinite(float(absmax.max())):  # a NaN is the largest of all
         raise ValueError("the weight holds NaN or infinity, which no code stands for; check the model's files")
     shape = (weight.shape[0], weight.shape[1])
     block = recipe.block or shape[1]
