@@ -16,7 +16,6 @@ constexpr int64_t SMALL_ROWS = 256;
 constexpr int64_t FEW_ROWS = 16;  // up to here where the machine's bf16 units would take more
 constexpr int64_t FEWEST = 5;     // with so few rows of x, most of its lanes would be empty
 constexpr int LINES = 16;         // rows of w then
-constexpr int LINE = 64;          // bytes that memory gives at a time
 constexpr int FETCHED = 16;       // k between two looks ahead
 constexpr int ONE = 2 * MR, TWO = MR;  // rows of w against one and two vectors of x: as many accumulators as MR by NR
 
@@ -35,21 +34,9 @@ template <typename T>
 inline void pack_small_x(const GemmTerm& t, int64_t m0, int64_t rows, int64_t width, float* to) {
   alignas(64) static const T zeros[CHUNK] = {};
   for (int64_t c = 0; c < t.k; c += CHUNK) {
-    int64_t n = min_of(CHUNK, t.k - c);
-    for (int64_t r = 0; r < width; r += 4) {
-      const T* row[4];
-      for (int i = 0; i < 4; i++) row[i] = r + i < rows ? (const T*)t.x + (m0 + r + i) * t.x_stride + c : zeros;
-      float* out = to + c * width + r;
-      int64_t k = 0;
-      for (; k + 4 <= n; k += 4) {
-        quad a = load4(row[0] + k), b = load4(row[1] + k), d = load4(row[2] + k), e = load4(row[3] + k);
-        transpose4(a, b, d, e);
-        store4(out + k * width, a), store4(out + (k + 1) * width, b);
-        store4(out + (k + 2) * width, d), store4(out + (k + 3) * width, e);
-      }
-      for (; k < n; k++)
-        for (int i = 0; i < 4; i++) out[k * width + i] = to_float(row[i][k]);
-    }
+    const T* row[NR];
+    for (int64_t r = 0; r < width; r++) row[r] = r < rows ? (const T*)t.x + (m0 + r) * t.x_stride + c : zeros;
+    pack_columns(row, width, min_of(CHUNK, t.k - c), to + c * width);
   }
 }
 
@@ -63,8 +50,8 @@ inline vfloat splat_low(const bf16* at) {
 }
 
 // What memory has to bring while some rows of w are multiplied: as much of the rows after them as this block of k is of
-// theirs. It may lie past the last row: nothing is read. A machine's own prefetching does not keep up, the reads of one
-// row are too short for it.
+// theirs. It may lie past the last row. A machine's own prefetching does not keep up, the reads of one row are too short
+// for it.
 struct Ahead {
   const char* at = nullptr;
   int64_t half_bytes = 0;  // a k
@@ -74,8 +61,8 @@ struct Ahead {
     half_bytes = rows * (t.w_type == kFp32 ? 8 : t.w_type == kBf16 ? 4 : t.w_type == kInt8 ? 2 : 1);
     at = (const char*)t.w + (n0 + rows) * t.w_stride * (half_bytes / rows) / 2 + k0 * half_bytes / 2;
   }
-  void fetch(int64_t k) const {  // before k .. k + FETCHED
-    for (int64_t i = k * half_bytes / 2; i < (k + FETCHED) * half_bytes / 2; i += LINE) __builtin_prefetch(at + i);
+  void look(int64_t k) const {  // before k .. k + FETCHED
+    fetch(at + k * half_bytes / 2, at + (k + FETCHED) * half_bytes / 2);
   }
 };
 
@@ -96,7 +83,7 @@ inline __attribute__((always_inline)) void small_micro(const T* w, int64_t w_str
   };
   constexpr int64_t LAST = sizeof(T) == 2;  // see splat_low
   for (int64_t k = 0; k < kc - LAST;) {
-    ahead.fetch(k);
+    ahead.look(k);
     for (int64_t end = min_of(k + FETCHED, kc - LAST); k < end; k++) add(k, [](const T* at) { return splat_low(at); });
   }
   if (LAST) add(kc - 1, [](const T* at) { return splat(to_float(*at)); });
@@ -144,7 +131,7 @@ inline void fewest_micro(const T* const* rows, const Ahead& ahead, const float* 
   vfloat acc[LINES / W][R] = {};
   int64_t k = 0;
   for (; k + STEP_K <= kc; k += STEP_K) {
-    if (k % FETCHED == 0) ahead.fetch(k);
+    if (k % FETCHED == 0) ahead.look(k);
 #pragma GCC unroll 4
     for (int g = 0; g < LINES / W; g++) {
       vfloat columns[STEP_K];

@@ -176,19 +176,19 @@ inline void columns_of(const bf16* const* rows, int64_t k, vfloat* to) {
   }
 }
 
-// `count` values of each of NR rows, to a panel.
+// `count` values of each of `width` rows, W or NR, as [count][width].
 template <typename T>
-inline void pack_columns(const T* const* rows, int64_t count, float* to) {
+inline void pack_columns(const T* const* rows, int64_t width, int64_t count, float* to) {
   constexpr int STEP_K = 16 / sizeof(T);
   int64_t k = 0;
   for (; k + STEP_K <= count; k += STEP_K)
-    for (int r = 0; r < NR; r += W) {
+    for (int64_t r = 0; r < width; r += W) {
       vfloat columns[STEP_K];
       columns_of(rows + r, k, columns);
-      for (int i = 0; i < STEP_K; i++) store(to + (k + i) * NR + r, columns[i]);
+      for (int i = 0; i < STEP_K; i++) store(to + (k + i) * width + r, columns[i]);
     }
   for (; k < count; k++)
-    for (int r = 0; r < NR; r++) to[k * NR + r] = to_float(rows[r][k]);
+    for (int64_t r = 0; r < width; r++) to[k * width + r] = to_float(rows[r][k]);
 }
 
 // (n, k) weights: NR rows from `n0` (those past n are zeros), k0 .. k0 + kc, to a panel.
@@ -198,14 +198,14 @@ inline void pack_panel_nk(const GemmTerm& t, int64_t n, int64_t n0, int64_t k0, 
   if (t.w_type == kBf16 && n0 + NR <= n) {
     const bf16* rows[NR];
     for (int r = 0; r < NR; r++) rows[r] = (const bf16*)t.w + (n0 + r) * t.w_stride + k0;
-    return pack_columns(rows, kc, to);
+    return pack_columns(rows, NR, kc, to);
   }
   for (int64_t c = 0; c < kc; c += CHUNK) {
     int64_t width = min_of(CHUNK, kc - c);
     const float* rows[NR];
     for (int r = 0; r < NR; r++)
       rows[r] = n0 + r < n ? read_row(t, n0 + r, k0 + c, width, buffer[r]) : zeros;
-    pack_columns(rows, width, to + c * NR);
+    pack_columns(rows, NR, width, to + c * NR);
   }
 }
 

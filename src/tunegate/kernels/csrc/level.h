@@ -31,6 +31,12 @@ struct bf16 {
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Asks memory for what lies there, a line at a time; nothing is read.
+constexpr int64_t LINE = 64;
+inline void fetch(const void* from, const void* to) {
+  for (const char* at = (const char*)from; at < (const char*)to; at += LINE) __builtin_prefetch(at);
+}
+
 inline vfloat splat(float x) { return x - vfloat{}; }  // x - 0 is x, -0 too, and costs nothing; 0 + x is an addition
 
 inline vfloat load(const float* p) {

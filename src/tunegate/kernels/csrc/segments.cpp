@@ -25,11 +25,6 @@ inline float* low_rank(const SegmentsCall& c, int target, int64_t row) {
   return c.work + (target * c.rows + row) * c.most_rank;
 }
 
-// Asks memory for what lies there.
-inline void fetch(const void* from, const void* to) {
-  for (const char* at = (const char*)from; at < (const char*)to; at += 64) __builtin_prefetch(at);
-}
-
 // sums[j][r] += a[j] . x[r] over k, a multiple of W, for four rows of A and ROWS of x.
 template <int ROWS, typename T>
 inline void dots(const T* const* a, const float* x, int64_t x_stride, int64_t k, vfloat (*sums)[kRows]) {
